@@ -1,0 +1,209 @@
+"""Starts the processes of a run on this machine: what run_train.sh and the command `torchtitan` call.
+
+    torchtitan [--nproc_per_node N] [torchrun's flags for several machines] [--section.option value ...]
+
+The options are checked first, without importing torch: a mistake costs one message and a fraction of a second. Then
+torch.distributed.run starts `-m torchtitan.train` N times. Its agent's long reports become one line: which rank
+ended the run, and how. Exit status: the failed worker's, or 128 + the number of the signal that ended the run.
+"""
+
+import argparse
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.preflight import check_writable
+from torchtitan.config.preflight import main as preflight
+from torchtitan.config.schema import either
+from torchtitan.tools.terminal import ProgressTerminal, send_progress
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+# torchrun's flags that are taken out of the arguments; the rest are options of the run.
+_TORCHRUN_FLAGS = (
+    "node_rank",
+    "rdzv_backend",
+    "rdzv_endpoint",
+    "rdzv_id",
+    "rdzv_conf",
+    "master_addr",
+    "master_port",
+    "local_addr",
+    "max_restarts",
+    "monitor_interval",
+    "log_dir",
+    "redirects",
+    "tee",
+    "numa_binding",
+)
+
+# A worker that is asked to stop may finish its step and save a checkpoint first.
+_SHUTDOWN_TIMEOUT_S = 600
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the options, run the workers to their end, return the exit status."""
+    launcher, options = split_arguments(sys.argv[1:] if argv is None else argv)
+    flags = vars(launcher)
+    checked = {"nproc": launcher.nproc_per_node, "nnodes": launcher.nnodes.partition(":")[0]}
+    if "num_gpus" in flags:
+        checked["num_gpus"] = flags.pop("num_gpus")
+    try:
+        status = preflight([f"--{name}={value}" for name, value in checked.items()] + ["--", *options])
+        if status != 0:
+            return status
+        _check_flags(launcher)
+        if sys.stdout.isatty():
+            sys.stdout = ProgressTerminal(sys.stdout)
+            if sys.stderr.isatty():  # not where `2>err.log` asks for it
+                sys.stderr = sys.stdout
+            # For the workers, whose own output is a file: this one's progress line is shown.
+            os.environ["TORCHTITAN_PROGRESS_RANK"] = launcher.local_ranks_filter.partition(",")[0]
+        with tempfile.TemporaryDirectory(prefix="torchtitan_", ignore_cleanup_errors=True) as log_dir:
+            return run_workers({"log_dir": log_dir, **flags}, options)
+    except ConfigError as error:
+        print(error.report(), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # before there were workers
+        return 128 + signal.SIGINT
+    finally:
+        kill_workers()
+        if isinstance(sys.stdout, ProgressTerminal):
+            send_progress("")
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """torchrun's flags, and the options of the run."""
+    usage = "torchtitan [--nproc_per_node N] [torchrun's flags for several machines] [--section.option value ...]"
+    parser = argparse.ArgumentParser("torchtitan", usage=usage, allow_abbrev=False, add_help=False)
+    parser.add_argument("--num_gpus", type=int, default=argparse.SUPPRESS)  # of this machine, where that is known
+    parser.add_argument("--nproc_per_node", "--nproc-per-node", type=int, default=1)
+    parser.add_argument("--nnodes", type=_num_nodes, default="1")
+    parser.add_argument("--local_ranks_filter", "--local-ranks-filter", default="0")
+    for flag in _TORCHRUN_FLAGS:
+        parser.add_argument(*{f"--{flag}", f"--{flag.replace('_', '-')}"}, dest=flag, default=argparse.SUPPRESS)
+    return parser.parse_known_args(argv)
+
+
+def _num_nodes(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of machines, or a range of it such as 2:4")
+    return text
+
+
+def _check_flags(launcher: argparse.Namespace) -> None:
+    """Raise ConfigError for what torchrun would take and show nothing, or end in a traceback."""
+    shown, num_ranks = launcher.local_ranks_filter, launcher.nproc_per_node
+    try:
+        known = all(int(rank) in range(num_ranks) for rank in shown.split(","))
+    except ValueError:
+        known = False
+    if not known:
+        raise ConfigError(
+            f"--local_ranks_filter {shown} (LOG_RANK of run_train.sh): must be ranks of this machine, separated by"
+            f" commas, each of them {either(range(num_ranks))}"
+        )
+    log_dir = vars(launcher).get("log_dir", os.devnull)
+    if log_dir != os.devnull:  # which torchrun knows how to take
+        check_writable(Path(log_dir), given=f"--log_dir {log_dir}")
+
+
+def run_workers(flags: dict[str, object], options: list[str]) -> int:
+    """Start the workers and wait for them; the exit status."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+
+    # What is ignored stays so: `nohup` ignores SIGHUP, for the run to outlive the terminal.
+    signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        """Let the agent pass the signal on to the workers; a second one kills them."""
+        for handled in signals:
+            signal.signal(handled, lambda *_: kill_workers())
+        name = signal.Signals(signum).name
+        print(f"{name}: waiting for the workers to stop. Once more kills them.", file=sys.stderr, flush=True)
+        raise SignalException(name, signal.Signals(signum))
+
+    defaults = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "role": "rank", "tee": "3"}
+    command = [f"--{flag}={value}" for flag, value in (defaults | flags).items()]
+    arguments = torchrun.parse_args([*command, "-m", "torchtitan.train", *options])
+    arguments.signals_to_handle = "SIGQUIT"  # the others are handled here
+    arguments.shutdown_timeout = _SHUTDOWN_TIMEOUT_S
+    for handled in signals:
+        signal.signal(handled, stop)
+    _quiet_agent()
+    # A store for each start of the workers: in one that is kept, restarted ranks find the addresses of dead ones.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    try:
+        torchrun.run(arguments)
+    except ChildFailedError as error:
+        return _report_failure(error, Path(arguments.log_dir), shown_ranks=arguments.local_ranks_filter.split(","))
+    except SignalException as error:
+        return 128 + error.sigval
+    except RendezvousError as error:
+        where = f"{arguments.nnodes} machine(s) at {arguments.rdzv_endpoint}"
+        print(f"torchrun could not bring together {where}: {str(error) or type(error).__name__}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"torchrun could not start the workers: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def kill_workers() -> None:
+    """End what is still there of the workers and of the processes that they started."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in children.read_text().split():
+            with suppress(ProcessLookupError):  # not every child leads a process group, as workers do
+                os.killpg(int(pid), signal.SIGKILL)
+
+
+def _report_failure(error: "ChildFailedError", log_dir: Path, shown_ranks: list[str]) -> int:
+    """Say in one line which worker ended the run, and how; show its last words if they are not on the screen yet."""
+    rank, failure = error.get_first_failure()
+    how = f"exited with status {failure.exitcode}"
+    if failure.exitcode < 0:
+        how = f"was killed by {failure.signal_name()}"
+    if failure.exitcode == -signal.SIGKILL:
+        how += " (the machine may have run out of memory)"
+    if str(failure.local_rank) in shown_ranks:
+        print(f"Rank {rank} {how}; its messages are above.", file=sys.stderr)
+    elif last_words := _read_last_words(log_dir, failure.local_rank):
+        print(f"Rank {rank} {how}. The end of its output:", *last_words, sep="\n", file=sys.stderr)
+    else:
+        print(f"Rank {rank} {how}; there is no output in its log.", file=sys.stderr)
+    return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+
+
+def _read_last_words(log_dir: Path, local_rank: int) -> list[str]:
+    """The last lines of a rank's output."""
+    # by time, not by name: the folder may hold the logs of earlier runs, and attempt_10 sorts before attempt_9
+    folders = sorted(log_dir.glob(f"*/attempt_*/{local_rank}"), key=lambda folder: folder.stat().st_mtime)
+    logs = [log for folder in folders[-1:] for log in folder.glob("std*.log")]
+    return [line for log in logs for line in log.read_text(errors="replace").splitlines()[-20:]]
+
+
+def _quiet_agent() -> None:
+    """Of what torchrun's agent logs, print restarts only: how a run ends is said here, in one line."""
+    agent_log = logging.getLogger("torch.distributed.elastic")
+    agent_log.propagate = False
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: "will restart" in record.getMessage())
+    agent_log.addHandler(handler)
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
