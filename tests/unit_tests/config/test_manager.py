@@ -1,0 +1,353 @@
+"""Every way to give an option, and every way to get it wrong."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchtitan.config import ConfigError, JobConfig
+from torchtitan.config.manager import ConfigManager, main, to_toml, write_resolved
+
+ROOT = Path(__file__).parents[3]
+
+parse = ConfigManager().parse_args
+
+
+@pytest.fixture
+def toml(tmp_path: Path):
+    """Writes a TOML file and returns the arguments that name it."""
+
+    def write(text: str) -> list[str]:
+        path = tmp_path / "run.toml"
+        path.write_text(text)
+        return ["--job.config_file", str(path)]
+
+    return write
+
+
+def message(argv: list[str]) -> str:
+    with pytest.raises(ConfigError) as raised:
+        parse(argv)
+    return str(raised.value)
+
+
+def test_defaults_are_the_schemas():
+    assert parse([]) == JobConfig()
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--training.compile"], True),
+        (["--training.compile", "True"], True),
+        (["--training.compile", "true"], True),
+        (["--training.compile=True"], True),
+        (["--training.compile=true"], True),
+        (["--training.no-compile"], False),
+        (["--training.no_compile"], False),
+        (["--training.compile", "False"], False),
+        (["--training.compile", "false"], False),
+        (["--training.compile=False"], False),
+        (["--training.compile=false"], False),
+        (["--training.compile", "--training.steps", "3"], True),
+        (["--training.no-compile", "--training.compile"], True),
+        (["--training.compile", "--training.compile", "False"], False),
+    ],
+)
+@pytest.mark.parametrize("in_file", [True, False])
+def test_boolean_forms(toml, argv, value, in_file):
+    config = parse([*toml(f"[training]\ncompile = {str(in_file).lower()}"), *argv])
+    assert config.training.compile is value
+
+
+@pytest.mark.parametrize(
+    "flag", ["--liger_kernel.enable_fused_linear_cross_entropy", "--liger-kernel.enable-fused-linear_cross-entropy"]
+)
+def test_the_documented_flag_and_its_opposite(flag):
+    assert parse([flag]).liger_kernel.enable_fused_linear_cross_entropy
+    assert not parse([flag, "False"]).liger_kernel.enable_fused_linear_cross_entropy
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--training.seq_len", "64"], "training.seq_len", 64),
+        (["--training.seq-len=64"], "training.seq_len", 64),
+        (["--training.seq_len=1", "--training.seq_len", "64"], "training.seq_len", 64),
+        (["--training.global_batch_size", "-1"], "training.global_batch_size", -1),
+        (["--training.max_norm", "2"], "training.max_norm", 2.0),
+        (["--optimizer.lr=3e-4"], "optimizer.lr", 3e-4),
+        (["--lr_scheduler.decay_type", "cosine"], "lr_scheduler.decay_type", "cosine"),
+        (["--lr-scheduler.decay-ratio", "0.5"], "lr_scheduler.decay_ratio", 0.5),
+        (["--training.seed", "None"], "training.seed", None),
+        (["--training.dataset_path", "None"], "training.dataset_path", None),
+        (["--job.description=a=b --c"], "job.description", "a=b --c"),
+        (["--job.description", ""], "job.description", ""),
+    ],
+)  # fmt: skip
+def test_values(argv, name, value):
+    section, field = name.split(".")
+    given = getattr(getattr(parse(argv), section), field)
+    assert given == value
+    assert type(given) is type(value)
+
+
+@pytest.mark.parametrize(("given", "value"), [("", []), ("a", ["a"]), ("a,b", ["a", "b"]), ("a, b", ["a", "b"])])
+def test_lists(given, value):
+    assert parse(["--checkpoint.exclude_from_loading", given]).checkpoint.exclude_from_loading == value
+    assert parse([f"--checkpoint.exclude_from_loading={given}"]).checkpoint.exclude_from_loading == value
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        (["a,b c"], [["a", "b"], ["c"]]),
+        (["a,b", "c"], [["a", "b"], ["c"]]),
+        (["a", "b"], [["a"], ["b"]]),
+        (["None"], None),
+    ],
+)
+def test_lists_of_lists(given, value):
+    argv = ["--parallelism.module_fqns_per_model_part", *given, "--training.compile"]
+    assert parse(argv).parallelism.module_fqns_per_model_part == value
+
+
+def test_command_line_wins_over_file_over_defaults(toml):
+    config = parse([*toml("[training]\nsteps = 7\nseq_len = 128"), "--training.steps", "9"])
+    assert (config.training.steps, config.training.seq_len, config.training.local_batch_size) == (9, 128, 8)
+
+
+def test_an_option_that_the_file_sets_can_be_unset(toml):
+    assert parse([*toml("[training]\nseed = 7"), "--training.seed", "None"]).training.seed is None
+
+
+def test_the_last_config_file_is_read(toml, tmp_path):
+    (tmp_path / "other.toml").write_text("[training]\nsteps = 5")
+    config = parse([*toml("[training]\nsteps = 7"), f"--job.config-file={tmp_path / 'other.toml'}"])
+    assert config.training.steps == 5
+
+
+def test_toml_values(toml):
+    config = parse(
+        toml(
+            """
+            [training]
+            max_norm = 2
+            compile = true
+            [checkpoint]
+            exclude_from_loading = ["optimizer"]
+            [parallelism]
+            module_fqns_per_model_part = [["tok_embeddings", "layers.0"], ["norm", "output"]]
+            """
+        )
+    )
+    assert config.training.max_norm == 2.0
+    assert type(config.training.max_norm) is float
+    assert config.training.compile is True
+    assert config.checkpoint.exclude_from_loading == ["optimizer"]
+    assert config.parallelism.module_fqns_per_model_part == [["tok_embeddings", "layers.0"], ["norm", "output"]]
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        # what was given, what is allowed, what is near
+        (["--training.seq_len", "abc"], ["--training.seq_len abc", "an integer >= 1"]),
+        (["--training.seq_len=1.5"], ["--training.seq_len=1.5", "an integer >= 1"]),
+        (["--training.seq_len", "0"], ["--training.seq_len 0", "an integer >= 1"]),
+        (["--training.seq_len", "None"], ["--training.seq_len None", "an integer >= 1"]),
+        (["--training.seq_len"], ["--training.seq_len", "needs a value", "an integer >= 1"]),
+        (["--training.seq_len", "--training.compile"], ["--training.seq_len", "needs a value"]),
+        (["--training.global_batch_size", "-2"], ["an integer >= 1, or -1"]),
+        (["--checkpoint.keep_latest_k", "1"], ["--checkpoint.keep_latest_k 1", "an integer >= 2, or 0"]),
+        (["--training.seed", "x"], ["an integer >= 0", "or None"]),
+        (["--training.max_norm", "0"], ["--training.max_norm 0", "a number > 0"]),
+        (["--training.max_norm", "nan"], ["a number > 0"]),
+        (["--optimizer.beta1", "1"], ["--optimizer.beta1 1", "a number >= 0 and < 1"]),
+        (["--lr_scheduler.decay_ratio", "1.5"], ["a number >= 0 and <= 1, or None"]),
+        (["--lr_scheduler.decay_type", "cosin"], ["linear, sqrt or cosine", "did you mean cosine?"]),
+        (["--liger_kernel.implementation", "Liger"], ["auto, liger or native", "did you mean liger?"]),
+        (["--training.compile", "maybe"], ["--training.compile maybe", "true or false"]),
+        (["--training.compile="], ["--training.compile=", "true or false"]),
+        (["--training.compile", "1"], ["--training.compile 1", "true or false"]),
+        (["--training.no-compile=True"], ["--training.no-compile=True", "--training.compile True or False"]),
+        (["--training.no-compile", "True"], ["True: unexpected argument"]),
+        (["--checkpoint.exclude_from_loading", "a", "b"], ["b: unexpected argument", "a,b,c"]),
+        (["training.compile=True"], ["training.compile=True", "did you mean --training.compile=True?"]),
+        (["stray"], ["stray: unexpected argument"]),
+        (["-x"], ["-x: unexpected argument"]),
+        (["--training.seqlen", "64"], ["--training.seqlen 64", "did you mean --training.seq_len?"]),
+        (["--training.no-seq_len"], ["--training.no-seq_len: unknown option"]),
+        (["--trainign.seq_len=64"], ["--trainign.seq_len=64", "did you mean --training.seq_len?"]),
+        (["--training.lr", "1"], ["--training.lr 1", "did you mean --optimizer.lr?"]),
+        (["--lr", "1"], ["--lr 1", "did you mean --optimizer.lr?"]),
+        (["--compile"], ["--compile: unknown", "did you mean --training.compile?"]),
+        (["--seq_len", "1"], ["did you mean --training.seq_len or --validation.seq_len?"]),
+        (["--debug.seed", "1"], ["did you mean --training.seed?"]),
+        (["--training.batch_size", "1"], ["--training.local_batch_size or --training.global_batch_size?"]),
+        (["--checkpoint.xyz", "1"], ["--checkpoint.xyz 1", "[checkpoint] has enable_checkpoint, folder, interval"]),
+        (["--qqqq.xyz", "1"], ["--qqqq.xyz 1", "unknown section", "job, profiling, metrics, model"]),
+        (["--"], ["--: unknown"]),
+        (["--job.config_file"], ["--job.config_file", "needs a value"]),
+    ],
+)  # fmt: skip
+def test_mistakes_on_the_command_line(argv, parts):
+    text = message(argv)
+    assert all(part in text for part in parts), text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[training]\nseqlen = 64", ["training.seqlen = 64", "did you mean training.seq_len?"]),
+        ("[training]\nlr = 1.0", ["training.lr = 1.0", "did you mean optimizer.lr?"]),
+        ("[trainnig]\nsteps = 1", ["trainnig.steps = 1", "did you mean training.steps?"]),
+        ("[trainnig]", ["[trainnig]", "did you mean [training]?"]),
+        ("[qqqq]\nxyz = 1", ["qqqq.xyz = 1", "unknown section; there are job"]),
+        ("seq_len = 64", ["seq_len = 64", "outside the sections", "training.seq_len or validation.seq_len?"]),
+        ("training = 64", ["training = 64", "did you mean [training]?"]),
+        ('[training]\nseq_len = "64"', ['training.seq_len = "64"', "an integer >= 1"]),
+        ("[training]\nseq_len = 64.0", ["training.seq_len = 64.0", "an integer >= 1"]),
+        ("[training]\nseq_len = true", ["training.seq_len = true", "an integer >= 1"]),
+        ("[training]\nseq_len = -3", ["training.seq_len = -3", "an integer >= 1"]),
+        ("[training]\nseq_len = [64]", ["training.seq_len = [64]", "an integer >= 1"]),
+        ("[training.seq_len]\na = 1", ["training.seq_len = {", "an integer >= 1"]),
+        ("[training]\ncompile = 1", ["training.compile = 1", "true or false"]),
+        ('[training]\ncompile = "true"', ['training.compile = "true"', "true or false"]),
+        ("[activation_checkpoint]\nselective_ac_option = 2", ["selective_ac_option = 2", "text"]),
+        ("[optimizer]\nlr = nan", ["optimizer.lr = NaN", "a number >= 0"]),
+        ('[optimizer]\nname = "adamw"', ['optimizer.name = "adamw"', "Adam or AdamW", "did you mean AdamW?"]),
+        ('[checkpoint]\nexclude_from_loading = "a"', ["a list of texts"]),
+        ("[checkpoint]\nexclude_from_loading = [1]", ["a list of texts"]),
+        ("[training]\nseed = 1979-05-27", ["training.seed", "1979-05-27", "an integer"]),
+        (f"[optimizer]\nlr = 1{'0' * 400}", ["optimizer.lr", "must be a number"]),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_file(toml, text, parts):
+    argv = toml(text)
+    found = message(argv)
+    assert all(part in found for part in [argv[1], *parts]), found
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "column"),
+    [
+        ("[training]\nsteps 5", 2, 7),
+        ("[training]\nsteps = ", 2, 9),
+        ("[training\nsteps = 5", 1, 10),
+        ('[job]\n\ndescription = "open', 3, 20),
+        ("[training]\nsteps = 1\nsteps = 2\n[job]\n", 3, 10),
+    ],
+)
+def test_broken_toml_names_file_line_and_column(toml, text, line, column):
+    argv = toml(text)
+    assert message(argv).startswith(f"{argv[1]}, line {line}, column {column}: not valid TOML: ")
+
+
+def test_a_file_that_is_not_utf8(tmp_path):
+    (tmp_path / "run.toml").write_bytes(b"\xff\xfe")
+    assert "run.toml: not valid TOML: byte 0" in message(["--job.config_file", str(tmp_path / "run.toml")])
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    (tmp_path / "run.toml").write_text("[training]\nsteps = 7\n", encoding="utf-8-sig")
+    assert ConfigManager().parse_args(["--job.config_file", str(tmp_path / "run.toml")]).training.steps == 7
+
+
+def test_a_missing_file_and_the_one_that_was_meant(tmp_path):
+    (tmp_path / "debug_model.toml").touch()
+    assert f"did you mean {tmp_path / 'debug_model.toml'}?" in message(
+        [f"--job.config_file={tmp_path}/debug_modle.toml"]
+    )
+    assert "No such file" in message(["--job.config_file", str(tmp_path / "other")])
+    assert "Is a directory" in message(["--job.config_file", str(tmp_path)])
+
+
+def test_all_mistakes_are_reported_together(toml):
+    argv = [*toml("[training]\nseqlen = 64\n[optimizer]\nlr = -1.0"), "--training.compile", "maybe", "stray"]
+    first, *others = message(argv).split("\n")
+    assert first == "4 mistakes:"
+    assert [line.startswith("- ") for line in others] == [True] * 4
+    for line, part in zip(
+        others, ["training.seqlen", "optimizer.lr", "--training.compile maybe", "stray"], strict=True
+    ):
+        assert part in line
+
+
+def test_a_mistake_in_the_file_is_one_even_if_overridden(toml):
+    assert "training.steps" in message([*toml("[training]\nsteps = 0"), "--training.steps", "5"])
+
+
+CHANGED = [
+    *("--training.seed", "5"),
+    *("--training.max_norm", "inf"),
+    *("--optimizer.eps", "1e-15"),
+    *("--lr_scheduler.decay_ratio", "0.8"),
+    *("--job.description", 'quote " backslash \\ and ü'),
+    *("--checkpoint.exclude_from_loading", "optimizer,dataloader"),
+    *("--parallelism.module_fqns_per_model_part", "tok_embeddings,layers.0", "norm,output"),
+    "--training.compile",
+]
+
+
+@pytest.mark.parametrize("argv", [[], CHANGED], ids=["defaults", "changed"])
+def test_what_is_printed_can_be_run_again(toml, argv, capsys):
+    assert main(argv) == 0
+    saved = toml(capsys.readouterr().out)
+    first, again = parse(argv), parse(saved)
+    again.job.config_file = None
+    assert again == first
+
+
+def test_what_a_run_saves_can_be_run_again(tmp_path):
+    config = parse(CHANGED)
+    path = tmp_path / "new" / "folder" / "resolved.toml"
+    write_resolved(config, path)
+    assert path.read_text(encoding="utf-8") == to_toml(config)
+    again = parse(["--job.config_file", str(path)])
+    assert again.job.config_file == str(path)
+    again.job.config_file = None
+    assert again == config
+
+
+def test_help_lists_every_option_with_default_and_documentation(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(["--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0
+    for part in ("[training]", "--training.seq_len (an integer >= 1; default: 2048)", "Tokens per sequence.", "[comm]"):
+        assert part in text
+
+
+def test_help_for_one_section(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help", "liger_kernel"])
+    text = capsys.readouterr().out
+    assert "--liger_kernel.implementation (auto, liger or native" in text
+    assert "--training.seq_len" not in text
+
+
+def test_a_run_warns_and_a_check_does_not(caplog):
+    with caplog.at_level(logging.WARNING):
+        parse(["--float8.emulate"], warn=False)
+        assert caplog.messages == []
+        parse(["--float8.emulate"])
+    assert len(caplog.messages) == 1
+
+
+def test_the_module_prints_one_message_and_fails():
+    command = [sys.executable, "-m", "torchtitan.config.manager"]
+    failed = subprocess.run(
+        [*command, "--training.seq_len", "abc"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert failed.returncode == 1
+    assert failed.stdout == ""
+    assert failed.stderr == "ConfigError: --training.seq_len abc: must be an integer >= 1\n"
+    passed = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert passed.returncode == 0
+    assert passed.stderr == ""
+    assert passed.stdout == to_toml(JobConfig())

@@ -1,0 +1,192 @@
+"""What is checked before processes start: on this machine, without a word if all is well, and without torch."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchtitan.config.preflight import get_vocab_size, main
+
+ROOT = Path(__file__).parents[3]
+
+
+def write_tokenizer(folder: Path, num_tokens: int, num_added: int = 0) -> Path:
+    folder.mkdir(exist_ok=True)
+    added = [{"id": num_tokens + i, "content": f"<{i}>"} for i in range(num_added)]
+    vocab = {f"t{i}": i for i in range(num_tokens)}
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"model": {"type": "BPE", "vocab": vocab}, "added_tokens": added})
+    )
+    return folder
+
+
+@pytest.fixture
+def valid(tmp_path: Path) -> list[str]:
+    """Options of a run that can start."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", 100)
+    return ["--model.tokenizer_path", str(tokenizer), "--job.dump_folder", str(tmp_path / "out" / "puts")]
+
+
+@pytest.fixture
+def refused(valid, capsys):
+    """Runs the preflight with more options and returns its one message."""
+
+    def run(*argv: str, launch: tuple[str, ...] = ("--nproc", "1")) -> str:
+        assert main([*launch, "--", *valid, *argv]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err.rstrip("\n")
+
+    return run
+
+
+def test_a_run_that_can_start_gets_no_word_and_its_folder(valid, capsys, tmp_path):
+    assert main(["--nproc", "2", "--", *valid, "--float8.emulate"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert list((tmp_path / "out" / "puts").iterdir()) == []
+
+
+def test_options_and_rules_are_checked(refused):
+    assert refused("--training.seqlen", "5").startswith("ConfigError: --training.seqlen 5: unknown option")
+    assert "world size 6" in refused(
+        "--parallelism.data_parallel_shard_degree", "5", launch=("--nproc", "2", "--nnodes", "3")
+    )
+    assert "it has 2" in refused(launch=("--nproc", "4", "--num_gpus", "2"))
+
+
+def test_the_documented_errors_keep_their_names(refused, monkeypatch):
+    fused = "--liger_kernel.enable_fused_linear_cross_entropy"
+    monkeypatch.setattr("torchtitan.config.preflight.find_spec", lambda name: None)
+    assert refused(fused) == (
+        "ImportError: Liger-Kernel is not installed. Please install it with: pip install liger-kernel"
+    )
+    native = ("--liger_kernel.implementation", "native")
+    assert refused(fused, *native, "--parallelism.pipeline_parallel_degree", "2").startswith(
+        "RuntimeError: Liger-Kernel fused linear cross entropy loss is not compatible with Pipeline Parallelism"
+    )
+
+
+def test_tokenizer_missing_broken_or_too_large(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    (tmp_path / "other.json").write_text("[1]")
+    large = write_tokenizer(tmp_path / "large", 1999, num_added=2)
+    for path, part in {
+        "nowhere": "does not exist",
+        "empty": "has no tokenizer.json",
+        "broken": "not in the format",
+        "other.json": "other.json is not in the format",
+    }.items():
+        text = refused("--model.tokenizer_path", str(tmp_path / path))
+        assert text.startswith(f"TokenizerError: model.tokenizer_path={tmp_path / path}")
+        assert part in text
+    text = refused("--model.tokenizer_path", str(large))
+    assert "token ids up to 2000" in text
+    assert "llama3 debugmodel has a vocabulary of 2000" in text
+
+
+def test_a_tokenizer_that_just_fits(valid, tmp_path):
+    just = write_tokenizer(tmp_path / "just", 1998, num_added=2)
+    for path in (just, just / "tokenizer.json"):
+        assert main(["--nproc", "1", "--", *valid, "--model.tokenizer_path", str(path)]) == 0
+
+
+def test_vocab_size_of_either_form(tmp_path):
+    (tmp_path / "unigram.json").write_text(json.dumps({"model": {"vocab": [["a", -1.0], ["b", -2.0]]}}))
+    assert get_vocab_size(tmp_path / "unigram.json") == 2
+    assert get_vocab_size(write_tokenizer(tmp_path / "bpe", 5, num_added=3) / "tokenizer.json") == 8
+
+
+def test_dataset_missing_or_empty(refused, valid, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "empty.txt").touch()
+    for path, part in {"nowhere": "does not exist", "empty.txt": "is empty", "folder": "is empty"}.items():
+        text = refused("--training.dataset_path", str(tmp_path / path))
+        assert text == f"DatasetError: training.dataset_path={tmp_path / path} {part}"
+    text = refused("--validation.enabled", "--validation.dataset_path", str(tmp_path / "nowhere"))
+    assert text == f"DatasetError: validation.dataset_path={tmp_path / 'nowhere'} does not exist"
+    assert main(["--nproc", "1", "--", *valid, "--validation.dataset_path", str(tmp_path / "nowhere")]) == 0
+    (tmp_path / "folder" / "data.txt").write_text("text")
+    assert main(["--nproc", "1", "--", *valid, "--training.dataset_path", str(tmp_path / "folder")]) == 0
+
+
+def test_initial_checkpoint_missing(refused, valid, tmp_path):
+    nowhere = str(tmp_path / "nowhere")
+    argv = ["--checkpoint.initial_load_path", nowhere]
+    assert refused(*argv) == f"CheckpointError: checkpoint.initial_load_path={nowhere} does not exist"
+    (tmp_path / "out" / "puts" / "checkpoint" / "step-5").mkdir(parents=True)
+    assert refused(*argv) == f"CheckpointError: checkpoint.initial_load_path={nowhere} does not exist"
+    # a run that continues from its own checkpoint does not read it
+    assert main(["--nproc", "1", "--", *valid, *argv, "--checkpoint.enable_checkpoint"]) == 0
+
+
+@pytest.mark.parametrize("option", ["model.tokenizer_path", "training.dataset_path", "checkpoint.initial_load_path"])
+def test_what_cannot_be_looked_at_is_said_with_the_reason(refused, option):
+    path = "x" * 256  # a longer name than file systems take; a folder without permission is the same to us
+    assert refused(f"--{option}", path).endswith(f"Error: {option}={path} cannot be read: File name too long")
+
+
+def test_a_folder_that_may_not_be_read_is_not_called_empty(refused, tmp_path, monkeypatch):
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("torchtitan.config.preflight.os.scandir", refuse)  # nothing is forbidden to root
+    text = refused("--training.dataset_path", str(tmp_path))
+    assert text == f"DatasetError: training.dataset_path={tmp_path} cannot be read: Permission denied"
+
+
+@pytest.mark.parametrize("section", ["training", "validation"])
+def test_an_empty_dataset_path_is_not_the_current_folder(refused, section):
+    assert refused(f"--{section}.dataset_path", "", "--validation.enabled") == (
+        f'DatasetError: {section}.dataset_path="" names no file or folder; leave it out for {section}.dataset itself'
+    )
+
+
+def test_a_module_that_is_not_there(refused):
+    text = refused("--experimental.custom_import", "no_such_module")
+    assert text.startswith("ConfigError: experimental.custom_import=no_such_module: there is no such module")
+
+
+@pytest.mark.parametrize("below", ["", "/below"])
+def test_output_folder_that_cannot_be_written(refused, tmp_path, below):
+    (tmp_path / "file").touch()
+    text = refused("--job.dump_folder", f"{tmp_path}/file{below}")
+    assert text.startswith(f"ConfigError: job.dump_folder={tmp_path}/file{below} cannot be written: ")
+
+
+def test_faults_of_the_machine_are_reported_together(refused, tmp_path):
+    nowhere = str(tmp_path / "nowhere")
+    lines = refused("--training.dataset_path", nowhere, "--model.tokenizer_path", nowhere).split("\n")
+    assert lines[0] == "ConfigError: 2 mistakes:"
+    assert len(lines) == 3
+
+
+def test_no_torch_is_imported(valid):
+    code = (
+        "import sys; from torchtitan.config.preflight import main; status = main(sys.argv[1:]);"
+        "assert status == 0; assert 'torch' not in sys.modules and 'tokenizers' not in sys.modules"
+    )
+    argv = ["--nproc", "2", "--", *valid, "--parallelism.tensor_parallel_degree", "2"]
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_module_fails_with_one_message():
+    argv = ["--nproc", "1", "--", "--training.seq_len", "abc"]
+    command = [sys.executable, "-m", "torchtitan.config.preflight", *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "ConfigError: --training.seq_len abc: must be an integer >= 1\n"
+
+
+def test_help_is_shown_and_nothing_is_checked(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--nproc", "1", "--", "--help", "--training.seqlen"])
+    assert left.value.code == 0
+    assert "--training.seq_len" in capsys.readouterr().out

@@ -1,0 +1,249 @@
+"""From defaults, a TOML file and the command line to a JobConfig; the later wins.
+
+Command line: `--section.option value` or `--section.option=value`, with `-` and `_` alike; the last of several wins.
+Booleans: `--x.flag`, `--x.no-flag`, `--x.flag True|False`, `--x.flag=true|false`. Lists: one token, comma-separated
+(`a,b`; "" is the empty list); lists of lists: one token or several (`a,b c,d`). Optional values may be `None`.
+
+Everything wrong with the TOML and the command line is reported at once. Rules across options are in validate.py.
+`python -m torchtitan.config.manager [arguments]` prints the resolved configuration as TOML, which can be run again.
+"""
+
+import logging
+import os
+import re
+import sys
+import textwrap
+import tomllib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from torchtitan.config.errors import ConfigError, raise_all
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.schema import Option, get_options, get_sections, nearest, shown
+from torchtitan.config.upstream import UPSTREAM_OPTIONS, no_effect_warning, refusal
+
+logger = logging.getLogger("torchtitan")
+
+_CONFIG_FILE = "job.config_file"
+
+
+class ConfigManager:
+    """What train.py calls; `resolve` is the same without side effects."""
+
+    def parse_args(self, argv: Sequence[str], *, warn: bool = True) -> JobConfig:
+        """The configuration that the arguments, without the program's name, stand for.
+
+        Warns, once, about options that have no effect. `--help` prints the options and raises SystemExit.
+        Raises ConfigError with every mistake that was found.
+        """
+        if {"--help", "-h"} & set(argv):
+            _print(help_text([word for word in argv if word in get_sections()]))
+            raise SystemExit(0)
+        config, no_effect = resolve(argv)
+        if no_effect and warn:
+            logger.warning(no_effect_warning(no_effect))
+        return config
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One option that was given: its value, or what is wrong with it."""
+
+    name: str
+    given: str  # as the user wrote it, after the file's name if it is from one
+    value: Any = None
+    problem: str | None = None
+
+    def error(self) -> ConfigError:
+        return ConfigError(f"{self.given}: {self.problem}")
+
+
+def resolve(argv: Sequence[str]) -> tuple[JobConfig, list[str]]:
+    """The configuration, and the names of the given options that have no effect; ConfigError if anything is wrong."""
+    settings = list(_read_command_line(argv))
+    config_files = [setting.value for setting in settings if setting.name == _CONFIG_FILE and not setting.problem]
+    if config_files and config_files[-1] is not None:
+        settings = [*_read_toml(config_files[-1]), *settings]
+
+    used = {setting.name: setting for setting in settings if not setting.problem}  # the later wins
+    foreign = [used.pop(name) for name in list(used) if name in UPSTREAM_OPTIONS]
+    refused = [replace(setting, problem=refusal(setting.name, setting.value)) for setting in foreign]
+    raise_all([setting.error() for setting in settings + refused if setting.problem])
+
+    config = JobConfig()
+    for setting in used.values():
+        section, field = setting.name.split(".")
+        setattr(getattr(config, section), field, setting.value)
+    return config, [setting.name for setting in foreign]
+
+
+def to_toml(config: JobConfig) -> str:
+    """The configuration as TOML. None, which TOML lacks, is left out: it is the default wherever it is allowed."""
+    sections = config.to_dict()
+    return tomli_w.dumps(
+        {section: {k: v for k, v in options.items() if v is not None} for section, options in sections.items()}
+    )
+
+
+def write_resolved(config: JobConfig, path: str | Path) -> None:
+    """Save the configuration so that `--job.config_file path` repeats the run."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_toml(config), encoding="utf-8")
+
+
+def help_text(only_sections: Sequence[str] = ()) -> str:
+    """Every option, or those of some sections: what it may be, its default and its documentation."""
+    lines = [
+        "usage: ./run_train.sh [--section.option value ...]",
+        "",
+        "Values come from the command line, else from the TOML file (CONFIG_FILE), else from the defaults below.",
+        "Booleans: --x.flag, --x.no-flag, --x.flag True|False. Lists: one comma-separated value.",
+    ]
+    for section, cls in get_sections().items():
+        if only_sections and section not in only_sections:
+            continue
+        lines += ["", f"[{section}] {cls.__doc__}"]
+        for option in get_options().values():
+            if option.name.startswith(f"{section}."):
+                lines.append(f"  {option.flag} ({option.allowed()}; default: {shown(option.default)})")
+                lines.append(textwrap.fill(option.doc, 110, initial_indent=" " * 8, subsequent_indent=" " * 8))
+    return "\n".join(lines)
+
+
+def _read_command_line(argv: Sequence[str]) -> Iterator[_Setting]:
+    tokens = deque(argv)
+    while tokens:
+        token = tokens.popleft()
+        if not token.startswith("--"):
+            yield _Setting("", token, problem=_about_stray(token))
+            continue
+        flag, equals, text = token.partition("=")
+        name = flag[2:].replace("-", "_")
+        option, negated = _find(name)
+        values = [text] if equals else [] if negated else _take_values(tokens, option)
+        given = token if equals else " ".join([token, *(value or '""' for value in values)])
+        if option is None:
+            yield _Setting("", given, problem=_about_unknown(name, "--"))
+        elif option.base is bool and not values:
+            yield _Setting(option.name, given, not negated)
+        elif negated:
+            yield _Setting(option.name, given, problem=f"takes no value; there is {option.flag} True or False")
+        elif not values:
+            yield _Setting(option.name, given, problem=f"needs a value, {option.allowed()}")
+        else:
+            yield _read(option, given, option.parse, " ".join(values))
+
+
+def _take_values(tokens: deque[str], option: Option | None) -> list[str]:
+    """Remove from `tokens` those that belong to the flag before them: one, but all for a list of lists."""
+    several = option is not None and option.base == list[list[str]]
+    values: list[str] = []
+    while tokens and not tokens[0].startswith("--") and (several or not values):
+        values.append(tokens.popleft())
+    return values
+
+
+def _find(name: str) -> tuple[Option | None, bool]:
+    """The option of this name, and whether the name is that of a boolean with `no_` put before it."""
+    section, _, field = name.partition(".")
+    plain = _known().get(f"{section}.{field.removeprefix('no_')}")
+    if name not in _known() and plain is not None and plain.base is bool:
+        return plain, True
+    return _known().get(name), False
+
+
+def _read_toml(file: str) -> Iterator[_Setting]:
+    known_sections = {name.partition(".")[0] for name in _known()}
+    for section, table in _load_toml(Path(file)).items():
+        if not isinstance(table, dict):
+            meant = [f"[{section}]"] if section in known_sections else nearest(section, get_options())
+            hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+            yield _Setting("", f"{file}: {section} = {shown(table)}", problem=f"stands outside the sections{hint}")
+        elif section not in known_sections and not table:
+            yield _Setting("", f"{file}: [{section}]", problem=_about_unknown_section(section))
+        else:
+            for field, value in table.items():
+                name, given = f"{section}.{field}", f"{file}: {section}.{field} = {shown(value)}"
+                if name in _known():
+                    yield _read(_known()[name], given, _known()[name].check, value)
+                else:
+                    yield _Setting("", given, problem=_about_unknown(name))
+
+
+def _load_toml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        # the message ends with the place, in brackets; only at the end of the text it names no line
+        found = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error))
+        last = text.splitlines() or [""]
+        what, line, column = found.groups() if found else (str(error), len(last), len(last[-1]) + 1)
+        raise ConfigError(f"{path}, line {line}, column {column}: not valid TOML: {what}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: byte {error.start} is not UTF-8") from None
+    except OSError as error:
+        others = get_close_matches(path.name, [other.name for other in path.parent.glob("*.toml")], n=1)
+        hint = f"; did you mean {path.parent / others[0]}?" if others else f" (looked in {Path.cwd()})"
+        raise ConfigError(f"cannot read {_CONFIG_FILE} {path}: {error.strerror}{hint}") from None
+
+
+def _read(option: Option, given: str, read: Callable[[Any], Any], value: object) -> _Setting:
+    try:
+        return _Setting(option.name, given, read(value))
+    except ValueError as error:
+        return _Setting(option.name, given, problem=str(error))
+
+
+def _known() -> dict[str, Option]:
+    return get_options() | {name: entry.option for name, entry in UPSTREAM_OPTIONS.items()}
+
+
+def _about_unknown(name: str, prefix: str = "") -> str:
+    section = name.partition(".")[0]
+    if meant := nearest(name, get_options()):
+        return f"unknown option; did you mean {' or '.join(prefix + other for other in meant)}?"
+    if section not in get_sections():
+        return _about_unknown_section(section)
+    fields = (other.partition(".")[2] for other in get_options() if other.startswith(f"{section}."))
+    return f"unknown option; [{section}] has {', '.join(fields)}"
+
+
+def _about_unknown_section(section: str) -> str:
+    if meant := nearest(section, get_sections()):
+        return f"unknown section; did you mean [{meant[0]}]?"
+    return f"unknown section; there are {', '.join(get_sections())}"
+
+
+def _about_stray(token: str) -> str:
+    option, _ = _find(token.partition("=")[0].replace("-", "_"))
+    hint = f"; did you mean --{token}?" if option else ""
+    return f"unexpected argument: options are --section.option value, and a list is one value, a,b,c{hint}"
+
+
+def _print(text: str) -> None:
+    try:
+        print(text.rstrip(), flush=True)
+    except BrokenPipeError:  # the reader, `| head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the resolved configuration; the exit status."""
+    try:
+        _print(to_toml(ConfigManager().parse_args(argv)))
+    except ConfigError as error:
+        print(error.report(), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,149 @@
+"""The check before the processes of a run start: the options, and what they point to on this machine.
+
+    python -m torchtitan.config.preflight --nproc N [--nnodes M] [--num_gpus G] -- [options of the run]
+
+Exits 0 without a word, or 1 with one message. It imports no torch, so that a mistake costs a fraction of a second.
+Without --num_gpus nothing is assumed about GPUs; 0 means that the run is on CPU.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from itertools import chain
+from pathlib import Path
+
+from torchtitan.config.custom_import import check_custom_import
+from torchtitan.config.errors import CheckpointError, ConfigError, DatasetError, TokenizerError, raise_all
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.manager import ConfigManager
+from torchtitan.config.validate import check_vocab_size, validate
+
+
+def check_machine(config: JobConfig) -> None:
+    """Raise ConfigError with everything that the options point to and that is not there, or does not fit.
+
+    Creates the run's output folder, to know that it can be written.
+    """
+    raise_all(
+        [
+            *_about_custom_import(config),
+            *_about_tokenizer(config),
+            *_about_datasets(config),
+            *_about_initial_checkpoint(config),
+        ]
+    )
+    folder = Path(config.job.dump_folder)
+    check_writable(folder, given=f"job.dump_folder={folder}")
+
+
+def check_writable(folder: Path, *, given: str) -> None:
+    """Create the folder if need be, and raise ConfigError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{given} cannot be written: {error.strerror}") from None
+
+
+def get_vocab_size(tokenizer_json: Path) -> int:
+    """One more than the largest token id in a tokenizer.json; far faster than loading the tokenizer."""
+    tokenizer = json.loads(tokenizer_json.read_bytes())
+    vocab = tokenizer["model"]["vocab"]  # token -> id, or a list in the order of the ids
+    ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+    return 1 + max(chain(ids, (token["id"] for token in tokenizer.get("added_tokens", []))), default=-1)
+
+
+def _about_custom_import(config: JobConfig) -> Iterator[ConfigError]:
+    try:
+        check_custom_import(config.experimental.custom_import)
+    except ConfigError as error:
+        yield error
+
+
+def _about_tokenizer(config: JobConfig) -> Iterator[ConfigError]:
+    path = Path(config.model.tokenizer_path)
+    given = f"model.tokenizer_path={path}"
+    try:
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if file.is_file():
+            check_vocab_size(config, get_vocab_size(file))
+        else:
+            what = "has no tokenizer.json" if path.is_dir() else "does not exist"
+            yield TokenizerError(f"{given} {what}; it must be a folder with a tokenizer.json, or the path of that file")
+    except TokenizerError as error:
+        yield error
+    except OSError as error:
+        yield TokenizerError(f"{given} cannot be read: {error.strerror}")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        yield TokenizerError(f"{given}: {file.name} is not in the format of Hugging Face's tokenizer.json")
+
+
+def _about_datasets(config: JobConfig) -> Iterator[ConfigError]:
+    paths = {"training": config.training.dataset_path}
+    if config.validation.enabled:
+        paths["validation"] = config.validation.dataset_path
+    for section, name in paths.items():
+        option = f"{section}.dataset_path"
+        try:
+            if name == "":  # which is the current folder to Path
+                yield DatasetError(f'{option}="" names no file or folder; leave it out for {section}.dataset itself')
+            elif name is not None and not Path(name).exists():
+                yield DatasetError(f"{option}={name} does not exist")
+            elif name is not None and not _has_data(Path(name)):
+                yield DatasetError(f"{option}={name} is empty")
+        except OSError as error:
+            yield DatasetError(f"{option}={name} cannot be read: {error.strerror}")
+
+
+def _has_data(path: Path) -> bool:
+    if path.is_file():
+        return path.stat().st_size > 0
+    with os.scandir(path):
+        pass  # rglob would pass over a folder that may not be read
+    return any(file.is_file() and file.stat().st_size for file in path.rglob("*"))
+
+
+def _about_initial_checkpoint(config: JobConfig) -> Iterator[ConfigError]:
+    path, checkpoint = config.checkpoint.initial_load_path, config.checkpoint
+    own = Path(config.job.dump_folder, checkpoint.folder)
+    if checkpoint.enable_checkpoint and any(own.glob("step-*")):
+        return  # the run continues from its own, and the other is not needed any more
+    given = f"checkpoint.initial_load_path={path}"
+    try:
+        if path is not None and not Path(path).exists():
+            yield CheckpointError(f"{given} does not exist")
+    except OSError as error:
+        yield CheckpointError(f"{given} cannot be read: {error.strerror}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check a run before it is started; the exit status."""
+    parser = argparse.ArgumentParser("torchtitan.config.preflight", allow_abbrev=False, add_help=False)
+    parser.add_argument("--nproc", type=int, required=True)
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--num_gpus", type=int)
+    split = list(argv).index("--") if "--" in argv else len(argv)
+    launch = parser.parse_args(argv[:split])
+    try:
+        config = ConfigManager().parse_args(argv[split + 1 :], warn=False)
+        validate(
+            config,
+            world_size=launch.nproc * launch.nnodes,
+            local_world_size=launch.nproc,
+            num_gpus=launch.num_gpus,
+            liger_installed=find_spec("liger_kernel") is not None,
+        )
+        check_machine(config)
+    except ConfigError as error:
+        print(error.report(), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

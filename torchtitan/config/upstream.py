@@ -1,0 +1,112 @@
+"""Options that upstream torchtitan (mid-2025) has and this package does not.
+
+Upstream's TOML files run here unedited. An option of this table that leaves the training as it is
+is accepted and named in one warning; a value that asks for something else is refused.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torchtitan.config.schema import Option, option_of, shown
+
+
+@dataclass(frozen=True)
+class UpstreamOption:
+    """`harmless` holds the values that change nothing here; None means that every value does."""
+
+    option: Option
+    harmless: tuple[Any, ...] | None
+    instead: str  # why other values are refused, or what to do instead
+
+
+def _no_effect(name: str, annotation: Any) -> UpstreamOption:
+    return UpstreamOption(option_of(name, annotation, None), None, "")
+
+
+def _only(name: str, annotation: Any, harmless: tuple[Any, ...], instead: str) -> UpstreamOption:
+    return UpstreamOption(option_of(name, annotation, harmless[0]), harmless, instead)
+
+
+_TEXTS = list[str]
+_TABLE = (
+    _no_effect("job.use_for_integration_test", bool),
+    _only("model.converters", _TEXTS, ([],), "Float8, MX and other model converters are not part of this package"),
+    _no_effect("model.print_after_conversion", bool),
+    _only(
+        "optimizer.early_step_in_backward",
+        bool,
+        (False,),
+        "the optimizer steps after backward, because gradients are clipped by their global norm",
+    ),
+    _only(
+        "parallelism.enable_compiled_autograd",
+        bool,
+        (False,),
+        "compiled autograd is not supported; training.compile compiles the blocks and the loss",
+    ),
+    _only("parallelism.expert_parallel_degree", int, (1,), "the models of this package have no experts"),
+    _only(
+        "parallelism.pipeline_parallel_split_points",
+        _TEXTS,
+        ([],),
+        "name the modules of each stage in parallelism.module_fqns_per_model_part",
+    ),
+    _only(
+        "parallelism.pipeline_parallel_schedule_csv",
+        str | None,
+        ("", None),
+        "choose a schedule with parallelism.pipeline_parallel_schedule",
+    ),
+    _no_effect("activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns", _TEXTS),
+    # float8 and mx configure converters, and act only where model.converters names them.
+    _no_effect("float8.enable_fsdp_float8_all_gather", bool),
+    _no_effect("float8.precompute_float8_dynamic_scale_for_fsdp", bool),
+    _no_effect("float8.recipe_name", Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None),
+    _no_effect("float8.filter_fqns", _TEXTS),
+    _no_effect("float8.emulate", bool),
+    _no_effect("float8.moe_fqns_prototype", _TEXTS),
+    _no_effect("mx.mxfp8_dim1_cast_kernel_choice", Literal["triton", "cuda", "torch"]),
+    _no_effect("mx.recipe_name", str),
+    _no_effect("mx.filter_fqns", _TEXTS),
+    _no_effect("mx.moe_fqns_prototype", _TEXTS),
+    _only(
+        "memory_estimation.enabled",
+        bool,
+        (False,),
+        "a run is not simulated on fake tensors",
+    ),
+    _no_effect("memory_estimation.disable_fake_mode", bool),
+    _only("fault_tolerance.enable", bool, (False,), "TorchFT is not part of this package"),
+    # The rest of fault_tolerance acts only where it is enabled.
+    _no_effect("fault_tolerance.process_group", str),
+    _no_effect("fault_tolerance.process_group_timeout_ms", int),
+    _no_effect("fault_tolerance.replica_id", int),
+    _no_effect("fault_tolerance.group_size", int),
+    _no_effect("fault_tolerance.min_replica_size", int),
+    _no_effect("fault_tolerance.semi_sync_method", str | None),
+    _no_effect("fault_tolerance.sync_steps", int),
+    _no_effect("fault_tolerance.should_quantize", bool),
+    _no_effect("fault_tolerance.fragment_sync_delay", int),
+    _no_effect("fault_tolerance.fragment_update_alpha", float),
+    _only(
+        "experimental.custom_args_module",
+        str,
+        ("",),
+        "options cannot be added; experimental.custom_import registers models and datasets",
+    ),
+)
+UPSTREAM_OPTIONS: Mapping[str, UpstreamOption] = {entry.option.name: entry for entry in _TABLE}
+
+
+def refusal(name: str, value: object) -> str | None:
+    """Why an option of the table cannot have this value; None if it can."""
+    entry = UPSTREAM_OPTIONS[name]
+    if entry.harmless is None or value in entry.harmless:
+        return None
+    return f"upstream's option, of which only {shown(entry.harmless[0])} is supported here: {entry.instead}"
+
+
+def no_effect_warning(names: list[str]) -> str:
+    """The one warning about all options of the table that a run gives."""
+    return f"Options of upstream torchtitan that have no effect here: {', '.join(names)}"

@@ -1,0 +1,307 @@
+"""Every rule that an option alone cannot know: across sections, against the model and the number of processes.
+
+A rule is a generator of messages that name the options, their values and what would work. Nothing here changes the
+configuration, looks at the machine (preflight.py does) or imports torch.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+
+from torchtitan.config.errors import (
+    ConfigError,
+    FusedLossWithPipelineError,
+    LigerNotInstalledError,
+    TokenizerError,
+    raise_all,
+)
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.schema import either, nearest
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.pipeline_split import ONE_STAGE, TWO_STAGES
+from torchtitan.protocols.train_spec import ModelArgs, get_model_names, get_train_spec
+
+_CHECKPOINT_STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state")
+_ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble")
+
+
+def validate(
+    config: JobConfig,
+    *,
+    world_size: int,
+    num_gpus: int | None = None,
+    liger_installed: bool,
+    local_world_size: int | None = None,
+) -> None:
+    """Raise ConfigError with every rule that the configuration breaks.
+
+    num_gpus: GPUs of this machine; 0 means that the run is on CPU, None that it is not known.
+    local_world_size: processes on this machine; None means all of them.
+    The two errors that the fused loss documents come first, and alone.
+    """
+    _check_fused_loss(config, liger_installed)
+    problems = [
+        *_about_devices(num_gpus, local_world_size or world_size),
+        *_about_model(config),
+        *_about_activation_checkpoint(config),
+        *_about_fused_loss(config),
+        *_about_async_tensor_parallel(config, num_gpus),
+        *_about_checkpoint(config, world_size),
+        *_about_length(config),
+        *_about_heads(config),
+        *_about_pipeline(config),
+    ]
+    try:
+        problems += _about_batch(config, ParallelDims.from_config(config.parallelism, world_size))
+    except ConfigError as error:
+        problems.append(str(error))
+    raise_all([ConfigError(problem) for problem in problems])
+
+
+def get_model_args(config: JobConfig) -> ModelArgs | None:
+    """The shape of the model that is asked for; None if it is not known (yet)."""
+    if config.model.name not in get_model_names():
+        return None
+    return get_train_spec(config.model.name).flavors.get(config.model.flavor)
+
+
+def check_vocab_size(config: JobConfig, vocab_size: int) -> None:
+    """Raise TokenizerError if a tokenizer with so many ids makes some that the model does not have."""
+    model = get_model_args(config)
+    if model and vocab_size > model.vocab_size:
+        raise TokenizerError(
+            f"{_show(config, 'model.tokenizer_path')} makes token ids up to {vocab_size - 1}, and {_named(config)} has"
+            f" a vocabulary of {model.vocab_size}; use a smaller tokenizer or a model.flavor with a larger vocabulary"
+        )
+
+
+def _check_fused_loss(config: JobConfig, liger_installed: bool) -> None:
+    if not config.liger_kernel.enable_fused_linear_cross_entropy:
+        return
+    if config.liger_kernel.implementation != "native" and not liger_installed:
+        raise LigerNotInstalledError
+    if config.parallelism.pipeline_parallel_degree > 1:
+        raise FusedLossWithPipelineError(config.parallelism.pipeline_parallel_degree)
+
+
+def _about_devices(num_gpus: int | None, local_world_size: int) -> Iterator[str]:
+    if num_gpus and local_world_size > num_gpus:
+        yield (
+            f"{local_world_size} processes on this machine need a GPU each, and it has {num_gpus};"
+            f" start at most {num_gpus} (NGPU={num_gpus})"
+        )
+
+
+def _about_model(config: JobConfig) -> Iterator[str]:
+    names = get_model_names()
+    if config.model.name in names:
+        flavors = get_train_spec(config.model.name).flavors
+        if config.model.flavor not in flavors:
+            yield f"{_show(config, 'model.flavor')} is unknown; {_known(config.model.flavor, flavors)}"
+    elif not config.experimental.custom_import:  # which may register the model later
+        yield f"{_show(config, 'model.name')} is unknown; {_known(config.model.name, names)}"
+
+
+def _about_activation_checkpoint(config: JobConfig) -> Iterator[str]:
+    option = config.activation_checkpoint.selective_ac_option
+    if option != "op" and not (option.isdecimal() and int(option) > 0):
+        yield f"{_show(config, 'activation_checkpoint.selective_ac_option')} must be op or a positive integer"
+
+
+def _about_fused_loss(config: JobConfig) -> Iterator[str]:
+    liger = config.liger_kernel
+    split = config.parallelism.tensor_parallel_degree > 1
+    if liger.enable_fused_linear_cross_entropy and liger.implementation == "liger" and split:
+        yield (
+            f"{_show(config, 'liger_kernel.implementation')} needs the whole vocabulary on each rank, and"
+            f" {_show(config, 'parallelism.tensor_parallel_degree')} splits it; use implementation auto or native,"
+            " the in-tree fused loss, or a degree of 1"
+        )
+
+
+def _about_async_tensor_parallel(config: JobConfig, num_gpus: int | None) -> Iterator[str]:
+    if not config.parallelism.enable_async_tensor_parallel or config.parallelism.tensor_parallel_degree == 1:
+        return
+    if not config.training.compile:
+        yield "parallelism.enable_async_tensor_parallel needs the compiler; add --training.compile"
+    if num_gpus == 0:
+        yield "parallelism.enable_async_tensor_parallel needs GPUs; leave it off on CPU"
+
+
+def _about_checkpoint(config: JobConfig, world_size: int) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    if checkpoint.last_save_in_hf and not checkpoint.last_save_model_only:
+        yield "checkpoint.last_save_in_hf saves weights only; set checkpoint.last_save_model_only=true as well"
+    if checkpoint.initial_load_in_hf and checkpoint.initial_load_path is None:
+        yield "checkpoint.initial_load_in_hf says how to read checkpoint.initial_load_path, which is not set"
+    if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
+        yield "checkpoint.initial_load_in_hf loads weights only; set checkpoint.initial_load_model_only=true as well"
+    asked_for = {
+        "create_seed_checkpoint": checkpoint.create_seed_checkpoint,
+        "last_save_in_hf": checkpoint.last_save_in_hf,
+        f"load_step={checkpoint.load_step}": checkpoint.load_step != -1,
+    }
+    for option in [option for option, is_set in asked_for.items() if is_set and not checkpoint.enable_checkpoint]:
+        yield f"checkpoint.{option} needs checkpoint.enable_checkpoint=true"
+    if checkpoint.create_seed_checkpoint and world_size != 1:
+        yield f"checkpoint.create_seed_checkpoint runs on one process, not on {world_size}; start it with NGPU=1"
+    for state in checkpoint.exclude_from_loading:
+        if state not in _CHECKPOINT_STATES:
+            yield f"checkpoint.exclude_from_loading has {state!r}, which is none; {_known(state, _CHECKPOINT_STATES)}"
+
+
+def _about_batch(config: JobConfig, dims: ParallelDims) -> Iterator[str]:
+    at_once = config.training.local_batch_size * dims.dp
+    if config.training.global_batch_size != -1 and config.training.global_batch_size % at_once:
+        yield (
+            f"{_show(config, 'training.global_batch_size')} is not a multiple of {at_once}, which is"
+            f" {_show(config, 'training.local_batch_size')} on each of {dims.dp} data-parallel ranks;"
+            f" use {_multiples_near(config.training.global_batch_size, at_once)}"
+        )
+
+
+def _about_length(config: JobConfig) -> Iterator[str]:
+    cp, tp = config.parallelism.context_parallel_degree, config.parallelism.tensor_parallel_degree
+    # A context-parallel rank holds a chunk of the head and one of the tail; tensor parallelism splits what it holds.
+    chunks = math.lcm(2 * cp if cp > 1 else 1, cp * tp)
+    lengths = {"training.seq_len": config.training.seq_len}
+    if config.validation.enabled:
+        lengths["validation.seq_len"] = config.validation.seq_len
+    for name, seq_len in lengths.items():
+        if seq_len % chunks:
+            yield (
+                f"{name}={seq_len} is not a multiple of {chunks}, which"
+                f" {_show(config, 'parallelism.context_parallel_degree')} and"
+                f" {_show(config, 'parallelism.tensor_parallel_degree')} need; use {_multiples_near(seq_len, chunks)}"
+            )
+
+
+def _about_heads(config: JobConfig) -> Iterator[str]:
+    model = get_model_args(config)
+    if model is None:
+        return
+    shared = math.gcd(model.n_heads, model.n_kv_heads)
+    if shared % config.parallelism.tensor_parallel_degree:
+        yield (
+            f"{_show(config, 'parallelism.tensor_parallel_degree')} does not divide n_heads={model.n_heads} and"
+            f" n_kv_heads={model.n_kv_heads} of {_named(config)}; use {either(_divisors(shared))}"
+        )
+
+
+def _about_pipeline(config: JobConfig) -> Iterator[str]:
+    model, pp = get_model_args(config), config.parallelism.pipeline_parallel_degree
+    if model is None or pp == 1:
+        return
+    if config.parallelism.module_fqns_per_model_part is not None:
+        yield from _about_stage_modules(config.parallelism.module_fqns_per_model_part, model.n_layers)
+    yield from _about_stages(config, pp, model.n_layers)
+    yield from _about_microbatches(config, pp)
+    yield from _about_zero_bubble(config)
+
+
+def _about_zero_bubble(config: JobConfig) -> Iterator[str]:
+    if config.parallelism.pipeline_parallel_schedule not in _ZERO_BUBBLE:
+        return
+    schedule = f"{_show(config, 'parallelism.pipeline_parallel_schedule')} computes the gradients of inputs and weights"
+    if config.training.compile:
+        yield (
+            f"{schedule} apart, which compiled blocks cannot; leave training.compile off, or use 1F1B or"
+            " Interleaved1F1B"
+        )
+    if config.parallelism.fsdp_reshard_after_forward == "always":
+        yield (
+            f"{schedule} apart, and misses those of weights that are gathered anew between:"
+            " parallelism.fsdp_reshard_after_forward=always does not work with it; use default or never"
+        )
+
+
+def _about_stage_modules(parts: list[list[str]], n_layers: int) -> Iterator[str]:
+    option = "parallelism.module_fqns_per_model_part"
+    modules = ["tok_embeddings", *(f"layers.{i}" for i in range(n_layers)), "norm", "output"]
+    named = [name for part in parts for name in part]
+    if unknown := [name for name in named if name not in modules]:
+        yield f"{option} names {unknown[0]!r}, which the model does not have; {_known(unknown[0], modules)}"
+    elif missing := [name for name in modules if name not in named]:
+        yield f"{option} leaves out {', '.join(missing)}; each module belongs to one part"
+    elif [name for part in parts for name in sorted(part, key=modules.index)] != modules:
+        yield f"{option} must name each module once, the parts in the model's order: {', '.join(modules)}"
+
+
+def _about_stages(config: JobConfig, pp: int, n_layers: int) -> Iterator[str]:
+    parallelism = config.parallelism
+    schedule = parallelism.pipeline_parallel_schedule
+    first = parallelism.pipeline_parallel_first_stage_less_layers
+    last = parallelism.pipeline_parallel_last_stage_less_layers
+    if parallelism.module_fqns_per_model_part is not None:
+        num_stages = len(parallelism.module_fqns_per_model_part)
+        source = "parallelism.module_fqns_per_model_part"
+    elif parallelism.pipeline_parallel_layers_per_stage is not None:
+        num_stages = math.ceil((n_layers + first + last) / parallelism.pipeline_parallel_layers_per_stage)
+        source = _show(config, "parallelism.pipeline_parallel_layers_per_stage")
+    else:
+        num_stages = pp * (1 if schedule in ONE_STAGE else 2)
+        source = f"{_show(config, 'parallelism.pipeline_parallel_degree')} with {schedule}"
+
+    if schedule in ONE_STAGE:
+        fits, wanted = num_stages == pp, f"{pp}"
+    elif schedule in TWO_STAGES:
+        fits, wanted = num_stages == 2 * pp, f"{2 * pp}"
+    else:
+        fits, wanted = num_stages % pp == 0 and num_stages > pp, f"{2 * pp}, {3 * pp}, {4 * pp}, ..."
+    if not fits:
+        yield (
+            f"{source} makes {num_stages} stages, and {_show(config, 'parallelism.pipeline_parallel_schedule')} on"
+            f" {pp} ranks takes {wanted}"
+        )
+
+    share, rest = divmod(n_layers + first + last, max(1, num_stages))
+    if parallelism.module_fqns_per_model_part is None and (share == 0 or share + bool(rest) < first or share < last):
+        yield (
+            f"{source} makes {num_stages} stages, and {_named(config)} has {n_layers} layers for them, beside"
+            f" {_show(config, 'parallelism.pipeline_parallel_first_stage_less_layers')} and"
+            f" {_show(config, 'parallelism.pipeline_parallel_last_stage_less_layers')}; use fewer stages"
+            f"{f', or count at most {share} for embedding and output' if share else ''}"
+        )
+
+
+def _about_microbatches(config: JobConfig, pp: int) -> Iterator[str]:
+    schedule, microbatch = "parallelism.pipeline_parallel_schedule", "parallelism.pipeline_parallel_microbatch_size"
+    size, microbatch_size = config.training.local_batch_size, config.parallelism.pipeline_parallel_microbatch_size
+    if size % microbatch_size:
+        yield (
+            f"{_show(config, microbatch)} does not divide {_show(config, 'training.local_batch_size')};"
+            f" use {either(_divisors(size))}"
+        )
+        return
+    num_microbatches = size // microbatch_size
+    made = f"training.local_batch_size makes {num_microbatches} with {_show(config, microbatch)}"
+    match config.parallelism.pipeline_parallel_schedule:
+        case "1F1B" if num_microbatches < pp:
+            yield f"{_show(config, schedule)} needs at least {pp} microbatches, one a stage; {made}; GPipe takes fewer"
+        case "Interleaved1F1B" | "InterleavedZeroBubble" if num_microbatches % max(1, num_microbatches // pp):
+            yield (
+                f"{_show(config, schedule)} takes microbatches in equal rounds of {pp} or more; {made};"
+                f" use {_multiples_near(num_microbatches, pp)}"
+            )
+
+
+def _show(config: JobConfig, name: str) -> str:
+    section, field = name.split(".")
+    return f"{name}={getattr(getattr(config, section), field)}"
+
+
+def _named(config: JobConfig) -> str:
+    return f"{config.model.name} {config.model.flavor}"
+
+
+def _known(name: str, names: Iterable[str]) -> str:
+    meant = nearest(name, names)
+    return f"did you mean {either(meant)}?" if meant else f"known are {', '.join(names)}"
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _multiples_near(value: int, of: int) -> str:
+    below = value // of * of
+    return either([multiple for multiple in (below, below + of) if multiple])
