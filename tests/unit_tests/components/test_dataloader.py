@@ -1,0 +1,387 @@
+"""Batches: shifted labels, exact resuming with batches in flight, equal shares for ranks, no thread left behind."""
+
+import gzip
+import itertools
+import json
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchtitan.components.dataloader import (
+    PREFETCHED_BATCHES,
+    Batch,
+    DataloaderStateError,
+    Prefetcher,
+    TrainingDataLoader,
+    ValidationDataLoader,
+    build_dataloader,
+    build_validation_dataloader,
+)
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.tokenizer import build_tokenizer
+from torchtitan.config.errors import ConfigError, DatasetError
+
+Loader = TrainingDataLoader | ValidationDataLoader
+
+DOCUMENTS = [f"document {i}: " + "naïve 例 🌍 x\n" * (i % 7) + f"end {i}" for i in range(50)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer("tests/assets/tokenizer")
+
+
+@pytest.fixture
+def path(tmp_path) -> str:
+    """Three files of JSON lines."""
+    for i in range(3):
+        lines = [json.dumps({"text": text}) + "\n" for text in DOCUMENTS[i::3]]
+        (tmp_path / f"{i}.jsonl").write_text("".join(lines))
+    return str(tmp_path)
+
+
+@pytest.fixture
+def build(tokenizer, path):
+    loaders = []
+
+    def build(*, validation=False, **overrides) -> Loader:
+        arguments = {
+            "dataset": "python_stdlib",
+            "dataset_path": path,
+            "tokenizer": tokenizer,
+            "dp_rank": 0,
+            "dp_world_size": 1,
+            "batch_size": 2,
+            "seq_len": 16,
+        }
+        if validation:
+            loaders.append(build_validation_dataloader(**(arguments | overrides)))
+        else:
+            loaders.append(build_dataloader(**({"seed": 0} | arguments | overrides)))
+        return loaders[-1]
+
+    yield build
+    for loader in loaders:
+        loader.close()
+
+
+def take(loader: Loader, n: int | None = None) -> list[tuple[list, list]]:
+    return take_from(iter(loader), n)
+
+
+def take_from(batches: Iterator[Batch], n: int | None = None) -> list[tuple[list, list]]:
+    return [(batch.tokens.tolist(), batch.labels.tolist()) for batch in islice(batches, n)]
+
+
+def test_labels_are_the_next_tokens(build):
+    stream = []
+    for batch in islice(build(), 20):
+        assert batch.tokens.shape == batch.labels.shape == (2, 16)
+        assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+        assert batch.tokens.is_contiguous()
+        assert batch.labels.is_contiguous()
+        for tokens, labels in zip(*batch, strict=True):
+            assert tokens[1:].equal(labels[:-1])
+            assert not stream or tokens[0] == stream[-1]  # no token between two sequences is lost
+            stream += labels.tolist()
+
+
+def convert(kind: str, path: str) -> str | None:
+    folder = Path(path)
+    match kind:
+        case "text":
+            for i, document in enumerate(DOCUMENTS):
+                (folder / f"{i}.txt").write_text(document)
+        case "parquet":
+            pa = pytest.importorskip("pyarrow")
+            import pyarrow.parquet as pq
+
+            pq.write_table(pa.table({"text": DOCUMENTS}), folder / "a.parquet", row_group_size=8)
+        case "jsonl.gz":
+            pytest.importorskip("datasets")
+            for file in folder.glob("*.jsonl"):
+                Path(f"{file}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        case "jsonl":
+            return path
+        case "stdlib":
+            return None
+    for file in folder.glob("*.jsonl"):
+        file.unlink()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "text", "parquet", "jsonl.gz", "stdlib"])
+def test_resume_equals_the_undisturbed_run(kind, build, path, monkeypatch, caplog):
+    monkeypatch.setattr("torchtitan.datasets.documents.WINDOW_DOCUMENTS", 11)
+    monkeypatch.setattr("torchtitan.datasets.packing.GROUP_DOCUMENTS", 3)
+    arguments = {"dataset_path": convert(kind, path), "dp_rank": 1, "dp_world_size": 2}
+    undisturbed = take(build(**arguments), 90)
+    if kind != "stdlib":
+        assert any("; epoch 1 of" in message for message in caplog.messages)
+    for stop in (0, 1, 2, 7, 30, 61):
+        stopped = build(**arguments)
+        batches = iter(stopped)
+        assert take_from(batches, stop) == undisturbed[:stop]
+        time.sleep(0.02)  # the thread reads ahead, which must not count
+        state = pickle.loads(pickle.dumps(stopped.state_dict()))
+        resumed = build(**arguments)
+        resumed.load_state_dict(state)
+        assert resumed.state_dict() == state
+        assert take(resumed, 20) == undisturbed[stop : stop + 20]
+
+
+def test_resumed_run_can_be_resumed(build):
+    undisturbed = take(build(), 12)
+    state = build().state_dict()
+    for stop in range(0, 12, 3):
+        loader = build()
+        loader.load_state_dict(state)
+        assert take(loader, 3) == undisturbed[stop : stop + 3]
+        state = loader.state_dict()
+
+
+def test_iterating_again_goes_on(build):
+    undisturbed = take(build(), 9)
+    loader = build()
+    assert take(loader, 4) + take(loader, 5) == undisturbed
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_state_survives_a_distributed_checkpoint(build, tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    loader = build()
+    take(loader, 5)
+    saved = {f"dataloader.{key}": value for key, value in loader.state_dict().items()}
+    dcp.save(dict(saved), checkpoint_id=tmp_path / "saved", no_dist=True)
+    loaded = {f"dataloader.{key}": value for key, value in build().state_dict().items()}
+    assert loaded != saved
+    dcp.load(loaded, checkpoint_id=tmp_path / "saved", no_dist=True)
+    assert loaded == saved
+
+
+def test_state_is_small_and_has_a_key_per_rank(build):
+    """The checkpoint counts these keys to tell on how many ranks data was read."""
+    loader = build(dp_rank=1, dp_world_size=2)
+    take(loader, 40)
+    (key,) = loader.state_dict()
+    assert key == "dp_rank_1"
+    assert len(pickle.dumps(loader.state_dict())) < 300
+
+
+def test_seed_of_the_state_is_gone_on_with(build):
+    """A run without training.seed draws another one after a restart."""
+    first = build(seed=5)
+    undisturbed = take(build(seed=5), 8)
+    take(first, 4)
+    resumed = build(seed=6)
+    resumed.load_state_dict(first.state_dict())
+    assert take(resumed, 4) == undisturbed[4:]
+
+
+def test_order_depends_on_the_seed(build):
+    assert take(build(seed=1), 3) == take(build(seed=1), 3) != take(build(seed=2), 3)
+
+
+def test_other_number_of_ranks_is_an_error(build):
+    state = build(dp_rank=0, dp_world_size=2).state_dict()
+    for rank, world_size in ((0, 1), (0, 4), (3, 4)):
+        with pytest.raises(DataloaderStateError) as caught:
+            build(dp_rank=rank, dp_world_size=world_size).load_state_dict(state)
+        assert isinstance(caught.value, ConfigError)
+        assert str(caught.value) == (
+            f"the checkpoint's data was read by 2 data-parallel ranks, this run has {world_size}, and a place in the"
+            " data cannot be carried over; to start the data anew, add dataloader to checkpoint.exclude_from_loading,"
+            " or use as many data-parallel ranks as before"
+        )
+
+
+def test_other_data_is_an_error(build, path):
+    state = build().state_dict()
+    (Path(path) / "new.jsonl").write_text('{"text": "more"}\n')
+    with pytest.raises(
+        DataloaderStateError, match=r"not one in .*: 4 files of JSON lines, .*exclude_from_loading, or give"
+    ):
+        build().load_state_dict(state)
+
+
+def test_ranks_share_the_documents(build, tokenizer):
+    """Every document is in one rank's stream, whole, in each epoch."""
+    expected = Counter(tuple(tokenizer.encode(text, add_bos=False, add_eos=False)) for text in DOCUMENTS)
+    seen: Counter = Counter()
+    for rank in range(3):
+        stream = []
+        for batch in build(dp_rank=rank, dp_world_size=3, seq_len=64):
+            stream += batch.tokens.flatten().tolist()
+            if stream.count(tokenizer.eos_id) > len(DOCUMENTS) // 3:
+                break
+        ends = [i for i, token in enumerate(stream) if token == tokenizer.eos_id]
+        begins = [-1, *ends]
+        documents = [tuple(stream[a + 2 : b]) for a, b in itertools.pairwise(begins)]  # without bos and eos
+        seen.update(documents[: len(DOCUMENTS) // 3 + (rank < len(DOCUMENTS) % 3)])
+    assert seen == expected
+
+
+def test_reads_ahead_and_no_further(build):
+    loader = build()
+    batches = iter(loader)
+    next(batches)
+    wait_until(lambda: loader._ahead._queue.qsize() == PREFETCHED_BATCHES)
+    time.sleep(0.05)
+    assert loader._ahead._queue.qsize() == PREFETCHED_BATCHES
+
+
+def wait_until(condition, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def num_threads() -> int:
+    return sum(thread.name == "dataloader" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_close_ends_the_thread_at_once(validation, build):
+    loader = build(validation=validation)
+    batches = iter(loader)
+    next(batches)
+    assert num_threads() == 1
+    begin = time.monotonic()
+    loader.close()
+    assert num_threads() == 0
+    assert time.monotonic() - begin < 1
+    assert next(batches, None) is None
+    assert len(take(loader, 3)) == 3  # and it can be used again
+
+
+def test_dropped_loader_ends_its_thread(tokenizer, path):
+    loader = build_dataloader(
+        dataset="c4", dataset_path=path, tokenizer=tokenizer, dp_rank=0, dp_world_size=1, batch_size=1, seq_len=8,
+        seed=0,
+    )  # fmt: skip
+    next(iter(loader))
+    assert num_threads() == 1
+    del loader
+    wait_until(lambda: num_threads() == 0)
+
+
+def test_exit_does_not_wait_for_the_thread(path):
+    code = f"""
+from torchtitan.components.dataloader import build_dataloader, build_validation_dataloader
+from torchtitan.components.tokenizer import build_tokenizer
+arguments = dict(dataset="c4", dataset_path={path!r}, tokenizer=build_tokenizer("tests/assets/tokenizer"),
+    dp_rank=0, dp_world_size=1, batch_size=1, seq_len=8)
+loaders = [build_dataloader(**arguments, seed=0), build_validation_dataloader(**arguments)]
+batches = [next(iter(loader)) for loader in loaders]
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+def test_error_is_raised_behind_the_batches_before_it(build, path, monkeypatch):
+    monkeypatch.setattr("torchtitan.datasets.packing.GROUP_DOCUMENTS", 1)
+    loader = build(seq_len=32)
+    batches = iter(loader)
+    next(batches)
+    wait_until(lambda: loader._ahead._queue.qsize() == PREFETCHED_BATCHES)
+    for file in Path(path).iterdir():
+        file.unlink()
+    assert len(take_from(batches, PREFETCHED_BATCHES)) == PREFETCHED_BATCHES
+    with pytest.raises(DatasetError, match="has disappeared while in use; put it back and start again"):
+        take_from(batches)
+    state = loader.state_dict()
+    with pytest.raises(DatasetError, match="has disappeared"):
+        next(loader._ahead)  # and again, rather than waiting for ever
+    assert loader.state_dict() == state
+
+
+def test_bad_line_stops_the_run_in_either_mode(build, path, monkeypatch):
+    monkeypatch.setattr("torchtitan.datasets.local.CHECKED_BYTES", 0)
+    with (Path(path) / "1.jsonl").open("a") as file:
+        file.write("{not JSON\n")
+    for validation in (True, False):
+        with pytest.raises(DatasetError, match=r"1.jsonl, line 18: is not JSON"):
+            take(build(validation=validation))
+
+
+def test_prefetcher_does_not_swallow_stop_iteration_from_within():
+    def items():
+        yield 1
+        raise RuntimeError("within")
+
+    prefetcher = Prefetcher(items())
+    assert next(prefetcher) == 1
+    with pytest.raises(RuntimeError, match="within"):
+        next(prefetcher)
+    assert list(Prefetcher(iter(range(50)))) == list(range(50))
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), type("PanicException", (BaseException,), {})("of a tokenizer")])
+def test_errors_that_are_no_exceptions_end_the_wait_too(error):
+    def items():
+        yield 1
+        raise error
+
+    prefetcher = Prefetcher(items())
+    assert next(prefetcher) == 1
+    with pytest.raises(type(error)):
+        next(prefetcher)
+
+
+def labelled(batches: list) -> list[tuple[tuple, tuple]]:
+    """The sequences that have labels."""
+    rows = [row for tokens, labels in batches for row in zip(map(tuple, tokens), map(tuple, labels), strict=True)]
+    return [row for row in rows if set(row[1]) != {IGNORE_INDEX}]
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 1), (1, 4), (2, 3), (5, 2), (7, 64)])
+def test_validation_is_the_same_for_every_layout(world_size, batch_size, build):
+    whole = labelled(take(build(validation=True, batch_size=1)))
+    ranks = [
+        take(build(validation=True, dp_rank=rank, dp_world_size=world_size, batch_size=batch_size))
+        for rank in range(world_size)
+    ]
+    assert {len(rank) for rank in ranks} == {-(-len(whole) // (world_size * batch_size))}
+    assert sorted(row for rank in ranks for row in labelled(rank)) == sorted(whole)
+    for step in range(len(ranks[0])):  # rank by rank the same order too, so a run of some steps is comparable
+        begin = step * world_size * batch_size
+        of_step = [row for rank in ranks for row in labelled([rank[step]])]
+        assert of_step == whole[begin : begin + world_size * batch_size]
+
+
+def test_validation_drops_no_token(build, tokenizer):
+    labels = torch.cat([batch.labels.flatten() for batch in build(validation=True)])
+    total = sum(len(tokenizer.encode(text, add_bos=True, add_eos=True)) for text in DOCUMENTS)
+    assert (labels != IGNORE_INDEX).sum() == total - 1
+    tokens = torch.cat([batch.tokens.flatten() for batch in build(validation=True)])
+    assert tokens.min() >= 0
+    assert tokens.max() < tokenizer.vocab_size
+
+
+def test_validation_begins_anew_each_time(build):
+    loader = build(validation=True)
+    whole = take(build(validation=True))
+    assert take(loader, 3) == whole[:3]  # broken off, as validation.steps does
+    assert take(loader, 2) == whole[:2]
+    assert take(loader) == whole
+    assert take(loader) == whole
+    assert num_threads() == 0  # all is read
+
+
+@pytest.mark.gpu
+def test_batches_are_pinned(build):
+    batch = next(iter(build()))
+    assert batch.tokens.is_pinned()
+    assert batch.labels.is_pinned()

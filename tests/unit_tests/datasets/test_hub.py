@@ -1,0 +1,103 @@
+"""Hugging Face `datasets` as a source: shards, any kind of its datasets, and its errors in our words."""
+
+import pytest
+
+from torchtitan.config.errors import DatasetError
+from torchtitan.datasets import DocumentStream, HuggingFaceStream, Position, open_dataset, open_path
+
+datasets = pytest.importorskip("datasets")
+
+
+def generate(shards):
+    for shard in shards:
+        for row in range(5):
+            yield {"text": f"{shard}-{row}" if row else "", "id": row}
+
+
+def make_iterable(num_shards: int = 4):
+    return datasets.IterableDataset.from_generator(generate, gen_kwargs={"shards": list(range(num_shards))})
+
+
+def read_all(source) -> list[str]:
+    return [document for shard in range(len(source)) for document in source.read(shard)]
+
+
+EXPECTED = [f"{shard}-{row}" for shard in range(4) for row in range(1, 5)]
+
+
+def test_streamed_dataset_is_read_by_shard():
+    source = HuggingFaceStream(make_iterable, name="mine", text="text")
+    assert len(source) == 4
+    assert list(source.read(2)) == [f"2-{row}" for row in range(1, 5)]  # rows without text are no documents
+    assert read_all(source) == EXPECTED
+
+
+def test_dataset_on_the_disk_is_read_by_shard():
+    source = HuggingFaceStream(lambda: datasets.Dataset.from_list(list(make_iterable())), name="mine", text="text")
+    assert len(source) == 20
+    assert read_all(source) == EXPECTED
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 5])
+def test_ranks_cover_a_stream_without_overlap(world_size):
+    source = HuggingFaceStream(make_iterable, name="mine", text="text")
+    ranks = [
+        [text for _, text in DocumentStream(source, 0, False, rank, world_size).read(Position())]
+        for rank in range(world_size)
+    ]
+    assert sorted(text for rank in ranks for text in rank) == EXPECTED
+    assert all(ranks)
+
+
+def test_wrong_rows_are_named():
+    with pytest.raises(DatasetError, match="mine, row 1 of shard 0 has no field 'body' \\(it has 'text', 'id'\\)"):
+        read_all(HuggingFaceStream(make_iterable, name="mine", text="body"))
+
+
+def test_failing_read_is_a_dataset_error():
+    def fail(shards):
+        yield {"text": "fine"}
+        raise ConnectionError("the network\nis down")
+
+    def load():
+        return datasets.IterableDataset.from_generator(fail, gen_kwargs={"shards": [0]})
+
+    source = HuggingFaceStream(load, name="mine", text="text")
+    with pytest.raises(DatasetError, match="mine, after row 1 of shard 0: cannot be read: the network is down; check"):
+        read_all(source)
+
+
+def test_damaged_compressed_file_is_a_dataset_error(write, documents):
+    folder = write("jsonl.gz", documents)
+    source = open_path(folder, "text")
+    whole = (folder / "1.jsonl.gz").read_bytes()
+    (folder / "1.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DatasetError, match="3 files of compressed JSON lines, after row 0 of shard 1: cannot be read"):
+        read_all(source)
+
+
+def test_c4_streams_from_the_hub(monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return make_iterable()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_all(open_dataset("c4")) == EXPECTED
+    assert open_dataset("c4_validation").name == "allenai/c4/en (validation) of the Hugging Face hub"
+    arguments = ("allenai/c4", "en")
+    assert calls == [(arguments, {"split": s, "streaming": True}) for s in ("train", "validation")]
+
+
+def test_hub_that_cannot_be_reached_is_a_dataset_error(monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = (
+        r"allenai/c4/en \(train\) of the Hugging Face hub cannot be opened: Couldn't reach the Hub; check the network,"
+        " or give a local file or folder as dataset_path"
+    )
+    with pytest.raises(DatasetError, match=message):
+        open_dataset("c4")

@@ -1,0 +1,221 @@
+"""Local files: every document once and whole, and each fault of a file in one message."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from torchtitan.config.errors import DatasetError
+from torchtitan.datasets.local import JsonLinesFiles, ParquetFiles, TextFiles, open_path
+from torchtitan.datasets.source import Source
+
+
+def read_all(source: Source) -> list[str]:
+    return [document for shard in range(len(source)) for document in source.read(shard)]
+
+
+def write_rows(path: Path, rows: list[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "jsonl.gz"])
+def test_every_document_is_read_once(kind, write, documents):
+    if kind == "jsonl.gz":
+        pytest.importorskip("datasets")
+    source = open_path(write(kind, documents), "text")
+    assert sorted(read_all(source)) == sorted(documents)
+    assert read_all(source) == read_all(source)
+
+
+@pytest.mark.parametrize(
+    "text", ["a line\n" * 300, "a word " * 300, "例" * 900, "\n" * 1000, "x" * 64, "é\n例 🌍" * 200]
+)
+def test_long_text_is_cut_without_loss(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(TextFiles, "piece_bytes", 64)
+    monkeypatch.setattr("torchtitan.datasets.local.CUT_SEARCH_BYTES", 32)
+    (tmp_path / "a.txt").write_text(text)
+    source = open_path(tmp_path, "text")
+    pieces = read_all(source)
+    assert "".join(pieces) == text
+    assert len(source) == -(-len(text.encode()) // 64)
+    assert max(len(piece.encode()) for piece in pieces) <= 64 + 32
+
+
+def test_text_is_cut_at_line_ends_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(TextFiles, "piece_bytes", 64)
+    (tmp_path / "a.txt").write_text("some words in a line\n" * 20)
+    assert all(piece.endswith("line\n") for piece in read_all(open_path(tmp_path, "text")))
+
+
+def test_text_that_is_not_utf8_is_read(tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbftext")
+    assert read_all(open_path(tmp_path, "text")) == ["text", "caf\ufffd"]
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 64, 1000, 2**20])
+def test_json_lines_in_pieces_of_any_size_are_the_same_rows(piece_bytes, tmp_path, documents, monkeypatch):
+    monkeypatch.setattr(JsonLinesFiles, "piece_bytes", piece_bytes)
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in documents]
+    lines[7:7] = ["", "   ", '{"text": ""}']  # no documents
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))  # without a last line end
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "with a BOM"}\r\n{"text": "and CRLF"}\r\n')
+    assert read_all(open_path(tmp_path, "text")) == [*documents, "with a BOM", "and CRLF"]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("not json", r"is not JSON: Expecting value at character 1"),
+        ('{"text": "cut of', r"is not JSON: Unterminated string"),
+        ('"only a text"', r"is a text, not an object with the text in 'text'"),
+        ('[{"text": "a"}]', r"is an array, not an object"),
+        ("3", r"is a number, not an object"),
+        ('{"body": "a", "id": 3}', r"has no field 'text' \(it has 'body', 'id'\)"),
+        ('{"text": null}', r"holds null in 'text', not a text"),
+    ],
+)
+def test_bad_line_is_named(line, problem, tmp_path, monkeypatch):
+    monkeypatch.setattr(JsonLinesFiles, "piece_bytes", 100)
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "fine"}] * 30)
+    with path.open("a") as file:
+        file.write(f'\n{line}\n{{"text": "fine"}}\n')
+    where = (
+        rf"^{re.escape(str(path))}, line 32: {problem}.*\. Each line must be an object such as {{\"text\": \"...\"}}$"
+    )
+    with pytest.raises(DatasetError, match=where):
+        open_path(path, "text")
+
+
+def test_bad_bytes_in_json_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(DatasetError, match=r"a.jsonl, line 2: 'utf-8' codec can't decode byte 0xe9"):
+        open_path(tmp_path, "text")
+
+
+def test_bad_line_far_down_is_found_when_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(JsonLinesFiles, "piece_bytes", 100)
+    monkeypatch.setattr("torchtitan.datasets.local.CHECKED_BYTES", 200)
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "fine"}] * 100 + [3])
+    source = open_path(path, "text")
+    with pytest.raises(DatasetError, match=r"a\.jsonl, line 101: is a number"):
+        read_all(source)
+
+
+def test_text_can_be_another_field_or_a_function(tmp_path, write_parquet):
+    rows = [{"q": "why", "a": "because"}, {"q": "how", "a": "so"}]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    assert read_all(open_path(path, "a")) == ["because", "so"]
+    assert read_all(open_path(path, lambda row: row["q"] + "? " + row["a"])) == ["why? because", "how? so"]
+    write_parquet(tmp_path / "a.parquet", ["one", "two"], column="body")
+    assert read_all(open_path(tmp_path / "a.parquet", "body")) == ["one", "two"]
+    assert read_all(open_path(tmp_path / "a.parquet", lambda row: f"{row['id']} {row['body']}")) == ["0 one", "1 two"]
+
+
+def test_parquet_faults_are_named(tmp_path, write_parquet):
+    write_parquet(tmp_path / "other.parquet", ["a"], column="body")
+    with pytest.raises(DatasetError, match=r"other.parquet has no column 'text', but body, id$"):
+        open_path(tmp_path / "other.parquet", "text")
+    (tmp_path / "damaged.parquet").write_bytes((tmp_path / "other.parquet").read_bytes()[:-20])
+    with pytest.raises(DatasetError, match=r"damaged.parquet is damaged or not Parquet: "):
+        open_path(tmp_path / "damaged.parquet", "text")
+    write_parquet(tmp_path / "null.parquet", ["a"] * 7 + [None])
+    with pytest.raises(DatasetError, match=r"null.parquet, row 2 of row group 1: holds null in 'text'"):
+        read_all(open_path(tmp_path / "null.parquet", "text"))
+    write_parquet(tmp_path / "none.parquet", [])
+    with pytest.raises(DatasetError, match=r"none.parquet is empty: its Parquet files hold no row"):
+        open_path(tmp_path / "none.parquet", "text")
+
+
+def test_path_faults_are_named(tmp_path, write_parquet):
+    def error(path: Path | str) -> str:
+        with pytest.raises(DatasetError) as caught:
+            open_path(path, "text")
+        return str(caught.value)
+
+    assert error("") == "an empty dataset_path names no file or folder; leave it out for the dataset itself"
+    assert error(tmp_path / "nowhere").startswith(f"{tmp_path}/nowhere does not exist")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert error(folder).startswith(f"{folder} is an empty folder; dataset_path takes text (.txt, ")
+    (folder / "a.zip").write_text("a")
+    assert error(folder).startswith(f"{folder} holds no file of a known kind, but .zip; dataset_path takes text")
+    assert error(folder / "a.zip").startswith(f"{folder}/a.zip holds no file of a known kind, but .zip")
+    (folder / "a.jsonl").write_text("")
+    assert error(folder) == f"{folder} is empty: there is no byte in 1 file of JSON lines"
+    (folder / "a.jsonl").write_text('{"text": "a"}')
+    write_parquet(folder / "a.parquet", ["a"])
+    assert re.search(
+        "holds both (Parquet and JSON lines|JSON lines and Parquet); give a folder with one", error(folder)
+    )
+
+
+def test_larger_of_rows_and_text_is_the_data(tmp_path, caplog):
+    (tmp_path / "README.md").write_text("what this is")
+    write_rows(tmp_path / "data.jsonl", [{"text": "row"}] * 3)
+    (tmp_path / ".hidden.jsonl").write_text("not JSON")
+    assert read_all(open_path(tmp_path, "text")) == ["row"] * 3
+    assert caplog.messages == [f"{tmp_path} is read as JSON lines; left out: 1 file of text"]
+    (tmp_path / "main.py").write_text("code\n" * 100)
+    assert read_all(open_path(tmp_path, "text")) == ["what this is", "code\n" * 100]
+
+
+def test_file_without_suffix_is_text(tmp_path):
+    (tmp_path / "enwik8").write_text("text")
+    assert read_all(open_path(tmp_path / "enwik8", "text")) == ["text"]
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+def test_file_that_disappears_or_is_cut_is_named(kind, write, documents):
+    folder = write(kind, documents)
+    source = open_path(folder, "text")
+    path = max(folder.iterdir(), key=lambda file: file.stat().st_size)
+    size = path.stat().st_size
+    advice = "put it back and start again: the run goes on from its last checkpoint"
+    with path.open("r+b") as file:
+        file.truncate(size - 5)
+    message = f"{path} was cut while in use, from {size} to {size - 5} bytes; {advice}"
+    with pytest.raises(DatasetError, match=re.escape(message)):
+        read_all(source)
+    path.unlink()
+    with pytest.raises(DatasetError, match=re.escape(f"{path} has disappeared while in use; {advice}")):
+        read_all(source)
+
+
+def test_what_is_appended_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(JsonLinesFiles, "piece_bytes", 16)
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "old"}] * 9)
+    source = open_path(path, "text")
+    with path.open("a") as file:
+        file.write('{"text": "new"}\n')
+    assert read_all(source) == ["old"] * 9
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
+def test_fingerprint_tells_other_data(kind, write, documents, tmp_path):
+    if kind == "jsonl.gz":
+        pytest.importorskip("datasets")
+    folder = write(kind, documents)
+    before = open_path(folder, "text").fingerprint
+    moved = folder.rename(tmp_path / "moved")
+    assert open_path(moved, "text").fingerprint == before
+    renamed = (moved / f"0.{kind}").rename(moved / f"4.{kind}")
+    assert open_path(moved, "text").fingerprint != before
+    renamed.rename(moved / f"0.{kind}")
+    with (gzip.open if kind == "jsonl.gz" else open)(moved / f"0.{kind}", "at") as file:
+        file.write('{"text": "more"}\n')
+    assert open_path(moved, "text").fingerprint != before
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux shows them")
+def test_no_source_keeps_files_open(write, documents):
+    """A run may read 100,000 files."""
+    for kind, cls in (("text", TextFiles), ("jsonl", JsonLinesFiles), ("parquet", ParquetFiles)):
+        source = open_path(write(kind, documents), "text")
+        assert isinstance(source, cls)
+        num_open = len(list(Path("/proc/self/fd").iterdir()))
+        read_all(source)
+        assert len(list(Path("/proc/self/fd").iterdir())) == num_open

@@ -1,0 +1,286 @@
+"""Batches of token ids for one data-parallel rank, made ahead of the step by a thread.
+
+    B sequences per batch, S tokens per sequence
+
+Training reads each rank's own documents, without end, and its position can be saved and restored to the
+token. Validation reads all documents once, in an order that no run changes, and deals out *sequences*:
+so every layout sees the same sequences, every rank the same number of batches, and no token is dropped.
+"""
+
+import json
+import queue
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count, islice
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.config.errors import CheckpointError
+from torchtitan.datasets import Cursor, DocumentStream, open_dataset, pack
+from torchtitan.tools.logging import logger
+
+PREFETCHED_BATCHES = 8
+VALIDATION_SEED = 0
+STOP_TIMEOUT_SECONDS = 5.0
+START_ANEW = "to start the data anew, add dataloader to checkpoint.exclude_from_loading"
+
+Rows = NDArray[np.int32]
+"""(B, S + 1) token ids; IGNORE_INDEX where a sequence has ended."""
+
+T = TypeVar("T")
+
+
+class DataloaderStateError(CheckpointError):
+    """A saved position that means nothing to this run's data."""
+
+    title = "DataloaderStateError"
+
+
+class Batch(NamedTuple):
+    """Token ids and, at each place, the id that follows; on the CPU, in pinned memory where there is a GPU."""
+
+    tokens: Tensor  # (B, S) int64
+    labels: Tensor  # (B, S) int64, IGNORE_INDEX where there is nothing to predict
+
+
+def build_dataloader(
+    *,
+    dataset: str,
+    dataset_path: str | None,
+    tokenizer: Tokenizer,
+    dp_rank: int,
+    dp_world_size: int,
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+) -> "TrainingDataLoader":
+    """For training: see the top of this file. Raises DatasetError: the data is missing, empty or in no known format."""
+    source = open_dataset(dataset, dataset_path)
+    documents = DocumentStream(source, seed=seed, infinite=True, rank=dp_rank, world_size=dp_world_size)
+    logger.info(f"Training data: {source.name}, in {len(source)} shards")
+    return TrainingDataLoader(documents, tokenizer, batch_size=batch_size, seq_len=seq_len)
+
+
+def build_validation_dataloader(
+    *,
+    dataset: str,
+    dataset_path: str | None,
+    tokenizer: Tokenizer,
+    dp_rank: int,
+    dp_world_size: int,
+    batch_size: int,
+    seq_len: int,
+) -> "ValidationDataLoader":
+    """For validation; raises as build_dataloader does."""
+    documents = DocumentStream(open_dataset(dataset, dataset_path), seed=VALIDATION_SEED, infinite=False)
+    return ValidationDataLoader(
+        documents,
+        tokenizer,
+        dp_rank=dp_rank,
+        dp_world_size=dp_world_size,
+        batch_size=batch_size,
+        seq_len=seq_len,
+    )
+
+
+class TrainingDataLoader:
+    """Endless; iterating again goes on behind the last batch that was handed out."""
+
+    def __init__(self, documents: DocumentStream, tokenizer: Tokenizer, *, batch_size: int, seq_len: int) -> None:
+        self._documents = documents
+        self._tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._seq_len = seq_len
+        self._cursor = Cursor()
+        self._ahead: Prefetcher[tuple[Rows, Cursor]] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        sequences = pack(self._documents, self._tokenizer, seq_len=self._seq_len, start=self._cursor)
+        self._ahead = Prefetcher(_stack(sequences, self._batch_size))
+        for rows, cursor in self._ahead:
+            self._cursor = cursor
+            yield _to_batch(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place behind the last batch that was handed out; what is read ahead does not count."""
+        state = {
+            "dp_world_size": self._documents.world_size,
+            "cursor": self._cursor.to_list(),
+            "seed": self._documents.seed,
+            "fingerprint": self._documents.source.fingerprint,
+        }
+        # One string under this rank's own name: a checkpoint merges the dictionaries of all ranks.
+        return {self._key: json.dumps(state)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved place; to be called before iterating.
+
+        Raises:
+            DataloaderStateError: the place cannot be found again: other ranks or other data.
+        """
+        saved = state_dict.get(self._key) or next(iter(state_dict.values()), None)
+        if saved is None:
+            raise DataloaderStateError(
+                f"the checkpoint's data was read by fewer data-parallel ranks than the {self._documents.world_size} of"
+                f" this run, and a place in the data cannot be carried over; {START_ANEW}, or use as many as before"
+            )
+        state = json.loads(saved)
+        if state["dp_world_size"] != self._documents.world_size:
+            raise DataloaderStateError(
+                f"the checkpoint's data was read by {state['dp_world_size']} data-parallel ranks, this run has"
+                f" {self._documents.world_size}, and a place in the data cannot be carried over;"
+                f" {START_ANEW}, or use as many data-parallel ranks as before"
+            )
+        if state["fingerprint"] != self._documents.source.fingerprint:
+            raise DataloaderStateError(
+                f"the checkpoint's place in the data is not one in {self._documents.source.name}: files were added,"
+                f" removed or changed, or it is another dataset; {START_ANEW}, or give the same data as before"
+            )
+        self.close()
+        # The order of documents is the seed's, so a run without training.seed goes on with the one it began with.
+        self._documents = replace(self._documents, seed=state["seed"])
+        self._cursor = Cursor.from_list(state["cursor"])
+
+    def close(self) -> None:
+        """Stop reading ahead. Interpreter exit does it too."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    @property
+    def _key(self) -> str:
+        return f"dp_rank_{self._documents.rank}"
+
+
+class ValidationDataLoader:
+    """One pass over the data each time it is iterated, always the same batches.
+
+    Batches are kept as they are first made (4 bytes a token), and each later pass costs nothing.
+    """
+
+    def __init__(
+        self,
+        documents: DocumentStream,
+        tokenizer: Tokenizer,
+        *,
+        dp_rank: int,
+        dp_world_size: int,
+        batch_size: int,
+        seq_len: int,
+    ) -> None:
+        self._documents = documents
+        self._tokenizer = tokenizer
+        self._dp_rank = dp_rank
+        self._dp_world_size = dp_world_size
+        self._batch_size = batch_size
+        self._seq_len = seq_len
+        self._ahead: Prefetcher[Rows] | None = None
+        self._kept: list[Rows] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A pass that is broken off leaves the reader where it is: a later, longer one goes on from there.
+        if self._ahead is None:
+            sequences = pack(self._documents, self._tokenizer, seq_len=self._seq_len, start=Cursor())
+            rows = _deal(sequences, self._dp_rank, self._dp_world_size, self._batch_size, self._seq_len)
+            self._ahead = Prefetcher(rows)
+        ahead, kept = self._ahead, self._kept
+        for index in count():
+            if index == len(kept):
+                if (made := next(ahead, None)) is None:
+                    return
+                kept.append(made)
+            yield _to_batch(kept[index])
+
+    def close(self) -> None:
+        """Stop reading ahead, as above."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead, self._kept = None, []
+
+
+def _stack(sequences: Iterator[tuple[NDArray[np.int32], Cursor]], batch_size: int) -> Iterator[tuple[Rows, Cursor]]:
+    """Rows of `batch_size` sequences each, with the cursor behind them."""
+    while group := list(islice(sequences, batch_size)):
+        yield np.stack([sequence for sequence, _ in group]), group[-1][1]
+
+
+def _deal(
+    sequences: Iterator[tuple[NDArray[np.int32], Cursor]], rank: int, world_size: int, batch_size: int, seq_len: int
+) -> Iterator[Rows]:
+    """This rank's rows of each global batch; where the data ends, rows are filled up with IGNORE_INDEX."""
+    while group := list(islice(sequences, world_size * batch_size)):
+        rows = np.full((batch_size, seq_len + 1), IGNORE_INDEX, dtype=np.int32)
+        for row, (sequence, _) in zip(rows, group[rank * batch_size :], strict=False):
+            row[: len(sequence)] = sequence
+        yield rows
+
+
+def _to_batch(rows: Rows) -> Batch:
+    ids = torch.from_numpy(rows).long()
+    # Inputs that no label follows may be anything, but must be ids.
+    batch = Batch(tokens=ids[:, :-1].clamp(min=0), labels=ids[:, 1:].contiguous())
+    if torch.cuda.is_available():  # in this thread, which has the right device
+        return Batch(*(tensor.pin_memory() for tensor in batch))
+    return batch
+
+
+class Prefetcher(Generic[T]):
+    """Takes items from an iterator in a thread, PREFETCHED_BATCHES ahead; its errors are raised here, in order."""
+
+    def __init__(self, items: Iterator[T]) -> None:
+        self._queue: queue.Queue[T | _End] = queue.Queue(PREFETCHED_BATCHES)
+        self._end: _End | None = None
+        stop = threading.Event()
+        # A daemon, because others are joined at exit before anything could tell them to stop.
+        thread = threading.Thread(target=_fill, args=(self._queue, items, stop), name="dataloader", daemon=True)
+        self._stop = weakref.finalize(self, _stop, self._queue, stop, thread)
+        thread.start()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        item = self._end or self._queue.get()
+        if isinstance(item, _End):
+            self._end = item
+            raise item.error
+        return item
+
+    def close(self) -> None:
+        """Stop the thread; iterating ends."""
+        self._stop()
+        self._end = _End(StopIteration())
+
+
+class _End(NamedTuple):
+    """What ends the items: StopIteration, or the error that came instead of the next one."""
+
+    error: BaseException
+
+
+def _fill(filled: "queue.Queue[T | _End]", items: Iterator[T], stop: threading.Event) -> None:
+    error: BaseException = StopIteration()
+    try:
+        for item in items:
+            filled.put(item)
+            if stop.is_set():
+                return
+    except BaseException as e:  # a tokenizer's panic and a function's SystemExit too: the step must not wait for ever
+        error = e
+    filled.put(_End(error))
+
+
+def _stop(filled: "queue.Queue[T | _End]", stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    # The thread may wait for room. Once there is some, it puts one more item at most before it sees `stop`.
+    while not filled.empty():
+        filled.get()
+    thread.join(timeout=STOP_TIMEOUT_SECONDS)

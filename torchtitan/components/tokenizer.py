@@ -1,0 +1,108 @@
+"""Text to token ids and back, for any `tokenizer.json`; needs no torch.
+
+Begin and end tokens are added here and only here: the file's own post-processor, which may add them
+too, is not asked to. Text never turns into them: `<|end_of_text|>` inside a document is plain text.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from torchtitan.config.errors import TokenizerError
+
+# Where tokenizer_config.json does not say: the names that tokenizers are published with.
+BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "[BOS]", "<|endoftext|>")
+EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[EOS]")
+
+
+class Tokenizer:
+    """`bos_id` and `eos_id` are None where the tokenizer has no such token; it is then not added."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, bos_id: int | None, eos_id: int | None) -> None:
+        self._backend = backend
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        """One more than the largest id: what a model's vocabulary must hold."""
+
+    def encode(self, text: str, *, add_bos: bool, add_eos: bool) -> list[int]:
+        return self.encode_batch([text], add_bos=add_bos, add_eos=add_eos)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, add_bos: bool, add_eos: bool) -> list[list[int]]:
+        """On several threads, and without Python's lock, so that a training step beside it goes on."""
+        bos = [self.bos_id] if add_bos and self.bos_id is not None else []
+        eos = [self.eos_id] if add_eos and self.eos_id is not None else []
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [bos + encoding.ids + eos for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+def build_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a folder with a tokenizer.json, or in that file.
+
+    Raises:
+        TokenizerError: the file is missing or broken, or tokenizer_config.json does not fit it.
+    """
+    file = _find_file(Path(path))
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the only class that the library raises
+        raise TokenizerError(
+            f"{file} is not a tokenizer.json that the package tokenizers {tokenizers.__version__} can read: {error}"
+        ) from None
+    if backend.get_vocab_size() == 0:
+        raise TokenizerError(f"{file} has an empty vocabulary")
+    # A document is never cut, padded or scanned for special tokens, whatever the file was used for before.
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    config = _read_config(file.with_name("tokenizer_config.json"))
+    return Tokenizer(
+        backend,
+        bos_id=_find_special_token(backend, file, config, "bos_token", BOS_NAMES),
+        eos_id=_find_special_token(backend, file, config, "eos_token", EOS_NAMES),
+    )
+
+
+def _find_file(path: Path) -> Path:
+    advice = "model.tokenizer_path takes a tokenizer.json or the folder that holds one"
+    if not path.exists():
+        raise TokenizerError(f"{path} does not exist; {advice}")
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise TokenizerError(f"{path} holds no tokenizer.json; {advice}")
+    if file.suffix == ".model":
+        raise TokenizerError(f"{file} is a tokenizer of another format; {advice}")
+    return file
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{file} is not JSON: {error}; mend it or remove it") from None
+    if not isinstance(config, dict):
+        raise TokenizerError(f"{file} does not hold a JSON object; mend it or remove it")
+    return config
+
+
+def _find_special_token(
+    backend: tokenizers.Tokenizer, file: Path, config: dict[str, Any], key: str, names: Sequence[str]
+) -> int | None:
+    if key not in config:
+        return next((i for name in names if (i := backend.token_to_id(name)) is not None), None)
+    token = config[key]
+    name = token.get("content") if isinstance(token, dict) else token
+    if name is None:
+        return None
+    index = backend.token_to_id(name) if isinstance(name, str) else None
+    if index is None:
+        raise TokenizerError(f"tokenizer_config.json names {name!r} as {key}, which is not a token of {file}")
+    return index

@@ -1,0 +1,36 @@
+"""Text: where it comes from, in which order a rank sees it, how it becomes sequences. Nothing here imports torch.
+
+| file | what it holds |
+|---|---|
+| registry.py | the datasets by name; register_dataset |
+| source.py | what a dataset offers: shards of documents |
+| local.py | text, JSON lines and Parquet on this machine |
+| hub.py | whatever Hugging Face `datasets` loads or streams |
+| documents.py | shuffled, dealt to data ranks, endless, resumable |
+| packing.py | tokenised, joined, cut into sequences |
+
+components/dataloader.py puts them together and reads ahead of the step.
+"""
+
+from torchtitan.datasets.documents import DocumentStream, Position
+from torchtitan.datasets.hub import HuggingFaceStream
+from torchtitan.datasets.local import JsonLinesFiles, ParquetFiles, TextFiles, open_path
+from torchtitan.datasets.packing import Cursor, pack
+from torchtitan.datasets.registry import open_dataset, register_dataset
+from torchtitan.datasets.source import Source, Text
+
+__all__ = [
+    "Cursor",
+    "DocumentStream",
+    "HuggingFaceStream",
+    "JsonLinesFiles",
+    "ParquetFiles",
+    "Position",
+    "Source",
+    "Text",
+    "TextFiles",
+    "open_dataset",
+    "open_path",
+    "pack",
+    "register_dataset",
+]

@@ -1,0 +1,101 @@
+"""Documents from anything that Hugging Face `datasets` can load: the hub, streamed, or a local file.
+
+Only its public interface of shards is used. A position is a shard and a number of rows in it, so it
+means the same in every version of `datasets`. The package is imported when a dataset is opened.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchtitan.config.errors import DatasetError
+from torchtitan.datasets.source import Text, get_text
+
+if TYPE_CHECKING:
+    import datasets
+
+MAP_STYLE_SHARDS = 1024
+
+
+class HuggingFaceStream:
+    """`load` gives a `datasets.IterableDataset`, or a `datasets.Dataset` that is already on the disk.
+
+    `fingerprint` changes with the data that is loaded; without one the name stands for it.
+    """
+
+    min_shards_per_rank = 1  # a shard is a download: better some ranks get one more than all read everything
+
+    def __init__(self, load: Callable[[], Any], *, name: str, text: Text, fingerprint: str | None = None) -> None:
+        self.name = name
+        self._text = text
+        self._dataset = self._load(load)
+        self.fingerprint = f"{fingerprint or name}, {len(self)} shards"
+
+    @classmethod
+    def of_hub(cls, path: str, config: str, *, split: str, text: Text) -> "HuggingFaceStream":
+        return cls(
+            lambda: _datasets().load_dataset(path, config, split=split, streaming=True),
+            name=f"{path}/{config} ({split}) of the Hugging Face hub",
+            text=text,
+        )
+
+    @classmethod
+    def of_json(cls, files: Sequence[Path], *, name: str, fingerprint: str, text: Text) -> "HuggingFaceStream":
+        paths = [str(file) for file in files]
+        return cls(
+            lambda: _datasets().load_dataset("json", data_files=paths, split="train", streaming=True),
+            name=name,
+            fingerprint=fingerprint,
+            text=text,
+        )
+
+    def __len__(self) -> int:
+        return self._dataset.num_shards
+
+    def read(self, shard: int) -> Iterator[str]:
+        rows = iter(self._dataset.shard(num_shards=len(self), index=shard))
+        number = 0
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:  # network, decompression, file system, parsing: whatever lies below
+                place = f"{self.name}, after row {number} of shard {shard}"
+                raise DatasetError(
+                    f"{place}: cannot be read: {_one_line(error)}; check the network or the file and start again:"
+                    " the run goes on from its last checkpoint"
+                ) from error
+            if row is None:
+                return
+            number += 1
+            try:
+                document = get_text(row, self._text)
+            except ValueError as error:
+                raise DatasetError(f"{self.name}, row {number} of shard {shard} {error}") from None
+            if document:
+                yield document
+
+    def _load(self, load: Callable[[], Any]) -> "datasets.IterableDataset":
+        try:
+            dataset = load()
+        except DatasetError:
+            raise
+        except Exception as error:
+            raise DatasetError(
+                f"{self.name} cannot be opened: {_one_line(error)}; check the network,"
+                " or give a local file or folder as dataset_path"
+            ) from error
+        if hasattr(dataset, "to_iterable_dataset"):
+            dataset = dataset.to_iterable_dataset(num_shards=max(1, min(MAP_STYLE_SHARDS, len(dataset))))
+        return dataset
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise DatasetError("this dataset needs Hugging Face's package datasets: pip install datasets") from None
+    return datasets
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,94 @@
+"""The datasets that `training.dataset` can name, and how code outside this package adds its own."""
+
+import difflib
+import os
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchtitan.config.errors import DatasetError
+from torchtitan.datasets.hub import HuggingFaceStream
+from torchtitan.datasets.local import TextFiles, open_path
+from torchtitan.datasets.source import Source, Text
+
+VALIDATION_STRIDE = 20
+"""Every 20th file of the standard library is held out for validation."""
+
+
+class StandardLibraryFiles(TextFiles):
+    """In documents about as long as a sequence of the debug model: a batch is text of many modules, not of one."""
+
+    piece_bytes = 2**10
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where documents come from without a dataset_path, and where a row's text is, with one too."""
+
+    open: Callable[[Text], Source]
+    text: Text = "text"
+
+
+def open_dataset(name: str, path: str | None = None) -> Source:
+    """The documents of a registered dataset, read from `path` if there is one.
+
+    Raises:
+        DatasetError: an unknown name; data that is missing, empty or in no known format.
+    """
+    if name not in _DATASETS:
+        near = difflib.get_close_matches(name, _DATASETS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise DatasetError(f"unknown dataset {name!r}: {hint}There are {', '.join(_DATASETS)}")
+    dataset = _DATASETS[name]
+    return dataset.open(dataset.text) if path is None else open_path(path, dataset.text)
+
+
+def register_dataset(name: str, open: Callable[[Text], Source], *, text: Text = "text") -> None:
+    """Add a dataset, for instance in the module that `experimental.custom_import` names.
+
+    Args:
+        open: called with `text` when the dataset is used; gives a Source such as HuggingFaceStream or TextFiles.
+        text: the field of a row that holds its text, or a function from the row to it.
+    """
+    if name in _DATASETS:
+        raise ValueError(f"dataset {name!r} is registered already")
+    _DATASETS[name] = Dataset(open, text)
+
+
+def standard_library_files() -> list[Path]:
+    """The running Python's standard library, sorted; without its tests and what was installed into it."""
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+    files: list[Path] = []
+    for folder, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
+        subfolders[:] = [name for name in subfolders if name not in left_out]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(file for file in files if file.stat().st_size > 0)
+
+
+def _open_standard_library(*, validation: bool) -> Source:
+    def is_part(index: int) -> bool:
+        return (index % VALIDATION_STRIDE == VALIDATION_STRIDE - 1) == validation
+
+    files: Sequence[Path] = [file for index, file in enumerate(standard_library_files()) if is_part(index)]
+    root = Path(sysconfig.get_path("stdlib"))
+    if not files:
+        raise DatasetError(f"this Python has no source of its standard library in {root}; give a dataset_path")
+    return StandardLibraryFiles(files, root=root)
+
+
+def _open_c4_test(text: Text) -> Source:
+    raise DatasetError(
+        "c4_test, a small sample of C4, is not part of this package: give a copy of it (a JSON lines file) as"
+        " dataset_path, or use the dataset python_stdlib, which every machine has"
+    )
+
+
+# Filled by register_dataset: the one global that changes, and only while modules are imported.
+_DATASETS: dict[str, Dataset] = {
+    "python_stdlib": Dataset(lambda _: _open_standard_library(validation=False)),
+    "python_stdlib_validation": Dataset(lambda _: _open_standard_library(validation=True)),
+    "c4": Dataset(lambda text: HuggingFaceStream.of_hub("allenai/c4", "en", split="train", text=text)),
+    "c4_validation": Dataset(lambda text: HuggingFaceStream.of_hub("allenai/c4", "en", split="validation", text=text)),
+    "c4_test": Dataset(_open_c4_test),
+}

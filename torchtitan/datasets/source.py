@@ -1,0 +1,53 @@
+"""What every dataset offers: shards that can be read in any order, each an iterator of documents.
+
+A shard is the unit in which data is shuffled over the whole set and dealt to ranks: a piece of a text
+file, a MiB of JSON lines, a row group of Parquet, a file on the hub. Files and formats are in local.py
+and hub.py; order, ranks and resuming in documents.py.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+Text = str | Callable[[Mapping[str, Any]], str]
+"""Where a row's text is: the name of a field, or a function of the row."""
+
+
+class Source(Protocol):
+    """Documents in shards. Reading a shard twice gives the same documents, none of them empty."""
+
+    @property
+    def name(self) -> str:
+        """What it is and how much, for the log and for errors."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a position in the old data means nothing in the new."""
+
+    @property
+    def min_shards_per_rank(self) -> int:
+        """With fewer shards than this, every rank reads all of them and takes its part of the documents."""
+
+    def __len__(self) -> int:
+        """Number of shards, at least 1."""
+
+    def read(self, shard: int) -> Iterator[str]:
+        """The documents of a shard. Raises DatasetError, which names the place, where one cannot be read."""
+
+
+def get_text(row: Any, text: Text) -> str:
+    """The text of a row; ValueError says what is wrong with the row, the caller adds where it is."""
+    if callable(text):
+        return text(row)
+    if not isinstance(row, Mapping):
+        raise ValueError(f"is {_describe(row)}, not an object with the text in {text!r}")
+    if text not in row:
+        raise ValueError(f"has no field {text!r} (it has {', '.join(map(repr, row)) or 'none'})")
+    value = row[text]
+    if not isinstance(value, str):
+        raise ValueError(f"holds {_describe(value)} in {text!r}, not a text")
+    return value
+
+
+def _describe(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a text", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
