@@ -1,0 +1,103 @@
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.unit_tests.distributed.layouts import ARGS, get_batch, get_gradients, loss_sum
+from torchtitan.config.job_config import ActivationCheckpoint
+from torchtitan.distributed.activation_checkpoint import _checkpointed, _keep_costly_ops, apply_ac
+from torchtitan.distributed.context_parallel import attend_to_prefix
+from torchtitan.distributed.init import init_parameters
+from torchtitan.models.llama3.model.model import Transformer
+
+N_LAYERS = 4
+NONE = ActivationCheckpoint(mode="none")
+FULL = ActivationCheckpoint(mode="full")
+EVERY_SECOND_BLOCK = ActivationCheckpoint(mode="selective", selective_ac_option="2")
+EVERY_OP = ActivationCheckpoint(mode="selective", selective_ac_option="op")
+
+
+class OpCounter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def run(config: ActivationCheckpoint, **options: Any) -> tuple[dict[str, Tensor], Counter[str]]:
+    """The gradients of one step, and how often each operation ran in its backward."""
+    model = Transformer(ARGS(n_layers=N_LAYERS))
+    init_parameters(model, seed=7, device="cpu")
+    apply_ac(model, config, **options)
+    tokens, labels = get_batch()
+    loss = loss_sum(model(tokens), labels)
+    with OpCounter() as backward:
+        loss.backward()
+    return get_gradients(model), backward.counts
+
+
+@pytest.mark.parametrize("config", [FULL, EVERY_SECOND_BLOCK, EVERY_OP])
+def test_gradients_do_not_change(config: ActivationCheckpoint) -> None:
+    gradients, _ = run(config)
+    for name, expected in run(NONE)[0].items():
+        torch.testing.assert_close(gradients[name], expected, rtol=0, atol=0)
+
+
+def test_recomputation_is_as_asked() -> None:
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    mm: dict[str, int] = {}
+    sdpa: dict[str, int] = {}
+    for name, config in (("none", NONE), ("full", FULL), ("second", EVERY_SECOND_BLOCK), ("op", EVERY_OP)):
+        counts = run(config)[1]
+        mm[name], sdpa[name] = counts["mm"], counts[attention]
+    assert sdpa == {"none": 0, "full": N_LAYERS, "second": N_LAYERS // 2, "op": 0}
+    # Of a block's seven products the last is never needed again.
+    assert mm["full"] - mm["none"] == 6 * N_LAYERS
+    assert mm["second"] - mm["none"] == 6 * N_LAYERS // 2
+    assert mm["op"] - mm["none"] == 3 * N_LAYERS  # every second one, by default
+    assert run(EVERY_OP, kept_products=(True, True, True, True, True, False, False))[1]["mm"] - mm["none"] == N_LAYERS
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernel"),
+    [
+        (torch.bfloat16, "_scaled_dot_product_flash_attention"),
+        (torch.float32, "_efficient_attention_forward"),
+    ],
+)
+def test_context_parallel_attention_on_a_gpu_is_not_recomputed_by_op(dtype: torch.dtype, kernel: str) -> None:
+    """On the meta device, which goes a GPU's way."""
+    q, k, v = (torch.empty(1, 2, n, 8, dtype=dtype, device="meta", requires_grad=True) for n in (4, 8, 8))
+    with OpCounter() as forward:
+        out = _checkpointed(attend_to_prefix, partial(_keep_costly_ops, (True,)))(q, k, v)
+    with OpCounter() as backward:
+        out.sum().backward()
+    assert (forward.counts[kernel], backward.counts[kernel]) == (1, 0)
+
+
+@pytest.mark.parametrize("config", [FULL, EVERY_SECOND_BLOCK, EVERY_OP])
+def test_names_stay(config: ActivationCheckpoint) -> None:
+    model = Transformer(ARGS())
+    names = [name for name, _ in model.named_parameters()]
+    apply_ac(model, config)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert list(model.state_dict()) == names
+
+
+def test_attention_on_a_cpu_may_be_kept() -> None:
+    model = Transformer(ARGS())
+    init_parameters(model, seed=7, device="cpu")
+    apply_ac(model, FULL, keep_cpu_attention=True)
+    tokens, labels = get_batch()
+    loss = loss_sum(model(tokens), labels)
+    with OpCounter() as backward:
+        loss.backward()
+    assert backward.counts["_scaled_dot_product_flash_attention_for_cpu"] == 0
+    assert backward.counts["_scaled_dot_product_flash_attention_for_cpu_backward"] == 2

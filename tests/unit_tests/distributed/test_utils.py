@@ -1,0 +1,141 @@
+import datetime
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from tests.unit_tests.distributed.processes import run_processes
+from torchtitan.config.job_config import Comm
+from torchtitan.distributed import utils
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.utils import (
+    dist_max,
+    dist_sum,
+    get_clip_factor,
+    get_start_time,
+    get_total_norm,
+    get_world,
+    init_distributed,
+    set_determinism,
+    set_pg_timeouts,
+)
+
+
+def on_two_ranks() -> dict[str, Any]:
+    rank = dist.get_rank()
+    mesh = ParallelDims(dp_shard=2).build_mesh("cpu")
+    found: dict[str, Any] = {}
+
+    mine = torch.tensor([1.0 + rank, 5.0 - rank])
+    found["sum"], found["max"] = dist_sum(mine, mesh["dp"]), dist_max(mine, mesh["dp"])
+    found["over one"] = dist_sum(mine, mesh["tp"])
+    found["untouched"] = mine
+    sharded = distribute_tensor(torch.tensor([3.0, 4.0]), mesh["dp"], [Shard(0)])
+    found["of shards"] = dist_sum(sharded.sum(), mesh["tp"])
+
+    generator = torch.Generator().manual_seed(0)
+    big, small, alike = (torch.randn(shape, generator=generator) for shape in ((5, 3), (1, 2), (4,)))
+    found["expected norm"] = torch.cat([x.flatten() for x in (big, small, alike)]).norm()
+    on_one_mesh = [distribute_tensor(big, mesh["dp"], [Shard(0)]), distribute_tensor(small, mesh["dp"], [Shard(0)])]
+    on_other = [distribute_tensor(alike, mesh["hsdp"], [Shard(0), Replicate()])]
+    found["norm"] = get_total_norm([*on_one_mesh, *on_other])
+
+    stages = ParallelDims(pp=2).build_mesh("cpu")
+    stage = [big, alike] if rank == 0 else [small]
+    found["norm over stages"] = get_total_norm(
+        [distribute_tensor(grad, stages["dp_shard_cp"], [Shard(0)]) for grad in stage]
+    )
+
+    device = torch.device("cpu")
+    found["drawn"], found["given"] = set_determinism(None, device), set_determinism(11, device)
+    found["random"] = torch.rand(1)
+    clock = SimpleNamespace(now=lambda: datetime.datetime(2026, 1, 31, 12, 0, 59 - rank))
+    utils.datetime = SimpleNamespace(datetime=clock)  # of this process alone
+    found["start"] = get_start_time()
+
+    set_pg_timeouts(datetime.timedelta(seconds=77), mesh, device)
+    groups = [*mesh.get_groups(), dist.group.WORLD]
+    found["timeouts"] = {group._get_backend(device).options._timeout.seconds for group in groups}
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[str, Any]]:
+    return run_processes(on_two_ranks, 2)
+
+
+def test_reductions_give_new_tensors(ranks: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(ranks):
+        assert found["sum"].tolist() == [3.0, 9.0]
+        assert found["max"].tolist() == [2.0, 5.0]
+        assert found["over one"].tolist() == found["untouched"].tolist() == [1.0 + rank, 5.0 - rank]
+        assert found["of shards"].item() == 7.0
+
+
+def test_norm_is_that_of_all_gradients_whatever_mesh_they_are_on(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        torch.testing.assert_close(found["norm"], found["expected norm"])
+
+
+def test_norm_covers_every_pipeline_stage(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        torch.testing.assert_close(found["norm over stages"], found["expected norm"])
+
+
+def test_all_ranks_have_one_seed(ranks: list[dict[str, Any]]) -> None:
+    first, second = ranks
+    assert first["drawn"] == second["drawn"] != 11
+    assert first["given"] == second["given"] == 11
+    assert torch.equal(first["random"], second["random"])
+
+
+def test_all_ranks_have_one_start_time(ranks: list[dict[str, Any]]) -> None:
+    assert [found["start"] for found in ranks] == ["20260131-120059"] * 2
+
+
+def test_timeout_of_every_group_changes(ranks: list[dict[str, Any]]) -> None:
+    assert [found["timeouts"] for found in ranks] == [{77}, {77}]
+
+
+def test_clip_factor_never_enlarges() -> None:
+    assert get_clip_factor(torch.tensor(4.0), 1.0).item() == pytest.approx(0.25)
+    assert get_clip_factor(torch.tensor(0.5), 1.0).item() == 1.0
+
+
+def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    world = get_world()
+    assert (world.rank, world.size, world.local_rank) == (0, 1, 0)
+    device = init_distributed(Comm(), dump_folder="unused", device_type="cpu")
+    try:
+        assert device == torch.device("cpu")
+        assert dist.get_world_size() == 1
+        assert get_total_norm([torch.tensor([3.0, 4.0])]).item() == 5.0
+    finally:
+        dist.destroy_process_group()
+
+
+def test_norm_keeps_its_digits_over_many_elements() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        grad = torch.randn(5_000_000, generator=torch.Generator().manual_seed(0))
+        assert get_total_norm([grad]).item() == pytest.approx(grad.double().norm().item(), rel=1e-6)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_deterministic_runs_refuse_kernels_that_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        set_determinism(1, torch.device("cpu"), deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        dist.destroy_process_group()

@@ -1,0 +1,107 @@
+"""Any layout starts from the weights, and gives the loss and the gradients, of one process."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.unit_tests.distributed.layouts import ARGS, build_model, get_batch, get_gradients, loss_sum, whole
+from tests.unit_tests.distributed.processes import run_processes
+from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
+from torchtitan.distributed.context_parallel import ContextSharder
+from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.utils import dist_sum, get_total_norm
+from torchtitan.models.llama3.model.model import Transformer
+
+
+@dataclass(frozen=True)
+class Case:
+    dims: ParallelDims
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+FULL = {"activation_checkpoint": ActivationCheckpoint(mode="full")}
+EVERY_OP = {"activation_checkpoint": ActivationCheckpoint(mode="selective", selective_ac_option="op")}
+COMPILED = {"training": Training(mixed_precision_param="float32", compile=True)}
+OFFLOADED = {"training": Training(mixed_precision_param="float32", enable_cpu_offload=True)}
+LOSS_PARALLEL = {"loss_parallel": True}
+ALWAYS = {"parallelism": Parallelism(fsdp_reshard_after_forward="always")}
+NEVER = {"parallelism": Parallelism(fsdp_reshard_after_forward="never")}
+CASES = {
+    "one rank": Case(ParallelDims()),
+    "one rank, offloaded": Case(ParallelDims(), OFFLOADED),
+    "shard 2": Case(ParallelDims(dp_shard=2)),
+    "shard 2, compiled, recomputed by op": Case(ParallelDims(dp_shard=2), COMPILED | EVERY_OP),
+    "replicate 2": Case(ParallelDims(dp_replicate=2)),
+    "tensor 2": Case(ParallelDims(tp=2)),
+    "tensor 2, loss parallel": Case(ParallelDims(tp=2), LOSS_PARALLEL),
+    "tensor 2, recomputed by op": Case(ParallelDims(tp=2), EVERY_OP),
+    "tensor 2, compiled, recomputed": Case(ParallelDims(tp=2), COMPILED | FULL),
+    "context 2": Case(ParallelDims(cp=2)),
+    "context 2, recomputed by op": Case(ParallelDims(cp=2), EVERY_OP),
+    "context 2, compiled": Case(ParallelDims(cp=2), COMPILED),
+    "context 2, compiled, recomputed": Case(ParallelDims(cp=2), COMPILED | FULL),
+    "context 2, compiled, recomputed by op": Case(ParallelDims(cp=2), COMPILED | EVERY_OP),
+    "context 4": Case(ParallelDims(cp=4)),
+    "context 2, tensor 2, compiled, recomputed": Case(ParallelDims(cp=2, tp=2), COMPILED | FULL),
+    "replicate 2, shard 2": Case(ParallelDims(dp_replicate=2, dp_shard=2)),
+    "replicate 2, tensor 2, recomputed": Case(ParallelDims(dp_replicate=2, tp=2), FULL),
+    "shard 2, tensor 2, loss parallel": Case(ParallelDims(dp_shard=2, tp=2), LOSS_PARALLEL),
+    "shard 2, tensor 2, always resharded": Case(ParallelDims(dp_shard=2, tp=2), ALWAYS),
+    "shard 2, tensor 2, never resharded": Case(ParallelDims(dp_shard=2, tp=2), NEVER),
+    "shard 2, tensor 2, offloaded": Case(ParallelDims(dp_shard=2, tp=2), OFFLOADED),
+}
+
+
+def step(case: Case) -> dict[str, Tensor]:
+    mesh = case.dims.build_mesh("cpu")
+    model = build_model(case.dims, mesh=mesh, **case.options)
+    tokens, labels = (part.chunk(case.dims.dp)[mesh["dp"].get_local_rank()] for part in get_batch())
+    tokens, labels, positions = ContextSharder(mesh["cp"])(tokens, labels)
+    loss = loss_sum(model(tokens, positions=positions), labels)
+    loss.backward()
+    loss = dist_sum(dist_sum(loss, mesh["dp"]), mesh["cp"])
+    norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    weights = {f"weight of {name}": whole(parameter).detach() for name, parameter in model.named_parameters()}
+    return {"loss": loss, "norm": norm, **get_gradients(model), **weights}
+
+
+def steps(names: list[str]) -> dict[str, dict[str, Tensor]]:
+    # Tracing is what parallelism can break; code generation is slow, and test_compile.py has it.
+    with patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+        return {name: step(CASES[name]) for name in names}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, Tensor]]:
+    one, two, four = ([name for name, case in CASES.items() if case.dims.world_size == size] for size in (1, 2, 4))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    found = steps(one)
+    dist.destroy_process_group()
+    return found | run_processes(steps, 2, two)[0] | run_processes(steps, 4, four)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_loss_and_gradients_equal_those_of_one_process(
+    case: Case, results: dict[str, dict[str, Tensor]]
+) -> None:
+    model = Transformer(ARGS())  # without any wrapping
+    init_parameters(model, seed=7, device="cpu")
+    tokens, labels = get_batch()
+    loss = loss_sum(model(tokens), labels)
+    loss.backward()
+    gradients = get_gradients(model)
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+
+    weights = {f"weight of {name}": parameter.detach() for name, parameter in model.named_parameters()}
+    assert results[case].keys() == {"loss", "norm"} | gradients.keys() | weights.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(results[case][name], value, rtol=0, atol=0)
+    for name, value in {"loss": loss.detach(), "norm": norm, **gradients}.items():
+        torch.testing.assert_close(results[case][name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,58 @@
+"""Starting weights that depend on the seed and the model alone, not on how it is divided over processes."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from torchtitan.protocols.model import Decoder
+
+
+@torch.no_grad()
+def init_parameters(model: Decoder, seed: int, device: torch.device | str) -> None:
+    """Fill the parameters of `model`, or a pipeline stage of one, as its weight_initializers() say.
+
+    Every rank draws each parameter whole on `device`, by a generator that is seeded from the seed and the parameter's
+    name, and copies its own shard to where the parameter is: no communication, and the peak is one whole parameter.
+    A GPU and a CPU draw different numbers from one seed.
+    """
+    initializers = model.weight_initializers()
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        generator = torch.Generator(device).manual_seed(_seed_for(seed, name))
+        initializers[name](whole, generator)
+        if isinstance(parameter, DTensor):
+            local = parameter.to_local()
+            shard = local_shard(whole, parameter)
+            assert local.shape == shard.shape, f"{name}: expected a shard of {tuple(local.shape)}, got {shard.shape}"
+            local.copy_(shard)
+        else:
+            parameter.copy_(whole)
+
+
+def local_shard(
+    whole: Tensor,  # the same on all ranks
+    like: DTensor,
+) -> Tensor:
+    """This rank's part of `whole`, divided as `like` is; a view."""
+    coordinate = like.device_mesh.get_coordinate()
+    assert coordinate is not None, "this rank is not part of the mesh"
+    axes = list(zip(like.placements, like.device_mesh.shape, coordinate, strict=True))
+    # FSDP divides what tensor parallel has left to the rank: a strided shard is cut last though its axis comes first.
+    for cut in (Shard, _StridedShard):
+        for placement, num_ranks, rank in axes:
+            if isinstance(placement, cut):
+                whole = _chunk(whole, placement.dim, num_ranks, rank)
+    assert all(isinstance(placement, Replicate | Shard | _StridedShard) for placement, _, _ in axes), like.placements
+    return whole
+
+
+def _chunk(tensor: Tensor, dim: int, num_chunks: int, index: int) -> Tensor:
+    chunks = tensor.chunk(num_chunks, dim)  # fewer than num_chunks where the tensor is too short
+    return chunks[index] if index < len(chunks) else tensor.narrow(dim, 0, 0)
+
+
+def _seed_for(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,77 @@
+"""Tensor parallel with sequence parallel: each matrix is split over the tp ranks, and so is the sequence between them.
+
+A block's input, its norms and its residual sums hold S / tp positions on each rank; before attention and before the
+feed-forward the sequence is gathered, and after each it is reduce-scattered, so that a block moves
+2 x (all-gather + reduce-scatter) of (B, S, D) in forward and the same in backward.
+The final norm's output is a DTensor with the sequence sharded: the output projection takes it from there, and so
+does a fused loss, which gathers it once.
+"""
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from torchtitan.protocols.model import Decoder
+
+
+def apply_tp(model: Decoder, tp_mesh: DeviceMesh, *, loss_parallel: bool) -> None:
+    """Split `model`, or a pipeline stage of one, in place.
+
+    With loss_parallel the logits are a DTensor with the vocabulary sharded, which the loss must understand;
+    without, each rank gets all of them as a plain tensor.
+    """
+    sequence = Shard(1)
+    parts: dict[str, ParallelStyle] = {
+        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=sequence),
+        "norm": SequenceParallel(),
+        "output": ColwiseParallel(
+            input_layouts=sequence,
+            output_layouts=Shard(-1) if loss_parallel else Replicate(),
+            use_local_output=not loss_parallel,
+        ),
+    }
+    block: dict[str, ParallelStyle] = {
+        "attention_norm": SequenceParallel(),
+        "attention": _gathered_sequence(sequence, None),
+        "attention.wq": ColwiseParallel(),
+        "attention.wk": ColwiseParallel(),
+        "attention.wv": ColwiseParallel(),
+        "attention.wo": RowwiseParallel(output_layouts=sequence),
+        "ffn_norm": SequenceParallel(),
+        "feed_forward": _gathered_sequence(sequence),
+        "feed_forward.w1": ColwiseParallel(),
+        "feed_forward.w3": ColwiseParallel(),
+        "feed_forward.w2": RowwiseParallel(output_layouts=sequence),
+    }
+    present = {name: style for name, style in parts.items() if getattr(model, name) is not None}
+    parallelize_module(model, tp_mesh, present)
+    for layer in model.layers.values():
+        parallelize_module(layer, tp_mesh, block)
+    if model.tok_embeddings is not None:
+        # What comes out of a collective is an AsyncCollectiveTensor, and one that enters a compiled block loses its
+        # gradient without a word (torch 2.13). Any operation that is not a view waits for it; the copy is small.
+        model.tok_embeddings.register_forward_hook(lambda module, args, output: output.clone())
+
+
+def enable_async_tp(tp_mesh: DeviceMesh) -> None:
+    """Let inductor overlap tensor parallel's collectives with the products beside them (CUDA, compiled blocks)."""
+    import torch._inductor.config
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    torch._inductor.config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(tp_mesh.get_group().group_name)
+
+
+def _gathered_sequence(*layouts: Shard | None) -> PrepareModuleInput:
+    """Inputs with a layout are gathered; None passes as it is."""
+    return PrepareModuleInput(
+        input_layouts=layouts,
+        desired_input_layouts=tuple(None if layout is None else Replicate() for layout in layouts),
+    )

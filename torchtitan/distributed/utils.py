@@ -1,0 +1,179 @@
+"""The process group, seeds, reductions over a mesh axis, and clipping. The one module that reads the environment."""
+
+import datetime
+import math
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from torchtitan.config.job_config import Comm
+from torchtitan.distributed.parallel_dims import Mesh
+from torchtitan.tools.device import get_device_type
+
+_MAX_CPU_SUMMANDS = 2**16
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among those that torchrun started; alone where it started none."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    restart_count: int
+    """How often torchrun has started these processes again."""
+
+
+def get_world() -> World:
+    """Read torchrun's variables."""
+    return World(
+        rank=int(os.environ.get("RANK", "0")),
+        size=int(os.environ.get("WORLD_SIZE", "1")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        restart_count=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )
+
+
+def get_progress_rank() -> int | None:
+    """The local rank whose progress line the launcher shows on its terminal; None where it has no terminal."""
+    rank = os.environ.get("TORCHTITAN_PROGRESS_RANK")
+    return None if rank is None else int(rank)
+
+
+def init_distributed(
+    comm: Comm, *, dump_folder: str, enable_cpu_offload: bool = False, device_type: str | None = None
+) -> torch.device:
+    """Start the process group, and return this process's device: its GPU where there are any."""
+    world = get_world()
+    device_type = device_type or get_device_type()
+    device = torch.device(device_type, world.local_rank) if device_type == "cuda" else torch.device(device_type)
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+        _enable_flight_recorder(comm, Path(dump_folder))
+    timeout = datetime.timedelta(seconds=comm.init_timeout_seconds)
+    # With CPU offload, weights are gathered on the GPU but norms are summed and checkpoints written on the CPU.
+    backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl" if enable_cpu_offload else "nccl"}[device_type]
+    if dist.is_torchelastic_launched():
+        dist.init_process_group(backend, timeout=timeout)
+    else:  # alone: no address to meet at is needed
+        dist.init_process_group(backend, timeout=timeout, store=HashStore(), rank=0, world_size=1)
+    return device
+
+
+def _enable_flight_recorder(comm: Comm, dump_folder: Path) -> None:
+    """Record the last collectives, and write them to a file when one times out."""
+    if comm.trace_buf_size == 0:
+        return
+    folder = dump_folder / comm.save_traces_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
+    os.environ["TORCH_FR_BUFFER_SIZE"] = str(comm.trace_buf_size)
+    os.environ["TORCH_FR_DUMP_TEMP_FILE"] = f"{folder}/rank_"
+
+
+def set_pg_timeouts(timeout: datetime.timedelta, mesh: Mesh, device: torch.device) -> None:
+    """Change the time-out of every group's collectives: long while all start up, short once they keep pace."""
+    # All ranks must have finished what ran under the old time-out.
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    for group in [*mesh.get_groups(), None]:  # None is the group of all ranks
+        _set_pg_timeout(timeout, group)
+
+
+def set_determinism(seed: int | None, device: torch.device, *, deterministic: bool = False) -> int:
+    """Seed torch, the same on all ranks, and return the seed; where it is None, rank 0 draws one.
+
+    `deterministic` also allows only kernels that give the same bits at every run; the others raise.
+    """
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+    chosen = torch.tensor(torch.seed() % 2**31 if seed is None else seed, device=device)
+    dist.broadcast(chosen, src=0)
+    seed = int(chosen.item())
+    torch.manual_seed(seed)
+    return seed
+
+
+def get_start_time() -> str:
+    """Rank 0's clock as a name for files of this start, the same on all ranks: 20260131-120059."""
+    name = [datetime.datetime.now().strftime("%Y%m%d-%H%M%S")]
+    dist.broadcast_object_list(name, src=0)
+    return name[0]
+
+
+def sum_over_world(values: Tensor) -> Tensor:
+    """Sum of a plain tensor over all ranks, in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def dist_sum(value: Tensor, axis: DeviceMesh) -> Tensor:
+    """Sum over the ranks of a one-dimensional mesh, as a new tensor on the device."""
+    return _all_reduce(value, dist.ReduceOp.SUM, axis)
+
+
+def dist_max(value: Tensor, axis: DeviceMesh) -> Tensor:
+    """Maximum over the ranks of a one-dimensional mesh, as a new tensor on the device."""
+    return _all_reduce(value, dist.ReduceOp.MAX, axis)
+
+
+def _all_reduce(value: Tensor, op: dist.ReduceOp.RedOpType, axis: DeviceMesh) -> Tensor:
+    local = value.full_tensor() if isinstance(value, DTensor) else value
+    result = local.detach().clone()
+    dist.all_reduce(result, op, axis.get_group())
+    return result
+
+
+def get_clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What the gradients are to be multiplied by so that their norm is at most max_norm; no host sync."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+@torch.no_grad()
+def get_total_norm(grads: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients of all ranks, float32, in one all-reduce over the world.
+
+    A gradient that r ranks hold alike counts for 1 / r on each of them; so shards, copies and
+    other ranks' pipeline stages add up in one sum, whichever mesh each gradient lives on.
+    """
+    by_copies: dict[int, list[Tensor]] = defaultdict(list)
+    for grad in grads:
+        by_copies[_num_copies(grad)] += _pieces(_local(grad))
+    square = sum(torch.stack(torch._foreach_norm(local)).float().square().sum() / n for n, local in by_copies.items())
+    assert isinstance(square, Tensor), "this rank has no gradients"
+    dist.all_reduce(square)
+    return square.sqrt()
+
+
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """On a CPU, short pieces: torch sums the squares of a tensor there one by one, 1e-4 off after 5 million of them."""
+    return tensor.flatten().split(_MAX_CPU_SUMMANDS) if tensor.device.type == "cpu" else [tensor]
+
+
+def _num_copies(grad: Tensor) -> int:
+    """How many ranks hold this very shard."""
+    if not isinstance(grad, DTensor):
+        return dist.get_world_size()
+    assert not any(isinstance(placement, Partial) for placement in grad.placements), "a gradient was not reduced"
+    axes = zip(grad.placements, grad.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in axes if isinstance(placement, Replicate))

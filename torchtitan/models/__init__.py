@@ -1,0 +1,1 @@
+"""Model families: a package each, with a `train_spec` (protocols/train_spec.py) that names its parts."""

@@ -1,0 +1,1 @@
+"""How Llama 3 is divided over devices: parallelize.py."""

@@ -1,0 +1,58 @@
+"""The shape of a Llama 3 model, and what follows from it by arithmetic. Imports no torch: options are checked fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretch of the rotary frequencies for contexts longer than those of pretraining.
+
+    Wavelengths above original_max_seq_len / low_freq_factor are stretched by `factor`, those below
+    original_max_seq_len / high_freq_factor are kept, and those between are interpolated.
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+
+@dataclass(frozen=True)
+class TransformerModelArgs:
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    ffn_hidden_dim: int
+    vocab_size: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: RopeScaling | None = None
+    max_seq_len: int = 131072
+    """Rows of the rotary table: no sequence may be longer."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    def for_run(self, *, max_seq_len: int, use_scaled_rope: bool) -> TransformerModelArgs:
+        """The same shape, with what a run's options decide."""
+        scaling = RopeScaling() if use_scaled_rope else self.rope_scaling
+        return replace(self, max_seq_len=max_seq_len, rope_scaling=scaling)
+
+    def num_params(self) -> int:
+        attention = 2 * self.dim * self.head_dim * (self.n_heads + self.n_kv_heads)
+        feed_forward = 3 * self.dim * self.ffn_hidden_dim
+        block = attention + feed_forward + 2 * self.dim
+        return 2 * self.vocab_size * self.dim + self.n_layers * block + self.dim
+
+    def get_num_flops_per_token(self, seq_len: int) -> int:
+        """Floating point operations of forward and backward, per token of a sequence of seq_len tokens.
+
+        6 for each weight that is multiplied (all but the embedding's), and 12 * dim * seq_len a layer for attention's
+        two products. As is customary, the causal mask's half and recomputation are not subtracted or added.
+        """
+        num_multiplied = self.num_params() - self.vocab_size * self.dim
+        return 6 * num_multiplied + 12 * self.n_layers * self.dim * seq_len

@@ -1,0 +1,190 @@
+"""Llama 3: embedding, blocks of attention and feed-forward, norm, output.
+
+Parallelism is applied from outside (infra/parallelize.py), so nothing here knows of it, save for three courtesies:
+head counts are read from the tensors (tensor parallel leaves each rank some of the heads), the parts that a pipeline
+stage lacks are None, and attention's kernel is a module that context parallel and generation replace.
+
+Shapes: B batch, S sequence, D model dim, H query heads, K key/value heads, E head dim, F feed-forward dim, V vocab.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchtitan.models.llama3.model.args import RopeScaling, TransformerModelArgs
+from torchtitan.protocols.model import Decoder, Initializer, OutputHead
+
+
+def precompute_freqs_cis(
+    head_dim: int,
+    max_seq_len: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Cosine and sine of position * frequency, (max_seq_len, head_dim / 2, 2) in float32.
+
+    Real pairs rather than complex numbers: inductor fuses them with what surrounds the rotation.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    freqs = 1.0 / theta**exponents
+    if scaling is not None:
+        freqs = _scale_freqs(freqs, scaling)
+    positions = torch.arange(max_seq_len, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, freqs)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def _scale_freqs(freqs: Tensor, scaling: RopeScaling) -> Tensor:
+    turns = scaling.original_max_seq_len * freqs / (2 * math.pi)  # of each frequency, in the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    share_kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return share_kept * freqs + (1 - share_kept) * freqs / scaling.factor
+
+
+def apply_rotary_emb(
+    x: Tensor,  # (B, S, H, E)
+    freqs_cis: Tensor,  # (1 or B, S, E / 2, 2), float32
+) -> Tensor:
+    """Rotate neighbouring pairs of each head, in float32."""
+    cos, sin = freqs_cis.unsqueeze(2).unbind(-1)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return rotated.flatten(-2).type_as(x)
+
+
+class ScaledDotProductAttention(nn.Module):
+    """Causal attention over whole sequences; what replaces it takes and gives the same shapes."""
+
+    def forward(
+        self,
+        q: Tensor,  # (B, H, S, E)
+        k: Tensor,  # (B, K, S, E)
+        v: Tensor,  # (B, K, S, E)
+    ) -> Tensor:  # (B, H, S, E)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+
+
+class Attention(nn.Module):
+    def __init__(self, args: TransformerModelArgs):
+        super().__init__()
+        self.head_dim = args.head_dim
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.sdpa: nn.Module = ScaledDotProductAttention()
+
+    def forward(
+        self,
+        x: Tensor,  # (B, S, D)
+        freqs_cis: Tensor,  # (1 or B, at least S, E / 2, 2)
+    ) -> Tensor:  # (B, S, D)
+        # -1: the number of heads on this rank. x holds the whole sequence here, also under sequence parallel.
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, S, H or K, E)
+        freqs_cis = freqs_cis[:, : q.size(1)]
+        q, k = apply_rotary_emb(q, freqs_cis), apply_rotary_emb(k, freqs_cis)
+        out = self.sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, S, E)
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, S, D) -> (B, S, D), through (B, S, F)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: TransformerModelArgs):
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args.dim, args.ffn_hidden_dim)
+        self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+
+    def forward(self, x: Tensor, freqs_cis: Tensor) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), freqs_cis)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(Decoder):
+    """Llama 3, or a pipeline stage of it: its `tok_embeddings`, `norm` or `output` is None if another stage has it."""
+
+    freqs_cis: Tensor
+
+    def __init__(self, args: TransformerModelArgs):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleDict({str(i): TransformerBlock(args) for i in range(args.n_layers)})
+        self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
+        self.output = OutputHead(args.dim, args.vocab_size, bias=False)
+        self.init_buffers(None)
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, S) int64; on a later pipeline stage the hidden states (B, S, D)
+        return_hidden_states: bool = False,
+        *,
+        positions: Tensor | None = None,  # (B, S) int64; None: 0 to S - 1
+    ) -> Tensor:  # logits (B, S, V); the hidden states (B, S, D) if asked for, or on a stage without output
+        freqs_cis = self.freqs_cis[None] if positions is None else self.freqs_cis[positions]
+        h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
+        for block in self.layers.values():
+            h = block(h, freqs_cis)
+        if self.norm is not None:
+            h = self.norm(h)
+        if return_hidden_states or self.output is None:
+            return h
+        return self.output(h)
+
+    def init_buffers(self, device: torch.device | str | None) -> None:
+        """Compute the rotary table on `device`: for a model that was built on the meta device."""
+        args = self.args
+        table = precompute_freqs_cis(args.head_dim, args.max_seq_len, args.rope_theta, args.rope_scaling, device)
+        self.register_buffer("freqs_cis", table, persistent=False)
+
+    def weight_initializers(self) -> dict[str, Initializer]:
+        """How each parameter starts, by its name.
+
+        | tok_embeddings          | N(0, 1)                                                              |
+        | wq, wk, wv, w1          | N(0, 0.02)                                                           |
+        | wo, w2, w3              | N(0, 0.02 / sqrt(2 * (layer + 1))): deeper layers add less           |
+        | norms                   | 1                                                                    |
+        | output                  | N(0, D ** -0.5) cut at three deviations: logits start near N(0, 1)   |
+        """
+        table: dict[str, Initializer] = {}
+        if self.tok_embeddings is not None:
+            table["tok_embeddings.weight"] = _normal(1.0)
+        for name in self.layers:
+            depth_std = 0.02 / math.sqrt(2 * (int(name) + 1))
+            table |= {f"layers.{name}.attention.{w}.weight": _truncated_normal(0.02) for w in ("wq", "wk", "wv")}
+            table[f"layers.{name}.attention.wo.weight"] = _truncated_normal(depth_std)
+            table[f"layers.{name}.feed_forward.w1.weight"] = _truncated_normal(0.02)
+            table |= {f"layers.{name}.feed_forward.{w}.weight": _truncated_normal(depth_std) for w in ("w2", "w3")}
+            table |= {f"layers.{name}.{norm}.weight": _ones for norm in ("attention_norm", "ffn_norm")}
+        if self.norm is not None:
+            table["norm.weight"] = _ones
+        if self.output is not None:
+            std = self.args.dim**-0.5
+            table["output.weight"] = _truncated_normal(std, cut=3 * std)
+        return table
+
+
+def _normal(std: float) -> Initializer:
+    return lambda weight, generator: nn.init.normal_(weight, std=std, generator=generator)
+
+
+def _truncated_normal(std: float, cut: float = 2.0) -> Initializer:
+    return lambda weight, generator: nn.init.trunc_normal_(weight, std=std, a=-cut, b=cut, generator=generator)
+
+
+def _ones(weight: Tensor, generator: torch.Generator) -> Tensor:
+    return nn.init.ones_(weight)

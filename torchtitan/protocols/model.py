@@ -1,0 +1,62 @@
+"""What the trainer and the parallelisms expect of a model: equal blocks between an embedding and an output."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+Initializer = Callable[[Tensor, torch.Generator], object]
+"""Fills a whole parameter, drawing from the generator."""
+
+
+class OutputHead(nn.Linear):
+    """The projection to logits. Fused losses, which never make the logits, take its weight through `with_weight`."""
+
+    def with_weight(self, fn: Callable[[Tensor, Tensor], T], hidden: Tensor) -> T:
+        """fn(hidden, weight), where weight may be read: FSDP gathers it before and reduces its gradient after.
+
+        What else fn needs is bound to it: hidden is the one tensor that FSDP's hooks are to see. The weight has the
+        dtype of the hidden states, as FSDP makes it, or by a cast where a single process keeps it in float32.
+        """
+        return fn(hidden, self.weight.to(hidden.dtype))
+
+
+class Decoder(nn.Module):
+    """The base of a model. On a pipeline stage, the modules that other stages have are None."""
+
+    tok_embeddings: nn.Module | None
+    layers: nn.ModuleDict
+    """The blocks by their number, as text."""
+    norm: nn.Module | None
+    output: OutputHead | None
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, S) int64; on a later pipeline stage the hidden states (B, S, D)
+        return_hidden_states: bool = False,
+        *,
+        positions: Tensor | None = None,  # (B, S) int64; None: 0 to S - 1
+    ) -> Tensor:
+        """The logits (B, S, V), or the hidden states (B, S, D), which `output` takes."""
+        raise NotImplementedError
+
+    def weight_initializers(self) -> dict[str, Initializer]:
+        """How each parameter starts, by its name."""
+        raise NotImplementedError
+
+    def init_buffers(self, device: torch.device | str | None) -> None:
+        """Compute on `device` the buffers that no checkpoint holds."""
+        raise NotImplementedError
+
+
+class StateDictAdapter(Protocol):
+    """Hugging Face's names and layouts for a model's weights, and back."""
+
+    def to_hf(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def from_hf(self, hf_state_dict: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def to_hf_config(self) -> dict[str, Any]:
+        """What goes into config.json beside the weights."""
