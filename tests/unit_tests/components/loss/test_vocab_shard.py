@@ -1,0 +1,68 @@
+"""The in-tree loss with the vocabulary sharded unevenly, some ranks holding fewer rows than others, or none."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.unit_tests.distributed.processes import run_processes
+from torchtitan.components.loss import IGNORE_INDEX, VocabShard, fused_linear_cross_entropy
+
+
+class Case(NamedTuple):
+    world_size: int
+    vocab_size: int
+    num_tokens: int
+    budget_bytes: int
+
+
+CASES = [
+    Case(2, 101, 100, 10_000),  # by its own rows alone, the second rank would make fewer chunks
+    Case(2, 101, 100, 1 << 20),
+    Case(4, 5, 7, 16),  # the last rank holds nothing
+    Case(4, 4, 1, 16),
+]
+
+
+def make_problem(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(case.num_tokens, 16, generator=generator)
+    weight = torch.randn(case.vocab_size, 16, generator=generator)
+    labels = torch.randint(case.vocab_size, (case.num_tokens,), generator=generator)
+    labels[1::5] = IGNORE_INDEX
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+def on_one_rank(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, labels = make_problem(case)
+    rank, rows_per_rank = dist.get_rank(), -(-case.vocab_size // case.world_size)
+    start = min(rank * rows_per_rank, case.vocab_size)
+    rows = weight.detach()[start : start + rows_per_rank].clone().requires_grad_()
+    assert dist.group.WORLD is not None
+    shard = VocabShard(start, dist.group.WORLD, rows_per_rank)
+    loss = fused_linear_cross_entropy(hidden, rows, labels, scale=0.5, budget_bytes=case.budget_bytes, shard=shard)
+    loss.backward()
+    return loss.detach(), hidden.grad, rows.grad
+
+
+def on_each_rank(cases: list[Case]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [on_one_rank(case) for case in cases]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_loss_and_gradients_equal_float64(world_size: int) -> None:
+    cases = [case for case in CASES if case.world_size == world_size]
+    by_rank = run_processes(on_each_rank, world_size, cases)
+    for case, parts in zip(cases, zip(*by_rank, strict=True), strict=True):
+        hidden, weight, labels = (t.detach().double() if t.is_floating_point() else t for t in make_problem(case))
+        hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+        expected = 0.5 * F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        expected.backward()
+        losses, d_hidden, d_weight = zip(*parts, strict=True)
+        for loss in losses:
+            torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(sum(d_hidden).double(), hidden.grad, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.cat(d_weight).double(), weight.grad, rtol=0, atol=1e-5)

@@ -1,0 +1,39 @@
+"""The losses of training, and the choice between them.
+
+| file | what it holds |
+|---|---|
+| cross_entropy.py | standard: logits, then cross entropy in float32; the oracle of the others |
+| liger.py | Liger-Kernel's fused linear cross entropy, its chunks sized from a memory budget |
+| fused_linear.py | the in-tree fused linear cross entropy: CPU, GPU, and a vocabulary sharded over ranks |
+| in_place.py | its first chunk under a tight budget: logits in the memory of the weight gradient |
+| softmax_gradient.py | softmax, loss and gradient of one chunk of logits, in place; _triton.py holds its GPU kernels |
+| vocab_shard.py | which rows of the vocabulary this rank holds; the one place where a DTensor becomes local |
+| chunking.py | how many tokens fit a memory budget |
+| build.py | build_loss: which loss a configuration means |
+
+Every loss is called as `loss(hidden, head, labels, scale)`:
+
+    hidden   (B, S, D) hidden states after the final norm (a DTensor under tensor parallelism)
+    head     the model's `output`, an OutputHead with weight (V, D)
+    labels   (B, S) int64; IGNORE_INDEX marks tokens without a target
+    scale    0-dim float32 tensor, 1 / (valid tokens of the whole global batch)
+
+and returns `scale * sum of this rank's token losses`, a float32 scalar. Summed over microbatches and
+data ranks this is the mean over all valid tokens. Nothing else divides: not FSDP, not the trainer.
+"""
+
+from torchtitan.components.loss.build import Loss, build_loss
+from torchtitan.components.loss.cross_entropy import IGNORE_INDEX, CrossEntropyLoss, cross_entropy_sum
+from torchtitan.components.loss.fused_linear import FusedLinearCrossEntropyLoss, fused_linear_cross_entropy
+from torchtitan.components.loss.vocab_shard import VocabShard
+
+__all__ = [
+    "IGNORE_INDEX",
+    "CrossEntropyLoss",
+    "FusedLinearCrossEntropyLoss",
+    "Loss",
+    "VocabShard",
+    "build_loss",
+    "cross_entropy_sum",
+    "fused_linear_cross_entropy",
+]

@@ -1,0 +1,98 @@
+"""The choice of the loss, made once, and the lines that say which it was."""
+
+import importlib.util
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from torchtitan.components.loss.cross_entropy import CrossEntropyLoss
+from torchtitan.components.loss.fused_linear import FusedLinearCrossEntropyLoss
+from torchtitan.config.errors import ConfigError, LigerNotInstalledError
+from torchtitan.config.job_config import LigerKernel
+from torchtitan.protocols.model import OutputHead
+from torchtitan.tools.logging import logger
+
+_LARGE_SHARE = 0.05
+
+
+class Loss(Protocol):
+    """What the trainer calls; see the package's docstring for shapes and meaning."""
+
+    def __call__(self, hidden: Tensor, head: OutputHead, labels: Tensor, scale: Tensor) -> Tensor: ...
+
+
+def build_loss(
+    liger_kernel: LigerKernel,
+    *,
+    device_type: str,
+    tensor_parallel: bool,
+    compile: bool,
+) -> Loss:
+    """The loss that a configuration means.
+
+    Raises:
+        ImportError: the fused loss is on, `implementation` is not "native", and liger-kernel is missing or too old.
+        ConfigError: `implementation` is "liger" where its kernels cannot run.
+    """
+    if not liger_kernel.enable_fused_linear_cross_entropy:
+        if compile:
+            logger.info("Compiling the loss function with torch.compile")
+        return CrossEntropyLoss(compile=compile)
+
+    budget_bytes = liger_kernel.logits_memory_budget_mib << 20
+    accum_dtype = torch.float32 if liger_kernel.weight_grad_accum_dtype == "float32" else None
+    reason = _why_in_tree(liger_kernel.implementation, device_type=device_type, tensor_parallel=tensor_parallel)
+    if liger_kernel.implementation != "native" and importlib.util.find_spec("liger_kernel") is None:
+        raise LigerNotInstalledError  # also where the in-tree loss stands in: nothing falls back in silence
+    if reason:
+        logger.info(f"Using the in-tree fused linear cross entropy loss: {reason}")
+        return FusedLinearCrossEntropyLoss(budget_bytes=budget_bytes, accum_dtype=accum_dtype)
+
+    if device_type != "cuda" and not _triton_interprets():
+        raise ConfigError(
+            f"liger_kernel.implementation=liger needs a GPU, and this run is on the {device_type}; use implementation"
+            " auto or native, the in-tree fused loss, or set TRITON_INTERPRET=1, with which the kernels run very slowly"
+        )
+    from torchtitan.components.loss.liger import LigerFusedLinearLoss
+
+    logger.info("Using Liger-Kernel fused linear cross entropy loss")
+    return LigerFusedLinearLoss(budget_bytes=budget_bytes, accum_dtype=accum_dtype)
+
+
+def _triton_interprets() -> bool:
+    """Whether Triton's kernels run in its interpreter, which needs no GPU."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def _why_in_tree(implementation: str, *, device_type: str, tensor_parallel: bool) -> str | None:
+    """The reason to use the in-tree loss, or None where Liger-Kernel serves."""
+    if implementation == "native":
+        return 'liger_kernel.implementation is "native"'
+    if implementation == "liger":
+        return None
+    if tensor_parallel:
+        return "the vocabulary is sharded over the tensor-parallel ranks"
+    if device_type != "cuda":
+        return f"Liger-Kernel has no kernels for the {device_type}"
+    return None
+
+
+def about_logits_memory(
+    *, num_tokens: int, vocab_rows: int, bytes_per_logit: int, compiled: bool, capacity: int
+) -> str | None:
+    """What the standard loss's logits take on this device and how to avoid it; None where it is little.
+
+    Eager cross entropy holds the logits, their float32 copy, softmax and gradient; compiled, the logits and their
+    gradient.
+    """
+    bytes_per_token = vocab_rows * (2 * bytes_per_logit if compiled else bytes_per_logit + 3 * 4)
+    needed = num_tokens * bytes_per_token
+    if needed < _LARGE_SHARE * capacity:
+        return None
+    return (
+        f"The logits of each microbatch take about {needed / 2**30:.1f} GiB, {100 * needed / capacity:.0f}% of this "
+        "device's memory; --liger_kernel.enable_fused_linear_cross_entropy trains without them"
+    )

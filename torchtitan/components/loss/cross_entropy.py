@@ -1,0 +1,102 @@
+"""The standard loss: logits in the model's dtype, then cross entropy in float32.
+
+It obeys the contract of all losses (see __init__.py) and is the oracle of the fused ones. Under tensor
+parallelism the logits stay sharded over the vocabulary: each rank reduces its own columns, and two
+all-reduces of (T,) statistics combine them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from torchtitan.components.loss.vocab_shard import vocab_shard_of
+from torchtitan.protocols.model import OutputHead
+
+IGNORE_INDEX = -100
+"""Label of a token that has no target (the value of torch.nn.functional.cross_entropy)."""
+
+
+class CrossEntropyLoss:
+    """Cross entropy of the head's logits. With `compile`, the cast, the softmax and the gradient are fused.
+
+    Pipeline stages, which run the head themselves, call its `sum` on logits.
+    """
+
+    def __init__(self, *, compile: bool = False) -> None:
+        self.sum = CrossEntropySum(compile=compile)
+
+    def __call__(
+        self,
+        hidden: Tensor,  # (B, S, D)
+        head: OutputHead,
+        labels: Tensor,  # (B, S) int64
+        scale: Tensor,  # () float32
+    ) -> Tensor:
+        return self.sum(head(hidden), labels) * scale
+
+
+class CrossEntropySum:
+    """`cross_entropy_sum`, optionally compiled."""
+
+    def __init__(self, *, compile: bool = False) -> None:
+        self._whole: Callable[..., Tensor] = torch.compile(_whole_sum) if compile else _whole_sum
+        self._sharded: Callable[..., Tensor] = torch.compile(_sharded_sum) if compile else _sharded_sum
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if isinstance(logits, DTensor):
+            shard = vocab_shard_of(logits, dim=-1)
+            local = logits.to_local(grad_placements=logits.placements)
+            return self._sharded(local, labels, shard.start, shard.group)
+        return self._whole(logits, labels)
+
+
+def cross_entropy_sum(
+    logits: Tensor,  # (..., V), plain, or a DTensor sharded over the vocabulary
+    labels: Tensor,  # (...) int64
+) -> Tensor:
+    """Sum of the token losses in float32; tokens labelled IGNORE_INDEX count 0."""
+    return CrossEntropySum()(logits, labels)
+
+
+def _whole_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _sharded_sum(
+    logits: Tensor,  # (..., Vp)
+    labels: Tensor,  # (...) int64, ids of the whole vocabulary
+    start: int,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    x = logits.flatten(0, -2).float()  # (T, Vp)
+    labels = labels.flatten()
+    if x.shape[1] == 0:  # more ranks than rows: this one only takes part in the reductions
+        x = F.pad(x, (0, 1), value=float("-inf"))
+    # all-reduce the max first: exp() of another shard's logits may overflow
+    row_max = funcol.all_reduce(x.detach().amax(dim=1), "max", group)
+    column = labels - start
+    is_local = (column >= 0) & (column < logits.shape[-1])
+    target = x.gather(1, column.clamp(0, x.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    target = torch.where(is_local, target, 0.0)
+    sum_exp = (x - row_max.unsqueeze(1)).exp().sum(dim=1)
+    sum_exp, target = _SumOverRanks.apply(torch.stack([sum_exp, target]), group).unbind(0)
+    losses = sum_exp.log() + row_max - target
+    return torch.where(labels == IGNORE_INDEX, 0.0, losses).sum()
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose result every rank uses alike, so the gradient of each addend is the result's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return funcol.all_reduce(x, "sum", group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

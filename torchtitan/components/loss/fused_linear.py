@@ -1,0 +1,312 @@
+"""In-tree fused linear cross entropy: the loss of hidden states without the (T, V) logits.
+
+Shapes: T tokens, D model dim, V vocabulary, Vp this rank's rows of it, C tokens of one chunk, n chunks.
+
+For each chunk of tokens, all in the forward pass:
+
+    Z  = H W^T                     (C, Vp)  one buffer, reused, in the dtype of H; float32 inside the product
+    G  = scale * (softmax(Z) - Y)  in place over Z (softmax_gradient.py), float32 inside
+    dH = G W                       (C, D)   written once
+    dW = dW + G^T H                (Vp, D)  the first chunk writes, the others add, in W's dtype or float32
+
+Three matrix products, 6 T Vp D operations, none recomputed. Backward hands out dH and dW, times the upstream
+gradient: on a GPU a kernel that returns at once when that is 1, so nothing waits for the host.
+
+Memory beside dH and dW, in bytes of bf16: standard cross entropy holds 2 T V of logits and 8 T V of float32 softmax
+and gradient; this holds 2 C Vp, where C comes from a memory budget (chunking.py). For Llama 3 8B and 8192 tokens
+that is 1002 MiB of one chunk instead of 12024 MiB. Each further chunk costs a read and a write of dW.
+
+A budget of less than 1024 rows makes chunks so small that a GPU spends its time on dW; then the first D tokens are
+computed in dW's own memory (in_place.py).
+
+Vocabulary sharded over n ranks (tensor parallel): H is gathered by the caller (vocab_shard.py), each rank computes
+its own columns, and per chunk one all-gather of 3 float32 a token (12 C bytes a rank) combines maximum, sum and target
+logit. The gather of one chunk runs beside the next chunk's product, so that two logits buffers share the budget.
+dH is then a partial sum, which the caller's DTensor reduce-scatters once; dW needs no communication.
+
+Liger's implementation differs in its chunk size (see liger.py), in its host syncs, and in knowing no sharded
+vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchtitan.components.loss.chunking import plan_chunks, rows_in_budget
+from torchtitan.components.loss.in_place import first_chunk_in_place
+from torchtitan.components.loss.softmax_gradient import (
+    combine_statistics,
+    loss_and_gradient_,
+    row_statistics,
+    write_gradient_,
+)
+from torchtitan.components.loss.vocab_shard import VocabShard, gather_hidden_local_weight
+from torchtitan.protocols.model import OutputHead
+
+collectives = torch.ops._c10d_functional  # the operations below torch.distributed
+
+_CPU_BUDGET_BYTES = 32 << 20
+"""On a CPU larger chunks are slower, since they leave the cache: a larger budget is not used."""
+
+
+_FEW_ROWS = 1024
+"""Below this many rows a chunk, the first chunk is computed in the weight gradient's memory (in_place.py)."""
+
+
+class FusedLinearCrossEntropyLoss:
+    """The in-tree loss behind the contract of all losses (`loss(hidden, head, labels, scale)`)."""
+
+    def __init__(self, *, budget_bytes: int, accum_dtype: torch.dtype | None = None) -> None:
+        self._loss = partial(_loss_of_local_rows, budget_bytes=budget_bytes, accum_dtype=accum_dtype)
+
+    def __call__(
+        self,
+        hidden: Tensor,  # (B, S, D)
+        head: OutputHead,
+        labels: Tensor,  # (B, S) int64
+        scale: Tensor,  # () float32
+    ) -> Tensor:
+        return head.with_weight(partial(self._loss, labels=labels, scale=scale), hidden)
+
+
+def _loss_of_local_rows(hidden: Tensor, weight: Tensor, *, labels: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    hidden, weight, shard = gather_hidden_local_weight(hidden, weight)
+    return fused_linear_cross_entropy(hidden, weight, labels, scale=scale, shard=shard, **options)
+
+
+def fused_linear_cross_entropy(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (Vp, D)
+    labels: Tensor,  # (...) int64, ids of the whole vocabulary
+    *,
+    scale: Tensor | float = 1.0,
+    budget_bytes: int = 1 << 30,
+    accum_dtype: torch.dtype | None = None,
+    shard: VocabShard | None = None,
+) -> Tensor:
+    """`scale * sum of cross entropies` of `hidden @ weight.T`, float32, without materialising those logits.
+
+    Args:
+        scale: a number, or a 0-dim tensor on the device, which is not read by the host.
+        budget_bytes: memory for the logits of one chunk.
+        accum_dtype: dtype of the weight gradient's sum over chunks; None is the weight's own.
+        shard: which rows of the vocabulary `weight` holds; None means all. Each rank of its group must pass the same
+            hidden states and labels; the hidden gradient is this rank's partial sum.
+
+    Tokens labelled -100 are ignored; if all are, the loss is 0 and so are the gradients.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[-1] or weight.ndim != 2:
+        raise ValueError(
+            "expected hidden (..., D), weight (V, D) and labels (...), "
+            f"got {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}"
+        )
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=hidden.device)
+    # a copy only where the hidden states are not contiguous
+    hidden, labels = hidden.flatten(0, -2).contiguous(), labels.flatten().contiguous()
+    options = _Options(budget_bytes, accum_dtype or weight.dtype, shard)
+    return _FusedLinearCrossEntropy.apply(hidden, weight, labels, scale, options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    budget_bytes: int
+    accum_dtype: torch.dtype
+    shard: VocabShard | None
+
+
+class _FusedLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (T, D)
+        weight: Tensor,  # (Vp, D)
+        labels: Tensor,  # (T,)
+        scale: Tensor,  # ()
+        options: _Options,
+    ) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = _WeightGradient(weight, options.accum_dtype) if needs_weight else None
+        losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        done = 0
+        if d_weight is not None and _is_tight(hidden, weight, options):
+            done = min(hidden.shape)
+            first_chunk_in_place(
+                hidden[:done],
+                weight,
+                labels[:done],
+                scale,
+                losses=losses[:done],
+                d_hidden=d_hidden[:done] if d_hidden is not None else None,
+                d_weight=d_weight.claim(),
+                budget_bytes=options.budget_bytes,
+            )
+        rest = slice(done, None)
+        for rows, gradient in _chunk_gradients(
+            hidden[rest],
+            weight,
+            labels[rest],
+            scale,
+            losses[rest],
+            options,
+            needs_gradient=needs_hidden or needs_weight,
+        ):
+            if d_hidden is not None:
+                torch.mm(gradient, weight, out=d_hidden[rest][rows])
+            if d_weight is not None:
+                d_weight.add(gradient, hidden[rest][rows])
+        ctx.save_for_backward(d_hidden, d_weight.finish() if d_weight is not None else None)
+        return losses.sum() * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        for gradient in (d_hidden, d_weight):
+            if gradient is not None:
+                _multiply_(gradient, grad_loss)
+        return d_hidden, d_weight, None, None, None
+
+
+def _is_tight(hidden: Tensor, weight: Tensor, options: _Options) -> bool:
+    """Whether chunks would have so few rows that reading and writing the weight gradient for each costs more.
+
+    So on a GPU with implementation "native" and a budget far below the default.
+    """
+    max_rows = rows_in_budget(options.budget_bytes, vocab_rows=weight.shape[0], bytes_per_logit=hidden.element_size())
+    return (
+        hidden.is_cuda
+        and options.shard is None
+        and options.accum_dtype == hidden.dtype
+        and max_rows < min(_FEW_ROWS, hidden.shape[0])
+    )
+
+
+def _chunk_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    losses: Tensor,
+    options: _Options,
+    *,
+    needs_gradient: bool,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, gradient of their logits) chunk by chunk, and fill `losses`. Yields nothing without a gradient.
+
+    The gradient lies in a buffer that the next steps overwrite.
+    """
+    num_tokens, vocab_rows = hidden.shape[0], weight.shape[0]
+    budget = options.budget_bytes if hidden.is_cuda else min(options.budget_bytes, _CPU_BUDGET_BYTES)
+    chunk, num_buffers = plan_chunks(
+        num_tokens,
+        vocab_rows=vocab_rows if options.shard is None else options.shard.rows_per_rank,
+        bytes_per_logit=hidden.element_size(),
+        budget_bytes=budget,
+        is_sharded=options.shard is not None,
+    )
+    chunks = [slice(first, min(first + chunk, num_tokens)) for first in range(0, num_tokens, chunk)]
+    buffers = hidden.new_empty(num_buffers, chunk, vocab_rows)
+
+    def logits_of(i: int) -> Tensor:
+        rows = chunks[i]
+        return torch.mm(hidden[rows], weight.t(), out=buffers[i % num_buffers, : rows.stop - rows.start])
+
+    if options.shard is None and needs_gradient:
+        for i, rows in enumerate(chunks):
+            logits = logits_of(i)
+            loss_and_gradient_(logits, labels[rows], scale, losses[rows])
+            yield rows, logits
+        return
+
+    start = options.shard.start if options.shard is not None else 0
+    pending: _PendingStatistics | None = None
+    for i in range(len(chunks) + 1):
+        upcoming = None
+        if i < len(chunks):  # the next chunk's product hides the reduction that is under way
+            logits = logits_of(i)
+            statistics = row_statistics(logits, labels[chunks[i]], start=start)
+            upcoming = _PendingStatistics(chunks[i], logits, statistics, options.shard)
+        if pending is not None:
+            rows = pending.rows
+            lse, losses[rows] = combine_statistics(pending.wait(), labels[rows])
+            if needs_gradient:
+                write_gradient_(pending.logits, lse, labels[rows], scale, start=start)
+                yield rows, pending.logits
+        pending = upcoming
+
+
+class _PendingStatistics:
+    """A chunk whose row statistics are on their way to the other ranks."""
+
+    def __init__(self, rows: slice, logits: Tensor, statistics: Tensor, shard: VocabShard | None) -> None:
+        self.rows, self.logits, self._shard = rows, logits, shard
+        self._joined = statistics  # (3 * n, C) of n ranks; without a shard one part holds the whole vocabulary
+        if shard is not None:
+            self._joined = collectives.all_gather_into_tensor(statistics, shard.group.size(), shard.group.group_name)
+
+    def wait(self) -> Tensor:  # (n, 3, C)
+        if self._shard is not None:
+            collectives.wait_tensor(self._joined)
+        return self._joined.unflatten(0, (-1, 3))
+
+
+class _WeightGradient:
+    """The sum over chunks of G^T H: the first chunk writes, so that nothing is filled with zeros."""
+
+    def __init__(self, weight: Tensor, accum_dtype: torch.dtype) -> None:
+        self._sum = torch.empty_like(weight, dtype=accum_dtype, memory_format=torch.contiguous_format)
+        self._dtype = weight.dtype
+        self._is_empty = True
+
+    def add(
+        self,
+        gradient: Tensor,  # (C, Vp)
+        hidden: Tensor,  # (C, D)
+    ) -> None:
+        if self._sum.dtype == gradient.dtype:
+            if self._is_empty:
+                torch.mm(gradient.t(), hidden, out=self._sum)
+            else:
+                self._sum.addmm_(gradient.t(), hidden)
+        elif gradient.is_cuda:
+            # the product's own float32 result; these overloads exist on CUDA only
+            if self._is_empty:
+                torch.mm(gradient.t(), hidden, out_dtype=self._sum.dtype, out=self._sum)
+            else:
+                torch.addmm(self._sum, gradient.t(), hidden, out_dtype=self._sum.dtype, out=self._sum)
+        else:
+            product = gradient.t().to(self._sum.dtype) @ hidden.to(self._sum.dtype)
+            self._sum = product if self._is_empty else self._sum.add_(product)
+        self._is_empty = False
+
+    def claim(self) -> Tensor:
+        """The memory of the sum, for the caller to write the first chunk's share."""
+        assert self._is_empty
+        self._is_empty = False
+        return self._sum
+
+    def finish(self) -> Tensor:
+        if self._is_empty:  # no tokens
+            self._sum.zero_()
+        return self._sum.to(self._dtype)
+
+
+def _multiply_(gradient: Tensor, factor: Tensor) -> None:
+    """Multiply in place by a 0-dim device tensor without reading it on the host; free when it is 1."""
+    if gradient.is_cuda:
+        from torchtitan.components.loss import softmax_gradient_triton
+
+        softmax_gradient_triton.multiply_unless_one_(gradient, factor)
+        # Triton's store is invisible to autograd: count it, so that a second backward is refused, not wrong
+        torch.autograd.graph.increment_version(gradient)
+    elif factor != 1:
+        gradient.mul_(factor)

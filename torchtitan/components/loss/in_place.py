@@ -1,0 +1,53 @@
+"""The first chunk of the fused loss under a tight budget: its logits lie in the memory of the weight gradient.
+
+Shapes: A tokens of the chunk, at most D; D model dim; V vocabulary; W a slice of the vocabulary.
+
+The weight gradient dW (V, D) is not needed before its first product, and until then has room for D tokens' logits,
+transposed:
+
+    Z^T = W H^T                    (V, A)  in the first A columns of dW
+    G^T = scale * (softmax(Z) - Y)^T  in place; reductions run down the columns
+    dH  = G W                      (A, D)
+    for each slice of rows: copy G^T[slice] out, then dW[slice] = G^T[slice] H over it
+
+No logits are recomputed and nothing but the copy of a slice is allocated. A tight budget makes token chunks of few
+rows, each of which reads and writes all of dW; this takes the first D tokens out of that.
+"""
+
+import torch
+from torch import Tensor
+
+from torchtitan.components.loss.chunking import ALIGNMENT
+from torchtitan.components.loss.softmax_gradient import (
+    column_statistics,
+    combine_statistics,
+    write_column_gradient_,
+)
+
+
+def first_chunk_in_place(
+    hidden: Tensor,  # (A, D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (A,) int64
+    scale: Tensor,  # () float32
+    *,
+    losses: Tensor,  # (A,) float32, written
+    d_hidden: Tensor | None,  # (A, D), written
+    d_weight: Tensor,  # (V, D) in the dtype of `hidden`, written
+    budget_bytes: int,
+) -> None:
+    """Losses and both gradients of `scale * sum(losses)`, for at most D tokens."""
+    num_tokens, dim = hidden.shape
+    assert num_tokens <= dim and d_weight.dtype == hidden.dtype, "the logits do not fit the weight gradient's memory"
+    logits = d_weight[:, :num_tokens]  # (V, A)
+    torch.mm(weight, hidden.t(), out=logits)
+    lse, losses[:] = combine_statistics(column_statistics(logits, labels), labels)
+    write_column_gradient_(logits, lse, labels, scale)
+    if d_hidden is not None:
+        torch.mm(logits.t(), weight, out=d_hidden)
+    slice_rows = budget_bytes // (num_tokens * logits.element_size())
+    slice_rows = max(ALIGNMENT, slice_rows - slice_rows % ALIGNMENT)
+    copy = logits.new_empty(min(slice_rows, len(logits)), num_tokens)  # (W, A)
+    for rows in (slice(first, first + slice_rows) for first in range(0, len(logits), slice_rows)):
+        gradient = copy[: len(logits[rows])].copy_(logits[rows])
+        torch.mm(gradient, hidden, out=d_weight[rows])

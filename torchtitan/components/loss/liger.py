@@ -1,0 +1,101 @@
+"""Liger-Kernel's fused linear cross entropy: the only file that imports liger_kernel.
+
+Liger walks over chunks of tokens: logits of a chunk, a Triton kernel that turns them into their gradient
+in place, then the products for the hidden and the weight gradient, all in the forward pass. Its module
+picks about V / D chunks however many tokens there are, so that at 4k to 16k tokens each product is too
+small for the GPU (`docs/performance.md`). We choose the chunk from a memory budget instead.
+"""
+
+import importlib.metadata
+from functools import partial
+
+import torch
+from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+from torch import Tensor
+
+from torchtitan.components.loss.chunking import rows_in_budget
+from torchtitan.components.loss.cross_entropy import IGNORE_INDEX
+from torchtitan.config.errors import LigerTooOldError
+from torchtitan.protocols.model import OutputHead
+
+MIN_VERSION = "0.8.5"
+"""First release without the strided-gradient bug of 0.8.4; the chunk size is an argument since 0.8.3."""
+
+_ROUNDING = 1e-7
+"""In float32, n * (1 / n) may be 6e-8 less than 1."""
+
+
+class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
+    """`LigerFusedLinearCrossEntropyLoss` on `output.weight`, with chunks of at most `budget_bytes` of logits.
+
+    Liger rounds a chunk to a power of two rows and needs no less than its own default chunk; a smaller budget
+    than that has no effect. Its forward reads the number of valid tokens on the host once per call.
+
+    Raises:
+        ImportError: liger-kernel is older than `MIN_VERSION`.
+    """
+
+    def __init__(self, *, budget_bytes: int, accum_dtype: torch.dtype | None = None) -> None:
+        _check_version()  # first: an older one takes other arguments
+        super().__init__(ignore_index=IGNORE_INDEX, reduction="mean", accum_dtype=accum_dtype)
+        self.budget_bytes = budget_bytes
+
+    def forward(  # type: ignore[override]  # the contract of our losses, not Liger's argument order
+        self,
+        hidden: Tensor,  # (B, S, D)
+        head: OutputHead,
+        labels: Tensor,  # (B, S) int64
+        scale: Tensor,  # () float32
+    ) -> Tensor:
+        return head.with_weight(partial(self._scaled_sum, labels=labels, scale=scale), hidden)
+
+    def _scaled_sum(self, hidden: Tensor, weight: Tensor, *, labels: Tensor, scale: Tensor) -> Tensor:
+        hidden, labels = hidden.flatten(0, -2), labels.flatten()  # (B, S, D) -> (T, D); (B, S) -> (T,)
+        # Liger's mean over this call's tokens, times their share of the global batch: with one rank and one
+        # microbatch the share is 1, and Liger then skips its extra pass over both gradients in backward.
+        share = (labels != IGNORE_INDEX).sum() * scale
+        share = torch.where((share - 1).abs() < _ROUNDING, 1.0, share)
+        mean = liger_fused_linear_cross_entropy(
+            input=hidden,
+            weight=weight,
+            target=labels,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            accum_dtype=self.accum_dtype,
+            chunk_mem_const=chunk_mem_const(
+                num_tokens=hidden.shape[0],
+                dim=weight.shape[1],
+                vocab_size=weight.shape[0],
+                max_rows=rows_in_budget(
+                    self.budget_bytes, vocab_rows=weight.shape[0], bytes_per_logit=hidden.element_size()
+                ),
+            ),
+        )
+        return mean * share
+
+
+def liger_chunk_rows(num_tokens: int, *, dim: int, vocab_size: int, chunk_mem_const: int) -> int:
+    """Rows of one chunk as Liger 0.8.3 and newer choose them."""
+    num_chunks_aimed = -(-vocab_size // (chunk_mem_const * dim))
+    rows = -(-num_tokens // num_chunks_aimed)
+    return min(1 << (rows - 1).bit_length(), num_tokens)
+
+
+def chunk_mem_const(*, num_tokens: int, dim: int, vocab_size: int, max_rows: int) -> int:
+    """The value of Liger's knob that gives its largest chunk of at most `max_rows` rows; 1 where none does."""
+    largest = -(-vocab_size // dim)
+    for value in range(largest, 1, -1):
+        if liger_chunk_rows(num_tokens, dim=dim, vocab_size=vocab_size, chunk_mem_const=value) <= max_rows:
+            return value
+    return 1
+
+
+def _check_version() -> None:
+    version = importlib.metadata.version("liger-kernel")
+    if _numbers(version) < _numbers(MIN_VERSION):
+        raise LigerTooOldError(version, MIN_VERSION)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
