@@ -1,0 +1,278 @@
+"""The estimate equals what a whole step takes, traced on the meta device, and knows each axis and option."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from scripts.estimate_memory import main
+from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, fused_linear
+from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models.llama3 import llama3_flavors
+from torchtitan.models.llama3.infra.parallelize import parallelize_llama
+from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.tools import memory_estimate
+from torchtitan.tools.memory_estimate import GIB, MemoryEstimate, Moment, describe, estimate_memory, to_table
+from torchtitan.tools.memory_measure import measure
+from torchtitan.tools.memory_trace import MemoryTrace, with_gpu_kernels
+
+COMPILE = "--training.compile"
+FLAG = "--liger_kernel.enable_fused_linear_cross_entropy"
+FUSED = f"{FLAG} --liger_kernel.implementation native"
+LARGE = "--model.flavor 1B --training.local_batch_size 4 --training.seq_len 4096"
+
+
+def parse(options: str = "") -> JobConfig:
+    return ConfigManager().parse_args(options.split())
+
+
+def estimate(options: str = "", *, world_size: int = 1) -> MemoryEstimate:
+    return estimate_memory(parse(options), world_size=world_size)
+
+
+def trace_whole_step(config: JobConfig) -> int:
+    """Bytes at the worst moment of forward, loss and backward on one process, beside what it always holds."""
+    args = llama3_flavors[config.model.flavor].for_run(max_seq_len=config.training.seq_len, use_scaled_rope=False)
+    with torch.device("meta"):
+        model = Transformer(args)
+    for module in (*model.layers.values(), model.norm):
+        module.forward = with_gpu_kernels(module.forward)
+    parallelize_llama(
+        model,
+        mesh=None,
+        parallel_dims=ParallelDims(),
+        parallelism=config.parallelism,
+        training=config.training,
+        activation_checkpoint=config.activation_checkpoint,
+        loss_parallel=True,
+    )
+    tokens = torch.empty(config.training.local_batch_size, config.training.seq_len, dtype=torch.int64, device="meta")
+    if config.liger_kernel.enable_fused_linear_cross_entropy:
+        loss_fn = FusedLinearCrossEntropyLoss(budget_bytes=config.liger_kernel.logits_memory_budget_mib << 20)
+    else:
+        loss_fn = CrossEntropyLoss()
+    trace = MemoryTrace()
+    with trace:
+        hidden = model(tokens, return_hidden_states=True)
+        loss = loss_fn(hidden, model.output, tokens, torch.empty((), device="meta"))
+        del hidden
+        loss.backward()
+    return trace.peak()
+
+
+@pytest.mark.parametrize("loss", ["", f"{FUSED} --liger_kernel.logits_memory_budget_mib 16"])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [
+        "--activation_checkpoint.mode none",
+        "--activation_checkpoint.mode full",
+        "--activation_checkpoint.selective_ac_option op",
+        "--activation_checkpoint.selective_ac_option 2",
+    ],
+)
+def test_equals_a_whole_step(checkpointing: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = f"--training.seq_len 1024 --training.local_batch_size 4 {checkpointing} {loss}"
+    monkeypatch.setattr(memory_estimate, "LIBRARY_WORKSPACES", 0)
+    monkeypatch.setattr(fused_linear, "_multiply_", lambda gradient, factor: None)  # which reads a value
+    config = parse(options)
+    result = estimate_memory(config, world_size=1)
+    always = 12 * llama3_flavors["debugmodel"].num_params() + measure(config, ParallelDims(), None).buffers
+    backward = max(m.total for m in result.moments if m.name not in ("optimizer", "start"))
+    assert backward - always == pytest.approx(trace_whole_step(config), rel=0.03)
+
+
+def test_with_the_logits_or_without() -> None:
+    """3.9 GiB of bf16 logits: eager cross entropy makes three float32 tensors of them and leaves a gap."""
+    op = f"{LARGE} --activation_checkpoint.selective_ac_option op"
+    logits = 16384 * 128256 * 2
+    eager, compiled = estimate(op).parts["loss"], estimate(f"{op} --training.compile").parts["loss"]
+    assert 7 * logits < eager < 7.4 * logits
+    assert 2 * logits < compiled < 2.3 * logits
+    for compile in ("", "--training.compile"):
+        saved = estimate(f"{op} {compile}").peak - estimate(f"{op} {compile} {FUSED}").peak
+        assert saved > 0.7 * (eager if not compile else compiled - 2 * GIB)
+
+
+def test_the_budget_is_what_the_fused_loss_takes() -> None:
+    def loss(mib: int, options: str = "") -> int:
+        moments = estimate(f"{LARGE} {FUSED} --liger_kernel.logits_memory_budget_mib {mib} {options}").moments
+        return next(m.by_part("main")["loss"] for m in moments if m.name == "loss")
+
+    assert loss(1024) - loss(512) == pytest.approx(512 << 20, rel=0.15)
+    assert loss(1024, "--liger_kernel.weight_grad_accum_dtype float32") - loss(1024) == 128256 * 2048 * 4
+    liger = loss(1024, "--liger_kernel.implementation liger")
+    assert loss(1024) - (512 << 20) < liger <= loss(1024)
+
+
+def test_shards_divide_what_a_rank_always_holds() -> None:
+    params = llama3_flavors["1B"].num_params()
+    for shards in (2, 8):
+        moment = next(m for m in estimate(LARGE, world_size=shards).moments if m.name == "optimizer")
+        parts = moment.by_part("main", "reduce")
+        assert parts["weights"] == pytest.approx(4 * params / shards, rel=0.01)
+        assert parts["gradients"] == pytest.approx(4 * params / shards, rel=0.01)
+        assert parts["optimizer"] == pytest.approx(8 * params / shards, rel=0.01)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_units_are_fsdps(tp: int) -> None:
+    """The shards' sizes are those that fully_shard makes, with a vocabulary that does not divide."""
+    config = parse(f"--parallelism.tensor_parallel_degree {tp}")
+    dims = ParallelDims(dp_shard=3, tp=tp)
+    units = measure(config, dims, None).units
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=dims.world_size)
+    try:
+        with torch.device("meta"):
+            model = Transformer(llama3_flavors["debugmodel"])
+        parallelize_llama(
+            model,
+            mesh=dims.build_mesh("cpu"),
+            parallel_dims=dims,
+            parallelism=config.parallelism,
+            training=config.training,
+            activation_checkpoint=config.activation_checkpoint,
+            loss_parallel=True,
+        )
+    finally:
+        dist.destroy_process_group()
+    for name, module in {
+        "tok_embeddings": model.tok_embeddings,
+        "block": model.layers["0"],
+        "output": model.output,
+    }.items():
+        shards = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
+        assert units[name].shard_numel(3) == sum(shard.numel() for shard in shards), name
+
+
+def test_gradient_accumulation_keeps_the_gradients_over_the_loss() -> None:
+    def gradients_in_loss(options: str) -> int:
+        loss = next(m for m in estimate(f"{LARGE} {options}").moments if m.name == "loss")
+        return loss.by_part("main")["gradients"]
+
+    assert gradients_in_loss("") == 0
+    assert gradients_in_loss("--training.global_batch_size 8") == 4 * llama3_flavors["1B"].num_params()
+
+
+def test_tensor_and_context_parallel_divide_activations_and_logits() -> None:
+    whole = estimate(f"{LARGE} --training.compile", world_size=4).parts
+    tp = estimate(f"{LARGE} --training.compile --parallelism.tensor_parallel_degree 2", world_size=4).parts
+    cp = estimate(f"{LARGE} --training.compile --parallelism.context_parallel_degree 2", world_size=4).parts
+    for split in (tp, cp):
+        assert 0.45 * whole["loss"] < split["loss"] < 0.65 * whole["loss"]
+        assert 0.45 * whole["activations"] < split["activations"] < 0.8 * whole["activations"]
+    assert tp["optimizer"] == pytest.approx(whole["optimizer"], rel=0.01)
+
+
+def test_a_run_gives_its_own_mesh() -> None:
+    options = f"{LARGE} --parallelism.tensor_parallel_degree 2 --parallelism.context_parallel_degree 2"
+    alone = estimate(options, world_size=8)
+    dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=8)
+    try:
+        mesh = ParallelDims(dp_shard=2, cp=2, tp=2).build_mesh("cpu")
+        assert estimate_memory(parse(options), world_size=8, mesh=mesh).parts == alone.parts
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "other_microbatches"),
+    [("GPipe", 7), ("1F1B", 1), ("Interleaved1F1B", 1.5), ("ZBVZeroBubble", 1)],
+)
+def test_pipeline_ranks_hold_some_layers_and_several_microbatches(schedule: str, other_microbatches: float) -> None:
+    options = f"{LARGE} --training.local_batch_size 8 --parallelism.pipeline_parallel_degree 2"
+    config = parse(f"{options} --parallelism.pipeline_parallel_schedule {schedule}")
+    dims = ParallelDims(pp=2)
+    rank = memory_estimate._Rank(config, dims, measure(config, dims, None), 0)
+    assert rank.other_microbatches == other_microbatches
+    assert len(rank.block_uses) in (7, 8, 9)  # of 16, where embedding and output count as one
+    whole = estimate(f"{LARGE} --training.local_batch_size 8")
+    assert rank.estimate().parts["optimizer"] < 0.7 * whole.parts["optimizer"]
+
+
+def test_cpu_offload_moves_the_states_to_the_machine() -> None:
+    here, there = estimate(LARGE, world_size=2), estimate(f"{LARGE} --training.enable_cpu_offload", world_size=2)
+    assert here.host == 0
+    assert there.host == pytest.approx(16 * llama3_flavors["1B"].num_params() / 2, rel=0.01)
+    assert there.parts["optimizer"] == 0 < here.parts["optimizer"]
+
+
+def test_validation_and_the_optimizer_are_moments_too() -> None:
+    with_validation = f"{LARGE} --validation.enabled --validation.local_batch_size 16 --validation.seq_len 4096 {FUSED}"
+    assert estimate(with_validation).worst_moment.name == "validation"
+    few_tokens = "--model.flavor 1B --training.local_batch_size 1 --training.seq_len 128"
+    assert estimate(f"{few_tokens} --optimizer.implementation foreach").worst_moment.name == "optimizer"
+
+
+# (options, reserved GiB): the 1B flavour on one H100 80GB, 4096 tokens a sequence (docs/performance.md)
+MEASURED = [
+    (f"--training.local_batch_size 4 {COMPILE}", 33.9),
+    (f"--training.local_batch_size 4 {COMPILE} {FLAG}", 28.1),
+    (f"--training.local_batch_size 8 {COMPILE}", 50.5),
+    (f"--training.local_batch_size 8 {COMPILE} {FLAG}", 38.4),
+    (f"--training.local_batch_size 14 {COMPILE}", 75.4),
+    (f"--training.local_batch_size 24 {COMPILE} {FLAG}", 77.6),
+    ("--training.local_batch_size 4", 53.5),
+    (f"--training.local_batch_size 4 {FLAG}", 28.1),
+]
+
+
+@pytest.mark.parametrize(("options", "reserved"), MEASURED)
+def test_within_5_percent_of_the_measured_peak(options: str, reserved: float) -> None:
+    peak = estimate(f"{LARGE} --activation_checkpoint.selective_ac_option op {options}").peak / GIB
+    assert peak == pytest.approx(reserved, rel=0.05)
+    page = (Path(__file__).parents[3] / "docs" / "debugging.md").read_text()
+    assert f"| {peak:.1f} | {reserved} |" in page
+
+
+def test_peak_is_the_sum_of_the_streams_own_worst_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_estimate, "FRAGMENTATION", 0)
+    moments = [
+        Moment("loss", {("main", "weights"): 3, ("main", "loss"): 10, ("reduce", "gradients"): 1}, gap=2),
+        Moment("backward", {("main", "weights"): 4, ("reduce", "gradients"): 5, ("gather", "weights"): 2}),
+    ]
+    result = MemoryEstimate(moments, host=0)
+    assert result.parts == {"weights": 5, "gradients": 5, "optimizer": 0, "activations": 0, "loss": 12}
+    assert (result.peak, result.worst_moment.total) == (22, 14)
+
+
+def test_describe_and_table() -> None:
+    moments = [Moment("loss", {("main", "weights"): 2 * GIB, ("main", "loss"): 3 * GIB})]
+    result = MemoryEstimate(moments, host=0)
+    line = (
+        "Estimated peak memory per device: 5.1 GiB"
+        " (weights 2.0, gradients 0.0, optimizer 0.0, activations 0.0, loss 3.1)"
+    )
+    assert describe(result) == describe(result, capacity=6 * GIB) == line
+    assert describe(result, capacity=4 * GIB) == f"{line}, of 4.0 GiB that it has"
+    rows = to_table(result).splitlines()
+    assert rows[0].split() == ["GiB", "weights", "gradients", "optimizer", "activations", "loss", "sum"]
+    assert rows[1].split() == ["loss", "(most", "in", "use)", "2.00", "0.00", "0.00", "0.00", "3.00", "5.00"]
+
+
+def test_the_page_shows_these_estimates() -> None:
+    """docs/parallelism.md: GPUs, configuration, and GiB as shipped, compiled, and with the fused loss as well."""
+    repo = Path(__file__).parents[3]
+    page = (repo / "docs" / "parallelism.md").read_text()
+    rows = re.findall(
+        r"^\|[^|]+\| (\d+) \|.*\]\(\.\./(\S+\.toml)\) \|.*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M
+    )
+    assert len(rows) == 3
+    for gpus, config_file, *shown in rows:
+        options = [f"--job.config_file {repo / config_file} {more}" for more in ("", COMPILE, f"{COMPILE} {FLAG}")]
+        assert shown == [f"{estimate(o, world_size=int(gpus)).peak / GIB:.1f}" for o in options], config_file
+
+
+def test_the_script_takes_the_options_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--world_size", "4", "--model.flavor", "8B", "--parallelism.tensor_parallel_degree", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Estimated peak memory per device: ")
+    assert "backward of block 32" in out
+    assert main(["--world_size", "3", "--parallelism.tensor_parallel_degree", "2"]) == 1
+    assert "do not fit 3 processes" in capsys.readouterr().err
+    assert main(["--experimental.custom_import", "no_such_module"]) == 1
+    assert "experimental.custom_import=no_such_module: there is no such module" in capsys.readouterr().err

@@ -1,0 +1,125 @@
+"""The trace counts what autograd really keeps, run eagerly and compiled."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torchtitan.config.job_config import ActivationCheckpoint
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.models.llama3.model.args import TransformerModelArgs
+from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.tools.memory_trace import MemoryTrace, with_gpu_kernels
+
+ARGS = TransformerModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, ffn_hidden_dim=192, vocab_size=100)
+
+
+def build(device: str, seq_len: int = 32) -> tuple[Transformer, Tensor]:
+    """A model with one block, and an input for the block."""
+    with torch.device(device):
+        model = Transformer(replace(ARGS, max_seq_len=seq_len))
+    model.init_buffers(device)
+    return model, torch.zeros(2, seq_len, ARGS.dim, device=device, requires_grad=True)
+
+
+def test_counts_every_tensor_once_and_until_it_is_freed() -> None:
+    trace = MemoryTrace()
+    given = torch.zeros(100)
+    with trace:
+        a = given + 1  # 400 bytes
+        b = a.view(10, 10).t()  # the same memory
+        both = trace.now
+        c = torch.cat([a, a])
+        del c
+        after = trace.now
+        d = b * 2
+    assert trace.live(both) == 400
+    assert trace.live(after) == 400
+    assert trace.peak() == 1200
+    assert trace.peak(end=both) == 400
+    assert trace.live(trace.now) == 800
+    del a, b, d
+
+
+def test_kept_is_what_autograd_saves() -> None:
+    model, x = build("cpu")
+    saved: dict[int, int] = {}
+    given = {t.untyped_storage().data_ptr() for t in (x, model.freqs_cis, *model.parameters())}
+
+    def pack(tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in given:
+            saved[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    trace = MemoryTrace()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trace:
+        y = model.layers["0"](x, model.freqs_cis[None])
+    assert trace.live(trace.now) == sum(saved.values()) + y.nbytes
+
+
+class Flash(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)[0]
+
+
+@pytest.mark.parametrize("option", ["none", "op"])
+def test_kept_when_compiled_is_what_the_partitioner_keeps(option: str) -> None:
+    """Against AOTAutograd's partition of the same block, which is what torch.compile runs."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    model, x = build("meta")
+    block = model.layers["0"]
+    block.attention.sdpa = Flash()
+    if option == "op":
+        apply_ac(model, ActivationCheckpoint(mode="selective", selective_ac_option="op"))
+
+    trace = MemoryTrace()
+    with trace:
+        y = block(x, model.freqs_cis[None])
+        kept_until = trace.now
+        torch.autograd.backward((y,), (torch.empty_like(y),))
+
+    kept: dict[int, int] = {}
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+        for node in outputs:
+            if node is not None and node.op != "placeholder" and isinstance(node.meta["val"], Tensor):
+                memory = node.meta["val"].untyped_storage()
+                kept[memory._cdata] = memory.nbytes()
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=record,
+        bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    torch._dynamo.reset()
+    z = torch.compile(block.forward, backend=backend, fullgraph=True)(x, model.freqs_cis[None])
+    torch._dynamo.reset()
+    assert z.shape == y.shape
+    assert trace.live(kept_until, compiled=True) == pytest.approx(sum(kept.values()), rel=0.01)
+    assert trace.live(kept_until, compiled=True) < 0.9 * trace.live(kept_until)
+
+
+def test_with_gpu_kernels_no_score_matrix_is_made() -> None:
+    model, x = build("meta", seq_len=1024)
+    block, scores = model.layers["0"], 4 * 2 * 1024 * 1024 * ARGS.n_heads
+
+    def peak() -> int:
+        trace = MemoryTrace()
+        with trace:
+            block(x, model.freqs_cis[None])
+        return trace.peak()
+
+    assert peak() > scores
+    block.forward = with_gpu_kernels(block.forward)
+    assert peak() < scores

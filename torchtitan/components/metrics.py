@@ -1,0 +1,334 @@
+"""What a run says about itself: the log line, the progress line, TensorBoard, W&B and metrics.jsonl.
+
+The trainer counts tokens and data loading at every step, which costs nothing; only at log steps does it hand over
+the loss, which is when the host waits for the device. Every place gets the same values under the same names:
+
+    loss_metrics/global_avg_loss, loss_metrics/global_max_loss    over all ranks
+    throughput(tps)                                               tokens per second and device
+    tflops, mfu(%)                                                of a device, by the model's FLOPs; no recomputation
+    memory/max_active(GiB), memory/max_reserved(GiB), ...         peaks since the last log; on a CPU resident memory
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.job_config import Metrics
+from torchtitan.tools.device import DeviceMemoryMonitor, MemoryStats, get_peak_flops
+from torchtitan.tools.logging import logger
+from torchtitan.tools.terminal import send_progress
+
+_PROGRESS_INTERVAL_S = 0.2
+
+_RED, _GREEN, _YELLOW, _BLUE, _MAGENTA, _CYAN, _GREY = (f"\x1b[{code}m" for code in (31, 32, 33, 34, 35, 36, 90))
+_RESET = "\x1b[0m"
+
+
+class Sink(Protocol):
+    """Where metrics go besides the log. A full disk is said and no reason to stop training: none raises OSError."""
+
+    def write(self, step: int, values: dict[str, float]) -> None: ...
+
+    def close(self, *, failed: bool) -> None:
+        """`failed`: the run did not reach its end."""
+
+
+class JsonLines:
+    """One line a log step: step, time (seconds since 1970) and the values. A resumed run appends to the file."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        line = json.dumps({"step": step, "time": time.time(), **values}) + "\n"
+        try:
+            with self._path.open("ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read() != b"\n":
+                        line = "\n" + line  # the last one was cut by a kill or a full disk
+                file.write(line.encode())
+        except OSError as error:
+            logger.warning(f"The metrics of step {step} are not in {self._path}: {error.strerror}")
+
+    def close(self, *, failed: bool) -> None:
+        pass
+
+
+class TensorBoard:
+    """Scalars as TensorBoard events. After an error there are no more: it ended the thread that writes them."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+        with self._ending_at_an_error():
+            self._writer = SummaryWriter(str(folder))
+            logger.info(f"TensorBoard events go to {folder}")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if self._writer is None:
+            return
+        with self._ending_at_an_error():
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self, *, failed: bool) -> None:
+        if self._writer is None:
+            return
+        with self._ending_at_an_error():
+            self._writer.close()
+
+    @contextmanager
+    def _ending_at_an_error(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            logger.warning(f"From here on no TensorBoard events go to {self._folder}: {error.strerror}")
+
+
+class WeightsAndBiases:
+    """A run of W&B; wandb's own environment variables (WANDB_PROJECT, WANDB_MODE, ...) apply."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError("metrics.enable_wandb needs the package wandb: pip install wandb") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(dir=str(folder), config=config)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+class MetricsProcessor:
+    """Gathers what happens between two log steps and says it at the second; `build_metrics` makes one."""
+
+    def __init__(
+        self,
+        *,
+        sinks: list[Sink],
+        memory: DeviceMemoryMonitor,
+        log_freq: int,
+        total_steps: int,
+        num_flops_per_token: float,
+        non_data_parallel_degree: int,
+        use_color: bool = False,
+        show_progress: bool = False,
+    ) -> None:
+        self._sinks = sinks
+        self._memory = memory
+        self._log_freq = log_freq
+        self._total_steps = total_steps
+        self._num_flops_per_token = num_flops_per_token
+        self._non_data_parallel_degree = non_data_parallel_degree
+        self._use_color = use_color
+        self._show_progress = show_progress
+        self._peak_flops = get_peak_flops(memory.name)
+        self._held_peak: MemoryStats | None = None
+        self._validation_start: float | None = None
+        self._last_progress = 0.0
+        self._status = "starting"
+        self._start_interval()
+
+    def start_step(self, step: int) -> None:
+        """Call at the begin of every step."""
+        self._n_steps += 1
+        now = time.perf_counter()
+        if self._show_progress and now - self._last_progress > _PROGRESS_INTERVAL_S:
+            self._last_progress = now
+            bar = ("=" * round(20 * (step - 1) / self._total_steps)).ljust(20)
+            memory = f"{self._memory.get_peak().max_reserved_gib:.1f} GiB"
+            send_progress(f"step {step}/{self._total_steps}  {self._status}  {memory}  [{bar}]")
+
+    def count_tokens(self, n_tokens: int) -> None:
+        """Tokens of a batch that this rank's data-parallel group is about to work on."""
+        self._n_tokens += n_tokens
+
+    def record_data_loading(self, seconds: float) -> None:
+        """Time that the step waited for a batch."""
+        self._data_loading_s += seconds
+
+    def should_log(self, step: int) -> bool:
+        return step == 1 or step % self._log_freq == 0
+
+    def log(
+        self, step: int, *, loss_avg: float, loss_max: float, grad_norm: float, lr: float, n_tokens_seen: int
+    ) -> None:
+        """Say and write everything about the steps since the last log."""
+        seconds = time.perf_counter() - self._last_log
+        seconds_per_step = seconds / max(self._n_steps, 1)
+        tps = self._tokens_per_second(self._n_tokens, seconds)
+        flops = self._num_flops_per_token * tps
+        mfu = None if self._peak_flops is None else 100 * flops / self._peak_flops
+        memory = self._get_peak_memory()
+        eta = _clock_time((self._total_steps - step) * seconds_per_step)
+        self._status = f"loss {loss_avg:.4f}  {tps:,.0f} tokens/s  {eta} left"
+        self._say(
+            (f"step: {step:2}", _RED),
+            (f"loss: {loss_avg:7.4f}", _GREEN),
+            (f"grad_norm: {grad_norm:7.4f}", _YELLOW),
+            (_memory_field(memory), _CYAN),
+            (f"tps: {round(tps):,}", _BLUE),
+            (f"tflops: {flops / 1e12:,.2f}", _MAGENTA),
+            ("mfu: n/a" if mfu is None else f"mfu: {mfu:.2f}%", _MAGENTA),
+            (f"eta: {eta}", _GREY),
+        )
+        values = {
+            "loss_metrics/global_avg_loss": loss_avg,
+            "loss_metrics/global_max_loss": loss_max,
+            "grad_norm": grad_norm,
+            "throughput(tps)": tps,
+            "tflops": flops / 1e12,
+            "time_metrics/end_to_end(s)": seconds_per_step,
+            "time_metrics/data_loading(s)": self._data_loading_s / max(self._n_steps, 1),
+            "time_metrics/data_loading(%)": 100 * self._data_loading_s / seconds,
+            **_memory_values("memory", memory),
+            "n_tokens_seen": n_tokens_seen,
+            "lr": lr,
+        }
+        if mfu is not None:
+            values["mfu(%)"] = mfu
+        self._write(step, values)
+        self._start_interval()
+
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """Wrap a validation, `log_validation` included: its time and memory are kept out of the training's."""
+        self._held_peak = self._get_peak_memory()
+        self._memory.reset_peak()
+        self._validation_start = time.perf_counter()
+        yield
+        self._last_log += time.perf_counter() - self._validation_start
+        self._validation_start = None
+        self._memory.reset_peak()
+
+    def log_validation(self, step: int, *, loss: float, n_tokens: int) -> None:
+        """Say and write the loss on the validation set, of which `n_tokens` were this data-parallel rank's."""
+        assert self._validation_start is not None, "log_validation() belongs inside validating()"
+        memory = self._memory.get_peak()
+        tps = self._tokens_per_second(n_tokens, time.perf_counter() - self._validation_start)
+        self._say(
+            (f"validate step: {step:2}", _RED),
+            (f"loss: {loss:7.4f}", _GREEN),
+            (_memory_field(memory), _CYAN),
+            (f"tps: {round(tps):,}", _BLUE),
+        )
+        values = {
+            "validation_metrics/loss": loss,
+            "validation_metrics/throughput(tps)": tps,
+            **_memory_values("validation_metrics/memory", memory),
+        }
+        self._write(step, values)
+
+    def close(self, *, failed: bool) -> None:
+        if self._show_progress:
+            send_progress("")
+        for sink in self._sinks:
+            sink.close(failed=failed)
+
+    def _start_interval(self) -> None:
+        """Forget what was gathered for the last log."""
+        self._last_log = time.perf_counter()
+        self._n_steps = self._n_tokens = 0
+        self._data_loading_s = 0.0
+        self._held_peak = None
+        self._memory.reset_peak()
+
+    def _tokens_per_second(self, n_tokens: int, seconds: float) -> float:
+        """Per device: the ranks that share a batch share its tokens."""
+        return n_tokens / (seconds * self._non_data_parallel_degree)
+
+    def _get_peak_memory(self) -> MemoryStats:
+        """The training's peak since the last log, also over a validation in between."""
+        peak = self._memory.get_peak()
+        held = self._held_peak or peak
+        return MemoryStats(*(max(values) for values in zip(peak, held, strict=True)))
+
+    def _say(self, *fields: tuple[str, str]) -> None:
+        logger.info("  ".join(f"{color}{text}{_RESET}" if self._use_color else text for text, color in fields))
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        for sink in self._sinks:
+            sink.write(step, values)
+
+
+def build_metrics(
+    metrics: Metrics,
+    *,
+    dump_folder: str,
+    start_time: str,
+    config: dict[str, Any],
+    device: torch.device,
+    rank: int,
+    is_logging_rank: bool,
+    total_steps: int,
+    num_flops_per_token: float,
+    non_data_parallel_degree: int,
+    on_terminal: bool,
+    owns_progress_line: bool,
+) -> MetricsProcessor:
+    """Metrics as the section asks for.
+
+    `start_time` names this start's TensorBoard folder, one for all ranks. `config` is the whole configuration, for W&B
+    to show. Only the logging rank writes files, or with
+    `metrics.save_for_all_ranks` every rank its own. `on_terminal` and `owns_progress_line` tell whether the log, and
+    whose progress, ends up on a terminal: a worker's own output is always a file.
+    """
+    sinks: list[Sink] = []
+    folder = Path(dump_folder)
+    if is_logging_rank or metrics.save_for_all_ranks:
+        subfolder = f"rank_{rank}" if metrics.save_for_all_ranks else ""
+        sinks.append(JsonLines(folder / subfolder / "metrics.jsonl"))
+        if metrics.enable_tensorboard:
+            sinks.append(TensorBoard(folder / metrics.save_tb_folder / start_time / subfolder))
+        if metrics.enable_wandb:
+            sinks.append(WeightsAndBiases(folder / subfolder, config))
+    return MetricsProcessor(
+        sinks=sinks,
+        memory=DeviceMemoryMonitor(device),
+        log_freq=metrics.log_freq,
+        total_steps=total_steps,
+        num_flops_per_token=num_flops_per_token,
+        non_data_parallel_degree=non_data_parallel_degree,
+        use_color=on_terminal and not metrics.disable_color_printing,
+        show_progress=owns_progress_line and not metrics.disable_progress_line,
+    )
+
+
+def _memory_field(memory: MemoryStats) -> str:
+    return f"memory: {memory.max_reserved_gib:5.2f}GiB({memory.max_reserved_pct:.2f}%)"
+
+
+def _memory_values(prefix: str, memory: MemoryStats) -> dict[str, float]:
+    return {
+        f"{prefix}/max_active(GiB)": memory.max_active_gib,
+        f"{prefix}/max_active(%)": memory.max_active_pct,
+        f"{prefix}/max_reserved(GiB)": memory.max_reserved_gib,
+        f"{prefix}/max_reserved(%)": memory.max_reserved_pct,
+        f"{prefix}/num_alloc_retries": memory.num_alloc_retries,
+        f"{prefix}/num_ooms": memory.num_ooms,
+    }
+
+
+def _clock_time(seconds: float) -> str:
+    """3725 -> 1:02:05"""
+    minutes, s = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
+
+
+__all__ = ["MetricsProcessor", "build_metrics"]

@@ -1,0 +1,97 @@
+"""Adam or AdamW over all parts of the model that this rank holds, as one object.
+
+Its checkpoint is keyed by parameter name (`state.layers.0.attention.wq.weight.exp_avg`), so it loads into
+another division of the parameters over ranks. Only the moments are saved: lr, betas and weight decay
+are the configuration's, also after a resume.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from torchtitan.config.job_config import Optimizer
+
+# Flat keys: nested ones number the parameters, which two pipeline stages would do alike.
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class OptimizersContainer:
+    """One torch optimizer for each model part (several when this rank holds several pipeline stages)."""
+
+    def __init__(self, model_parts: Sequence[nn.Module], optimizer_class: type[torch.optim.Optimizer], **kwargs: Any):
+        self._parts = [
+            (part, optimizer_class([p for p in part.parameters() if p.requires_grad], **kwargs)) for part in model_parts
+        ]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for _, optimizer in self._parts for group in optimizer.param_groups]
+
+    def step(self, *, grad_factor: Tensor, skip: Tensor) -> None:
+        """Update the weights with `grad_factor` (0-dim float32) times the gradients.
+
+        If `skip` (0-dim bool) is true nothing changes. Both are on the device. The fused implementation reads them
+        there, in its one pass over gradients and moments; the others read `skip` on the host.
+        """
+        for _, optimizer in self._parts:
+            parameters = optimizer.param_groups[0]["params"]
+            device = parameters[0].device  # the CPU with enable_cpu_offload
+            if optimizer.defaults["fused"]:
+                optimizer.grad_scale = (1 / grad_factor).to(device)  # type: ignore[attr-defined]  # the kernel divides by it
+                optimizer.found_inf = skip.to(device, torch.float32)  # type: ignore[attr-defined]
+                optimizer.step()
+            elif not skip:
+                torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], grad_factor.to(device))
+                optimizer.step()
+
+    def zero_grad(self) -> None:
+        for _, optimizer in self._parts:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The live moments, not copies of them. Before the first step they are made, as zeros."""
+        return {key: value for key, value in self._flat_state() if key.startswith("state.")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, optimizer in self._parts:
+            flat = dict(_flat_state(part, optimizer))
+            flat.update((key, state_dict[key]) for key in flat if key in state_dict)
+            set_optimizer_state_dict(part, optimizer, optim_state_dict=flat, options=_FLAT)
+
+    def _flat_state(self) -> Iterable[tuple[str, Any]]:
+        for part, optimizer in self._parts:
+            yield from _flat_state(part, optimizer)
+
+
+def _flat_state(part: nn.Module, optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Any]]:
+    is_fresh = not optimizer.state
+    flat = get_optimizer_state_dict(part, optimizer, options=_FLAT)
+    if is_fresh:
+        # torch makes the moments with a step on zero gradients: take back that it counts as one.
+        for state in optimizer.state.values():
+            state["step"].zero_()
+    return flat.items()
+
+
+def build_optimizer(model_parts: Sequence[nn.Module], optimizer: Optimizer) -> OptimizersContainer:
+    classes: dict[str, type[torch.optim.Optimizer]] = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
+    return OptimizersContainer(
+        model_parts,
+        classes[optimizer.name],
+        lr=optimizer.lr,
+        betas=(optimizer.beta1, optimizer.beta2),
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        fused=optimizer.implementation == "fused",
+        foreach=optimizer.implementation == "foreach",
+    )
+
+
+__all__ = ["OptimizersContainer", "build_optimizer"]

@@ -1,0 +1,107 @@
+"""Forward and backward of one microbatch: the whole model on each rank here, pipeline stages in pipeline_parallel.py.
+
+The trainer and the validator hold one Runner and never ask which it is.
+
+Shapes: B sequences of this data rank, S tokens of each on this context rank, D model dim, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from torchtitan.components.loss import CrossEntropyLoss, Loss, cross_entropy_sum
+from torchtitan.config.job_config import Parallelism, Training
+from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.parallel_dims import Mesh
+from torchtitan.distributed.pipeline_parallel import build_pipeline
+from torchtitan.protocols.model import Decoder
+from torchtitan.protocols.train_spec import ModelArgs
+
+
+class Runner(Protocol):
+    """Runs microbatches through the model parts that this rank holds."""
+
+    model_parts: list[Decoder]
+
+    def forward_backward(
+        self,
+        tokens: Tensor,  # (B, S) int64
+        labels: Tensor,  # (B, S) int64
+        positions: Tensor | None,  # (B, S) int64; None: 0 to S - 1
+        scale: Tensor,  # () float32
+    ) -> Tensor:
+        """Add to the gradients; returns this rank's share of the loss, detached (0 where another rank has it)."""
+
+    def eval_loss(self, tokens: Tensor, labels: Tensor, positions: Tensor | None) -> Tensor:
+        """Sum of this rank's token losses, by the standard path, without gradients (0 where another rank has it)."""
+
+
+class EagerRunner:
+    """The whole model on every rank."""
+
+    def __init__(self, model: Decoder, loss: Loss) -> None:
+        assert model.output is not None
+        self.model_parts = [model]
+        self._head = model.output
+        self._model = model
+        self._loss = loss
+
+    def forward_backward(self, tokens: Tensor, labels: Tensor, positions: Tensor | None, scale: Tensor) -> Tensor:
+        hidden = self._model(tokens, return_hidden_states=True, positions=positions)  # (B, S, D)
+        loss = self._loss(hidden, self._head, labels, scale)
+        del hidden  # the graph keeps what backward needs
+        loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def eval_loss(self, tokens: Tensor, labels: Tensor, positions: Tensor | None) -> Tensor:
+        return cross_entropy_sum(self._model(tokens, positions=positions), labels)
+
+
+def build_runner(
+    build_model: Callable[[], Decoder],
+    model_args: ModelArgs,
+    loss: Loss,
+    *,
+    parallelize: Callable[[Decoder], None],
+    mesh: Mesh,
+    parallelism: Parallelism,
+    training: Training,
+    device: torch.device,
+    seed: int,
+) -> Runner:
+    """Build the model on the meta device, divide it, then give this rank's parts their memory and starting weights."""
+
+    def build_on_meta() -> Decoder:
+        with torch.device("meta"):
+            return build_model()
+
+    runner: Runner
+    if mesh["pp"].size() > 1:
+        assert isinstance(loss, CrossEntropyLoss), f"pipelines have the standard loss only, got {loss}"
+        runner = build_pipeline(
+            build_on_meta,
+            n_layers=model_args.n_layers,
+            dim=model_args.dim,
+            vocab_size=model_args.vocab_size,
+            parallelize=parallelize,
+            loss_sum=loss.sum,
+            mesh=mesh,
+            parallelism=parallelism,
+            training=training,
+            device=device,
+        )
+    else:
+        model = build_on_meta()
+        parallelize(model)
+        runner = EagerRunner(model, loss)
+
+    parameter_device = torch.device("cpu") if training.enable_cpu_offload else device
+    for part in runner.model_parts:
+        part.to_empty(device=parameter_device)
+        init_parameters(part, seed, device)
+        part.init_buffers(device)
+        part.train()
+    return runner

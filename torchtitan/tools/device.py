@@ -1,0 +1,108 @@
+"""Facts about the device that a process runs on: its kind, its peak arithmetic, the memory in use."""
+
+import os
+import re
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+_GIB = 1024**3
+
+# Dense bf16 FLOP/s by the vendors' data sheets. The first name that a device's name contains counts.
+_PEAK_FLOPS = {
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2.25e15,
+    "A100": 312e12,
+}
+
+
+def get_device_type() -> str:
+    """ "cuda" where torch sees a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def get_device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def get_peak_flops(device_name: str) -> float | None:
+    """bf16 FLOP/s of a GPU, for MFU; None for a device that the table does not have, whose MFU is then not known."""
+    return next((flops for name, flops in _PEAK_FLOPS.items() if name in device_name), None)
+
+
+class MemoryStats(NamedTuple):
+    """Peak memory since the last reset. On a CPU active and reserved are both the process's resident memory."""
+
+    max_active_gib: float
+    max_active_pct: float
+    max_reserved_gib: float
+    max_reserved_pct: float
+    num_alloc_retries: float
+    num_ooms: float
+
+
+class DeviceMemoryMonitor:
+    """Peak memory of this process on its device, from counters on the host: reading them synchronises nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.name = get_device_name(device)
+        if device.type == "cuda":
+            self.capacity = torch.cuda.get_device_properties(device).total_memory
+        else:
+            self.capacity = _physical_memory()
+        self.reset_peak()
+
+    def get_peak(self) -> MemoryStats:
+        if self._device.type == "cuda":
+            stats = torch.cuda.memory_stats(self._device)
+            active, reserved = stats["active_bytes.all.peak"], stats["reserved_bytes.all.peak"]
+            retries, ooms = stats["num_alloc_retries"], stats["num_ooms"]
+        else:
+            active = reserved = _peak_resident_memory()
+            retries = ooms = 0
+        return MemoryStats(
+            active / _GIB,
+            100 * active / self.capacity,
+            reserved / _GIB,
+            100 * reserved / self.capacity,
+            retries,
+            ooms,
+        )
+
+    def reset_peak(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            with suppress(OSError):  # where the kernel cannot do it, the peak is that since the process's start
+                Path("/proc/self/clear_refs").write_text("5")
+
+
+def _physical_memory() -> int:
+    """Bytes that this process may use: the machine's memory, or its control group's limit where that is smaller."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no control group, or the limit "max"
+        return total
+
+
+def _peak_resident_memory() -> int:
+    try:
+        kib = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        kib = None
+    if kib is not None:
+        return 1024 * int(kib.group(1))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
+
+
+__all__ = ["DeviceMemoryMonitor", "MemoryStats", "get_device_name", "get_device_type", "get_peak_flops"]

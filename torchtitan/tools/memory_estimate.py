@@ -1,0 +1,364 @@
+"""How much memory a run needs on a GPU, before it starts: by part and by moment, without allocating it.
+
+What a block and the loss take is measured on the meta device (memory_measure.py). The rest is arithmetic on the shapes
+of the parameters: the shards, a unit's gathered weights, and its gradient on the way to the shard, as FSDP2 holds them.
+From both follow the *moments* of a step, of which one is the peak.
+
+FSDP2 gathers weights and reduces gradients on streams of their own, and torch's allocator keeps memory apart by stream:
+what one stream has freed another does not get, unless the GPU is full. So each stream reserves what its own worst
+moment takes. The sum is what the trainer logs as `memory`, and what `peak` means here; a run whose peak is a little
+above the GPU's memory may still work, more slowly.
+
+A *unit* is what FSDP gathers as a whole: the embedding, a block, the norm, the output.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torchtitan.config.job_config import JobConfig
+from torchtitan.distributed.fsdp import should_reshard_after_forward
+from torchtitan.distributed.parallel_dims import Mesh, ParallelDims
+from torchtitan.distributed.pipeline_split import ONE_STAGE, get_stage_modules, get_stages_of_rank
+from torchtitan.tools.logging import logger
+from torchtitan.tools.memory_measure import (
+    Measured,
+    Unit,
+    get_block_kinds,
+    get_param_dtype,
+    is_one_process,
+    measure,
+)
+
+GIB = 1 << 30
+
+# Assumptions, beside those of memory_trace.py. scripts/benchmark_train.py and docs/performance.md check their sum.
+
+FLOAT32 = 4
+"""Bytes of a weight, a gradient and each moment on its shard, and of a gradient while it is reduced."""
+
+NUM_ADAM_MOMENTS = 2
+
+NUM_FOREACH_COPIES = 1
+"""Copies of all parameters that the foreach implementation of Adam makes during its step; fused makes none."""
+
+NUM_FOR_LOOP_COPIES = 2
+"""Copies of one parameter at a time that the for-loop implementation makes."""
+
+LIBRARY_WORKSPACES = 2 * (32 << 20)
+"""cuBLAS takes 32 MiB from the allocator on Hopper, for the forward thread and for autograd's."""
+
+FRAGMENTATION = 0.02
+"""Share of the main stream's memory that lies in gaps too small to use; with expandable segments it is small."""
+
+Part = Literal["weights", "gradients", "optimizer", "activations", "loss"]
+PARTS: tuple[Part, ...] = ("weights", "gradients", "optimizer", "activations", "loss")
+Stream = Literal["main", "gather", "reduce"]
+STREAMS: tuple[Stream, ...] = ("main", "gather", "reduce")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is in memory at one moment: bytes by stream and part."""
+
+    name: str
+    in_use: Mapping[tuple[Stream, Part], int]
+    gap: int = 0
+    """Bytes on the main stream between tensors of the loss, too few for any of its others."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.in_use.values())
+
+    def by_part(self, *streams: Stream) -> Counter[Part]:
+        parts: Counter[Part] = Counter()
+        for (stream, part), nbytes in self.in_use.items():
+            if stream in streams:
+                parts[part] += nbytes
+        return parts
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Of one rank."""
+
+    moments: list[Moment]
+    host: int
+    """Bytes in the machine's memory: with enable_cpu_offload."""
+    pp_rank: int | None = None
+    """Of a pipeline."""
+
+    @property
+    def worst_moment(self) -> Moment:
+        """When most is in use at once."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def parts(self) -> dict[Part, int]:
+        """The peak, by part."""
+        main = max(
+            (m.by_part("main") + Counter({"loss": m.gap}) for m in self.moments), key=lambda parts: parts.total()
+        )
+        parts = {part: round(main[part] * (1 + FRAGMENTATION)) for part in PARTS}
+        parts["weights"] += max(moment.by_part("gather").total() for moment in self.moments)
+        parts["gradients"] += max(moment.by_part("reduce").total() for moment in self.moments)
+        return parts
+
+    @property
+    def peak(self) -> int:
+        """Bytes that the allocator reserves."""
+        return sum(self.parts.values())
+
+
+def estimate_memory(config: JobConfig, *, world_size: int, mesh: Mesh | None = None) -> MemoryEstimate:
+    """The estimate of a configuration that validate() accepts, for the pipeline rank that needs the most.
+
+    mesh: that of the run, if it is running; nothing is communicated. Without one no process group may exist.
+    """
+    dims = ParallelDims.from_config(config.parallelism, world_size)
+    measured = measure(config, dims, mesh)
+    return max((_Rank(config, dims, measured, rank).estimate() for rank in range(dims.pp)), key=lambda e: e.peak)
+
+
+def log_memory_estimate(config: JobConfig, *, world_size: int, mesh: Mesh, capacity: int) -> None:
+    """Say at the start of a run what it will need, and whether the device, of `capacity` bytes, has it."""
+    try:
+        logger.info(describe(estimate_memory(config, world_size=world_size, mesh=mesh), capacity=capacity))
+    except Exception as error:  # a model from outside may use what the meta device lacks: no reason not to train
+        logger.warning(f"The peak memory cannot be estimated for this model: {error}")
+
+
+def describe(estimate: MemoryEstimate, *, capacity: int | None = None) -> str:
+    """One line for the log; given the device's memory, it also tells if that will not do."""
+    parts = ", ".join(f"{part} {nbytes / GIB:.1f}" for part, nbytes in estimate.parts.items())
+    line = f"Estimated peak memory per device: {estimate.peak / GIB:.1f} GiB ({parts})"
+    if capacity is not None and estimate.peak > capacity:
+        line += f", of {capacity / GIB:.1f} GiB that it has"
+    return line
+
+
+def to_table(estimate: MemoryEstimate) -> str:
+    """Every moment by part, and the peak."""
+    heading = "GiB" if estimate.pp_rank is None else f"GiB, on pipeline rank {estimate.pp_rank}"
+    rows: list[tuple[str, Iterable[str]]] = [(heading, (*PARTS, "sum"))]
+    for moment in estimate.moments:
+        parts = moment.by_part(*STREAMS)
+        name = f"{moment.name} (most in use)" if moment is estimate.worst_moment else moment.name
+        rows.append((name, (f"{n / GIB:.2f}" for n in (*(parts[part] for part in PARTS), moment.total))))
+    rows.append(
+        ("peak: reserved for all moments", (f"{n / GIB:.2f}" for n in (*estimate.parts.values(), estimate.peak)))
+    )
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:{width}}" + "".join(f"{cell:>13}" for cell in cells) for name, cells in rows]
+    if estimate.host:
+        lines.append(f"beside this, in the machine's memory for each rank: {estimate.host / GIB:.2f} GiB")
+    return "\n".join(lines)
+
+
+class _Rank:
+    """The moments of one rank's step."""
+
+    def __init__(self, config: JobConfig, dims: ParallelDims, measured: Measured, pp_rank: int) -> None:
+        self.config, self.dims, self.measured, self.pp_rank = config, dims, measured, pp_rank
+        self.param_bytes = get_param_dtype(config).itemsize
+        self.has_fsdp = not is_one_process(config, dims)
+        self.is_offloaded = config.training.enable_cpu_offload
+        stages = self._get_stages()
+        names = [name for stage in stages for name in stage]
+        self.block_uses = [
+            measured.blocks[kind]
+            for stage in stages
+            for kind in get_block_kinds(config.activation_checkpoint, sum(n.startswith("layers.") for n in stage))
+        ]
+        no_unit = Unit(())
+        self.embedding, self.norm, self.output = (
+            measured.units[name] if name in names else no_unit for name in ("tok_embeddings", "norm", "output")
+        )
+        self.block = measured.units["block"]
+        self.units = [self.embedding, *[self.block] * len(self.block_uses), self.norm, self.output]
+        # of each kind of block the last: it has the most before it
+        self.typical_blocks = sorted({use: i for i, use in enumerate(self.block_uses)}.values())
+        self.other_microbatches = self._get_other_microbatches(len(stages))
+
+    def estimate(self) -> MemoryEstimate:
+        host = (
+            self.is_offloaded * (2 + NUM_ADAM_MOMENTS) * FLOAT32 * sum(self._shard_numel(unit) for unit in self.units)
+        )
+        return MemoryEstimate(self._get_moments(), host, self.pp_rank if self.dims.pp > 1 else None)
+
+    def _get_stages(self) -> list[list[str]]:
+        parallelism, n_layers = self.config.parallelism, self.measured.n_layers
+        if self.dims.pp == 1:
+            return [["tok_embeddings", *(f"layers.{i}" for i in range(n_layers)), "norm", "output"]]
+        stages = get_stage_modules(parallelism, n_layers)
+        schedule = parallelism.pipeline_parallel_schedule
+        return [stages[i] for i in get_stages_of_rank(schedule, self.pp_rank, self.dims.pp, len(stages))]
+
+    def _get_other_microbatches(self, num_stages: int) -> float:
+        """Pipeline microbatches whose activations wait for their backward while one is worked on."""
+        parallelism, pp = self.config.parallelism, self.dims.pp
+        if pp == 1:
+            return 0
+        num_microbatches = self.config.training.local_batch_size // parallelism.pipeline_parallel_microbatch_size
+        schedule = parallelism.pipeline_parallel_schedule
+        if schedule == "GPipe":
+            passes = num_microbatches
+        elif schedule in ONE_STAGE:
+            passes = pp - self.pp_rank
+        elif schedule == "ZBVZeroBubble":
+            passes = 2 * pp
+        else:  # interleaved: the warm-up, and one more
+            passes = (num_stages - 1) * pp + 2 * (pp - self.pp_rank - 1) + 1
+        return max(0, min(passes, num_microbatches * num_stages) / num_stages - 1)
+
+    def _get_moments(self) -> list[Moment]:
+        moments = [
+            self._moment("start", weights=self.measured.largest_parameter * FLOAT32, has_optimizer=False),
+            *self._get_forward_moments(),
+            *self._get_backward_moments(),
+            self._moment("optimizer", reduced=self._reduced(self.units), optimizer=self._optimizer_copies),
+        ]
+        if self.config.validation.enabled and self.output.shapes:
+            gathered, loss = self._gathered([self.norm, self.output]), self.measured.validation_loss
+            moments.append(self._moment("validation", reduced=self._reduced(self.units), weights=gathered, loss=loss))
+        return moments
+
+    def _get_forward_moments(self) -> Iterator[Moment]:
+        gathering = self._gathering(self.block) + max(self._gathering(self.block), self._gathering(self.embedding))
+        for i in self.typical_blocks:
+            yield self._moment(
+                f"forward of block {i + 1}",
+                reduced=self._reduced_before,
+                weights=self._gathered([self.block]) + self._still_gathered(i),
+                gathering=gathering,
+                activations=self._kept(i) + self.block_uses[i].forward,
+            )
+        if self.output.shapes:
+            yield self._moment(
+                "loss",
+                reduced=self._reduced_before,
+                weights=self._gathered([self.norm, self.output]) + self._still_gathered(len(self.block_uses)),
+                gathering=self._gathering(self.norm) + self._gathering(self.output),
+                activations=self._kept(len(self.block_uses)) + self.measured.boundary,
+                loss=max(self.measured.loss.forward, self.measured.loss.backward),
+                gap=self.measured.loss_gap,
+            )
+
+    def _get_backward_moments(self) -> Iterator[Moment]:
+        """Behind each module's backward, with FSDP, the moment when its gradient is copied to be reduced."""
+        num_blocks, boundary = len(self.block_uses), self.measured.boundary
+        if self.output.shapes and self.has_fsdp:
+            yield self._moment(
+                "gradient of the output",
+                reduced=self._reduced([self.output]),
+                weights=self._still_gathered(num_blocks),
+                activations=self._kept(num_blocks) + boundary,
+                gradients=self._staged(self.output),
+            )
+        for i in sorted({*self.typical_blocks, *range(num_blocks)[:1]}, reverse=True):
+            done = [self.output, self.norm, *[self.block] * (num_blocks - 1 - i)]
+            prefetched = self._gathering(self.block if i > 0 else self.embedding)
+            yield self._moment(
+                f"backward of block {i + 1}",
+                reduced=self._reduced(done),
+                weights=self._gathered([self.block]) + self._still_gathered(i),
+                gathering=prefetched,
+                activations=self._kept(i) + self.block_uses[i].backward,
+                gradients=self._being_reduced(done[-1]),
+            )
+            if self.has_fsdp:
+                yield self._moment(
+                    f"gradient of block {i + 1}",
+                    reduced=self._reduced([*done, self.block]),
+                    weights=self._still_gathered(i),
+                    gathering=prefetched,
+                    activations=self._kept(i) + boundary,
+                    gradients=self._staged(self.block),
+                )
+        if self.embedding.shapes:
+            # without FSDP the gradient of what was looked up is cast to the table's float32
+            cast = 0 if self.has_fsdp else boundary * FLOAT32 // self.param_bytes
+            yield self._moment(
+                "gradient of the embedding",
+                reduced=self._reduced(self.units),
+                activations=self._kept(0) + boundary + cast,
+                gradients=self._staged(self.embedding),
+            )
+
+    def _kept(self, block: int) -> int:
+        """Activations that wait for backward, when forward or backward is at this block."""
+        boundary, uses = self.measured.boundary, self.block_uses
+        own = boundary + sum(use.kept for use in uses[:block])
+        return own + round(self.other_microbatches * (boundary + sum(use.kept for use in uses)))
+
+    def _moment(
+        self, name: str, *, reduced: int = 0, gathering: int = 0, has_optimizer: bool = True, gap: int = 0, **parts: int
+    ) -> Moment:
+        """`parts` come on top of what a rank always has; gradients that are `reduced` are on their shards."""
+        on_device = 0 if self.is_offloaded else FLOAT32 * sum(self._shard_numel(unit) for unit in self.units)
+        in_use: Counter[tuple[Stream, Part]] = Counter({("main", part): parts.get(part, 0) for part in PARTS})
+        in_use["main", "weights"] += on_device + self.measured.buffers
+        in_use["main", "optimizer"] += has_optimizer * NUM_ADAM_MOMENTS * on_device
+        in_use["main", "gradients"] += self._pipeline_accumulators
+        in_use["main", "activations"] += LIBRARY_WORKSPACES
+        in_use["reduce" if self.has_fsdp else "main", "gradients"] += reduced
+        in_use["gather", "weights"] += gathering
+        return Moment(name, in_use, gap)
+
+    def _shard_numel(self, unit: Unit) -> int:
+        return unit.shard_numel(self.dims.fsdp)
+
+    def _reduced(self, units: Iterable[Unit]) -> int:
+        """Gradients on their shards, of a microbatch that has got so far."""
+        shards = [FLOAT32 * self._shard_numel(unit) for unit in units]
+        if self.is_offloaded:  # each goes to the machine's memory at once
+            return max(shards, default=0)
+        # where nothing is sharded, FSDP copies a unit's gradient once more to scale it (torch 2.11 and 2.13)
+        copies_too = self.has_fsdp and self.dims.fsdp == 1 and self.dims.dp_replicate > 1
+        return max(self._reduced_before, sum(shards)) + copies_too * max(shards, default=0)
+
+    @property
+    def _reduced_before(self) -> int:
+        """Gradients of earlier microbatches of the step, which are on their shards from the start."""
+        training = self.config.training
+        if self.is_offloaded or training.global_batch_size in (-1, training.local_batch_size * self.dims.dp):
+            return 0
+        return FLOAT32 * sum(self._shard_numel(unit) for unit in self.units)
+
+    @property
+    def _pipeline_accumulators(self) -> int:
+        """With pipeline stages FSDP adds up a rank's whole gradients, and reduces them after the last microbatch."""
+        return FLOAT32 * sum(unit.numel for unit in self.units) if self.dims.pp > 1 else 0
+
+    def _gathered(self, units: Iterable[Unit]) -> int:
+        """Whole weights, as the layers read them."""
+        return self.has_fsdp * self.param_bytes * sum(unit.numel for unit in units)
+
+    def _still_gathered(self, block: int) -> int:
+        """Weights that stay gathered until backward, when it or forward is at this block."""
+        if self.dims.pp > 1:  # FSDP then frees none before the last microbatch's backward
+            return self._gathered(self.units)
+        if should_reshard_after_forward(self.config.parallelism.fsdp_reshard_after_forward, self.dims):
+            return 0
+        return self._gathered([self.embedding, *[self.block] * block])
+
+    def _gathering(self, unit: Unit) -> int:
+        """The buffer into which a unit is gathered, and this rank's part of it."""
+        return self.param_bytes * self._shard_numel(unit) * (self.dims.fsdp + 1) if self.dims.fsdp > 1 else 0
+
+    def _staged(self, unit: Unit) -> int:
+        """A unit's whole gradient, and its float32 copy that is reduced."""
+        return self.has_fsdp * self.param_bytes * unit.numel + self._being_reduced(unit)
+
+    def _being_reduced(self, unit: Unit) -> int:
+        return self.has_fsdp * FLOAT32 * self._shard_numel(unit) * self.dims.fsdp
+
+    @property
+    def _optimizer_copies(self) -> int:
+        if self.is_offloaded or self.config.optimizer.implementation == "fused":
+            return 0
+        if self.config.optimizer.implementation == "foreach":
+            return NUM_FOREACH_COPIES * FLOAT32 * sum(self._shard_numel(unit) for unit in self.units)
+        largest = max(shape.numel() for unit in self.units for shape in unit.shapes)
+        return NUM_FOR_LOOP_COPIES * FLOAT32 * largest // self.dims.fsdp

@@ -1,0 +1,306 @@
+"""What one block and the loss of a run keep and need, found by running them on the meta device.
+
+The model is divided, checkpointed and cast by the run's own parallelize_fn, with a single block, but for two things
+that are left to others: FSDP, which is arithmetic (memory_estimate.py), and compilation, whose effect on memory is
+modelled (memory_trace.py). The fused losses, whose memory depends on the device, are arithmetic too.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from torchtitan.components.loss import CrossEntropyLoss, cross_entropy_sum
+from torchtitan.components.loss.chunking import rows_in_budget
+from torchtitan.config.job_config import ActivationCheckpoint, JobConfig
+from torchtitan.distributed.parallel_dims import Mesh, ParallelDims
+from torchtitan.protocols.model import Decoder
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.head_cost import get_fused_logits_bytes
+from torchtitan.tools.logging import logger
+from torchtitan.tools.memory_trace import MemoryTrace, with_gpu_kernels
+
+BlockKind = Literal["none", "op", "full"]
+"""How a block is checkpointed."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """Bytes that a piece of code takes: kept from forward to backward, and at the worst moment of each."""
+
+    kept: int
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The parameters of one FSDP unit, as tensor parallelism leaves them to a rank."""
+
+    shapes: tuple[torch.Size, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(shape.numel() for shape in self.shapes)
+
+    def shard_numel(self, num_ranks: int) -> int:
+        """FSDP cuts dim 0 and pads the last shard."""
+        return sum(-(-shape[0] // num_ranks) * math.prod(shape[1:]) for shape in self.shapes)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of a rank that has all modules; sizes of activations are those of one microbatch."""
+
+    n_layers: int
+    units: dict[str, Unit]
+    """tok_embeddings, block, norm, output."""
+    largest_parameter: int
+    """Elements of the largest parameter, undivided."""
+    buffers: int
+    boundary: int
+    """The hidden states between two blocks."""
+    blocks: dict[BlockKind, Use]
+    """What is kept includes the block's output, which the next one needs, and not its input."""
+    loss: Use
+    """With the head's product and both gradients; without the hidden states that it is given."""
+    loss_gap: int
+    """Where eager cross entropy's logits were: in backward no tensor is as small."""
+    validation_loss: int
+
+
+def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measured:
+    """Run one block of each kind and the loss; `mesh` is that of the run, if it is running."""
+    with nullcontext(mesh) if mesh is not None else _mesh_of_shapes(dims) as mesh:
+        models = {
+            kind: _build(config, dims, mesh, kind) for kind in set(get_block_kinds(config.activation_checkpoint, 2))
+        }
+        model = next(iter(models.values()))
+        whole = dims.pp == 1
+        sequences = config.training.local_batch_size if whole else config.parallelism.pipeline_parallel_microbatch_size
+        tokens_shape = (sequences, config.training.seq_len // dims.cp)
+        blocks = {
+            kind: _trace_block(m.layers["0"], _run(m, tokens_shape, dims)[1], is_compiled=config.training.compile)
+            for kind, m in models.items()
+        }
+        hidden, _ = _run(model, tokens_shape, dims)
+        return Measured(
+            n_layers=_get_model_args(config).n_layers,
+            units={
+                "tok_embeddings": _unit(model.tok_embeddings),
+                "block": _unit(model.layers["0"]),
+                "norm": _unit(model.norm),
+                "output": _unit(model.output),
+            },
+            largest_parameter=max(parameter.numel() for parameter in model.parameters()),
+            buffers=sum(buffer.nbytes for buffer in model.buffers()),
+            boundary=_local(hidden).nbytes,
+            blocks=blocks,
+            loss=_measure_loss(config, dims, model, hidden, tokens_shape),
+            loss_gap=_get_loss_gap(config, dims, tokens_shape),
+            validation_loss=_trace_validation_loss(config, dims, model) if config.validation.enabled else 0,
+        )
+
+
+def is_one_process(config: JobConfig, dims: ParallelDims) -> bool:
+    """Whether the run has no FSDP (distributed/mixed_precision.py): parameters are float32 and cast where used."""
+    return dims.world_size == 1 and not config.training.enable_cpu_offload
+
+
+def get_block_kinds(activation_checkpoint: ActivationCheckpoint, n_layers: int) -> list[BlockKind]:
+    """How each block of a model, or of a pipeline stage, is checkpointed."""
+    mode, option = activation_checkpoint.mode, activation_checkpoint.selective_ac_option
+    if mode != "selective":
+        return [mode] * n_layers
+    if option == "op":
+        return ["op"] * n_layers
+    return ["none" if number % int(option) else "full" for number in range(1, n_layers + 1)]
+
+
+@contextmanager
+def _mesh_of_shapes(dims: ParallelDims) -> Iterator[Mesh]:
+    """A mesh of the tensor- and context-parallel ranks without the other ranks: nothing can be communicated."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    shapes_only = ParallelDims(cp=dims.cp, tp=dims.tp)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shapes_only.world_size)
+    try:
+        yield shapes_only.build_mesh("cpu")
+    finally:
+        dist.destroy_process_group()
+
+
+class _NothingToShard(ParallelDims):
+    """Has parallelize_fn leave FSDP out."""
+
+    @property
+    def world_size(self) -> int:
+        return 1
+
+
+def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh, kind: BlockKind) -> Decoder:
+    """The model with one block, on the meta device, as this run divides it."""
+    code = get_train_spec(config.model.name).load()
+    with torch.device("meta"):
+        model = code.model_cls(_get_model_args(config))
+    for name in list(model.layers)[1:]:
+        del model.layers[name]
+    if not is_one_process(config, dims):
+        model.to(get_param_dtype(config))  # as FSDP gathers the weights
+        model.init_buffers("meta")  # these it does not cast
+    block = model.layers["0"]
+    block.forward = with_gpu_kernels(block.forward)  # type: ignore[method-assign]
+    mode: Literal["none", "selective", "full"] = "selective" if kind == "op" else kind
+    with _quiet(logger):
+        code.parallelize_fn(
+            model,
+            mesh=mesh,
+            parallel_dims=_NothingToShard(cp=dims.cp, tp=dims.tp),
+            parallelism=replace(config.parallelism, enable_async_tensor_parallel=False),
+            training=replace(config.training, compile=False, enable_cpu_offload=False),
+            activation_checkpoint=ActivationCheckpoint(mode=mode, selective_ac_option="op"),
+            loss_parallel=not config.parallelism.disable_loss_parallel,
+        )
+    return model
+
+
+def _get_model_args(config: JobConfig) -> Any:
+    lengths = [config.training.seq_len, config.validation.seq_len if config.validation.enabled else 0]
+    flavor = get_train_spec(config.model.name).flavors[config.model.flavor]
+    return flavor.for_run(max_seq_len=max(lengths), use_scaled_rope=config.model.use_scaled_rope)
+
+
+def get_param_dtype(config: JobConfig) -> torch.dtype:
+    return getattr(torch, config.training.mixed_precision_param)
+
+
+@contextmanager
+def _quiet(log: logging.Logger) -> Iterator[None]:
+    """Without the lines that tell how the model is divided."""
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _run(model: Decoder, tokens_shape: tuple[int, int], dims: ParallelDims) -> tuple[Tensor, tuple[Any, ...]]:
+    """The final hidden states of a microbatch, and the arguments that the block was called with."""
+    tokens = torch.empty(tokens_shape, dtype=torch.int64, device="meta")
+    calls: list[tuple[Any, ...]] = []
+    hook = model.layers["0"].register_forward_pre_hook(lambda module, args: calls.append(args))
+    with torch.no_grad():
+        hidden = model(tokens, return_hidden_states=True, positions=tokens if dims.cp > 1 else None)
+    hook.remove()
+    return hidden, calls[0]
+
+
+def _trace_block(block: nn.Module, args: tuple[Any, ...], *, is_compiled: bool) -> Use:
+    x = args[0].detach().requires_grad_()
+    trace = MemoryTrace()
+    with trace:
+        y = block(x, *args[1:])
+    forward_ends = trace.now
+    grad = torch.empty_like(y)  # not counted: in backward y, which by then is free, stands for it
+    with trace:
+        torch.autograd.backward((y,), (grad,))
+    return _use(trace, forward_ends, is_compiled)
+
+
+def _measure_loss(
+    config: JobConfig, dims: ParallelDims, model: Decoder, hidden: Tensor, tokens_shape: tuple[int, int]
+) -> Use:
+    assert model.output is not None
+    if config.liger_kernel.enable_fused_linear_cross_entropy:
+        return _get_fused_loss_use(config, dims, _unit(model.output).shapes[0], num_tokens=math.prod(tokens_shape))
+    hidden = hidden.detach().requires_grad_()
+    labels = torch.empty(tokens_shape, dtype=torch.int64, device="meta")
+    trace = MemoryTrace()
+    with trace:
+        loss = CrossEntropyLoss()(hidden, model.output, labels, torch.empty((), device="meta"))
+    forward_ends = trace.now
+    with trace:
+        loss.backward()
+    return _use(trace, forward_ends, config.training.compile)
+
+
+def _get_fused_loss_use(config: JobConfig, dims: ParallelDims, weight_shape: torch.Size, *, num_tokens: int) -> Use:
+    """Both fused losses compute the gradients in the forward pass, and keep nothing else."""
+    options = config.liger_kernel
+    itemsize = get_param_dtype(config).itemsize
+    rows, dim = weight_shape
+    budget = options.logits_memory_budget_mib << 20
+    if options.implementation == "native" or dims.tp > 1:
+        logits = get_fused_logits_bytes(
+            num_tokens=num_tokens,
+            vocab_rows=rows,
+            bytes_per_logit=itemsize,
+            budget_bytes=budget,
+            is_sharded=dims.tp > 1,
+        )
+    else:  # Liger rounds a chunk down to a power of two, and never takes less than its own
+        most = rows_in_budget(budget, vocab_rows=rows, bytes_per_logit=itemsize)
+        least = _power_of_two_from(-(-num_tokens // -(-rows // dim)))
+        logits = min(num_tokens, max(_power_of_two_from(most // 2 + 1), least)) * rows * itemsize
+    hidden = num_tokens * dim * itemsize
+    gathered_hidden = hidden if dims.tp > 1 else 0
+    d_weight = rows * dim * itemsize
+    float_d_weight = rows * dim * 4
+    accumulator = float_d_weight if options.weight_grad_accum_dtype == "float32" and itemsize != 4 else 0
+    # one process casts the weight for the loss, and its gradient back
+    has_cast = is_one_process(config, dims) and itemsize != 4
+    return Use(
+        kept=d_weight + hidden,
+        forward=logits + d_weight + accumulator + hidden + gathered_hidden + (d_weight if has_cast else 0),
+        backward=d_weight + hidden + (float_d_weight if has_cast else 0),
+    )
+
+
+def _get_loss_gap(config: JobConfig, dims: ParallelDims, tokens_shape: tuple[int, int]) -> int:
+    if config.training.compile or config.liger_kernel.enable_fused_linear_cross_entropy:
+        return 0
+    itemsize = get_param_dtype(config).itemsize
+    if itemsize == torch.float32.itemsize:
+        return 0  # the gradients are of the same size
+    return math.prod(tokens_shape) * -(-_get_model_args(config).vocab_size // dims.tp) * itemsize
+
+
+def _power_of_two_from(number: int) -> int:
+    """The smallest power of two that is not below."""
+    return 1 << (number - 1).bit_length()
+
+
+def _trace_validation_loss(config: JobConfig, dims: ParallelDims, model: Decoder) -> int:
+    """The standard path without gradients, with the hidden states."""
+    assert model.output is not None
+    tokens_shape = (config.validation.local_batch_size, config.validation.seq_len // dims.cp)
+    hidden, _ = _run(model, tokens_shape, dims)
+    trace = MemoryTrace()
+    with torch.no_grad(), trace:
+        cross_entropy_sum(model.output(hidden), torch.empty(tokens_shape, dtype=torch.int64, device="meta"))
+    return trace.peak() + _local(hidden).nbytes
+
+
+def _use(trace: MemoryTrace, forward_ends: int, is_compiled: bool) -> Use:
+    """Call it while what the traced code made for good is still referenced."""
+    return Use(
+        kept=trace.live(forward_ends, compiled=is_compiled),
+        forward=trace.peak(end=forward_ends, compiled=is_compiled),
+        backward=trace.peak(start=forward_ends, compiled=is_compiled),
+    )
+
+
+def _unit(module: nn.Module | None) -> Unit:
+    return Unit(tuple(_local(parameter).shape for parameter in module.parameters())) if module is not None else Unit(())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

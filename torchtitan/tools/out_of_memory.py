@@ -1,0 +1,121 @@
+"""What to tell the user when the GPU's memory did not suffice: what took it, and which options would free how much.
+
+The numbers behind the options are estimates (memory_estimate.py) of the same run with that option changed.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.validate import validate
+from torchtitan.distributed.parallel_dims import Mesh, ParallelDims
+from torchtitan.tools.memory_estimate import GIB, describe, estimate_memory
+
+_SMALL_BUDGET_MIB = 256
+_WORTH_NAMING = 0.01
+"""Share of the peak that an option must free."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One change that needs less memory."""
+
+    text: str
+    """The flags, or what to do."""
+    freed: int
+    """Bytes of the estimated peak."""
+    peak: int
+    """The estimated peak afterwards, in bytes."""
+
+
+def explain_out_of_memory(
+    config: JobConfig, error: str, *, world_size: int, mesh: Mesh | None = None, liger_installed: bool = True
+) -> str:
+    """The message for the user.
+
+    Args:
+        error: what torch.OutOfMemoryError says: what was asked for, in use and reserved at that moment.
+        mesh: that of the run; None only where no process group exists.
+    """
+    lines = [f"OutOfMemoryError: {error.split(' If reserved but')[0].strip()}"]
+    try:
+        estimate = estimate_memory(config, world_size=world_size, mesh=mesh)
+        remedies = get_remedies(config, world_size=world_size, mesh=mesh, liger_installed=liger_installed)
+    except Exception:  # the estimate may not know the model, or the error may have come before there was a mesh
+        return lines[0]
+    lines.append(f"{describe(estimate)}; most is in use at this moment: {estimate.worst_moment.name}.")
+    if remedies:
+        lines.append("What frees how much of it, by the same estimate, each alone:")
+        lines += [f"  {r.freed / GIB:6.1f} GiB, leaving {r.peak / GIB:.1f}:  {r.text}" for r in remedies]
+    else:
+        lines.append("No option frees much of it: the model needs more GPUs, or GPUs with more memory.")
+    return "\n".join(lines)
+
+
+def get_remedies(
+    config: JobConfig, *, world_size: int, mesh: Mesh | None = None, liger_installed: bool = True
+) -> list[Remedy]:
+    """The changes that free something, most first."""
+    peak = estimate_memory(config, world_size=world_size, mesh=mesh).peak
+    remedies = []
+    for text, changed, ranks in _changes(config, world_size, liger_installed):
+        try:
+            validate(changed, world_size=ranks, liger_installed=liger_installed)
+        except ConfigError:
+            continue  # not with this run's other options
+        after = estimate_memory(changed, world_size=ranks, mesh=mesh).peak
+        if peak - after >= _WORTH_NAMING * peak:
+            remedies.append(Remedy(text, peak - after, after))
+    return sorted(remedies, key=lambda remedy: -remedy.freed)
+
+
+def _changes(config: JobConfig, world_size: int, liger_installed: bool) -> Iterator[tuple[str, JobConfig, int]]:
+    """What may help: the words for it, the configuration and the number of ranks."""
+
+    def with_flags(**flags: object) -> tuple[str, JobConfig, int]:
+        changed = copy.deepcopy(config)
+        for name, value in flags.items():
+            section, _, field = name.partition("__")
+            setattr(getattr(changed, section), field, value)
+        words = (
+            f"--{name.replace('__', '.')}" + ("" if value is True else f" {value}") for name, value in flags.items()
+        )
+        return " ".join(words), changed, world_size
+
+    training, validation, liger = config.training, config.validation, config.liger_kernel
+    if not liger.enable_fused_linear_cross_entropy:
+        native = {} if liger_installed else {"liger_kernel__implementation": "native"}
+        yield with_flags(liger_kernel__enable_fused_linear_cross_entropy=True, **native)
+    elif liger.logits_memory_budget_mib > _SMALL_BUDGET_MIB:
+        yield with_flags(liger_kernel__logits_memory_budget_mib=_SMALL_BUDGET_MIB)
+    if not training.compile:
+        yield with_flags(training__compile=True)
+    checkpointing = config.activation_checkpoint
+    if checkpointing.mode == "none" or (
+        checkpointing.mode == "selective" and checkpointing.selective_ac_option != "op"
+    ):
+        yield with_flags(activation_checkpoint__mode="selective", activation_checkpoint__selective_ac_option="op")
+    if checkpointing.mode != "full":
+        yield with_flags(activation_checkpoint__mode="full")
+    if training.local_batch_size > 1:
+        per_step = ParallelDims.from_config(config.parallelism, world_size).dp * training.local_batch_size
+        yield with_flags(
+            training__local_batch_size=_largest_divisor(training.local_batch_size),
+            training__global_batch_size=per_step if training.global_batch_size == -1 else training.global_batch_size,
+        )
+    if validation.enabled and validation.local_batch_size > 1:
+        yield with_flags(validation__local_batch_size=validation.local_batch_size // 2)
+    if config.parallelism.fsdp_reshard_after_forward != "always":
+        yield with_flags(parallelism__fsdp_reshard_after_forward="always")
+    if not training.enable_cpu_offload:
+        yield with_flags(training__enable_cpu_offload=True)
+    _, changed, _ = with_flags(parallelism__data_parallel_shard_degree=-1)
+    if training.global_batch_size == -1:
+        yield "twice as many GPUs, the weights sharded over them", changed, 2 * world_size
+
+
+def _largest_divisor(number: int) -> int:
+    """Below the number itself."""
+    return max(divisor for divisor in range(1, number) if number % divisor == 0)

@@ -1,0 +1,421 @@
+"""The trainer. Read this file first: the whole system in the order in which data flows through it.
+
+    torchrun ... -m torchtitan.train --job.config_file run.toml --section.option value ...
+
+A step: collect the microbatches of the global batch; count its valid tokens over all ranks; for each microbatch
+hidden states -> loss(hidden, output, labels, scale) -> backward; clip; optimizer. `scale` is 1 / valid tokens, and the
+only division there is: FSDP sums, gradient accumulation sums, so that the result is the mean over the whole batch
+whatever the number of ignored labels on each rank. Between two log steps the host waits for no step but the one before.
+"""
+
+import datetime
+import importlib.util
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from torchtitan.components.checkpoint import build_checkpoint_manager
+from torchtitan.components.dataloader import Batch, build_dataloader
+from torchtitan.components.loss import IGNORE_INDEX, build_loss
+from torchtitan.components.loss.build import about_logits_memory
+from torchtitan.components.lr_scheduler import build_lr_scheduler
+from torchtitan.components.metrics import build_metrics
+from torchtitan.components.optimizer import build_optimizer
+from torchtitan.components.runner import build_runner
+from torchtitan.components.tokenizer import build_tokenizer
+from torchtitan.components.validate import build_validator
+from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.config.custom_import import maybe_import_custom
+from torchtitan.config.errors import ConfigError, NonFiniteError
+from torchtitan.config.manager import to_toml, write_resolved
+from torchtitan.config.validate import check_vocab_size, validate
+from torchtitan.distributed import last_words, utils
+from torchtitan.distributed.context_parallel import ContextSharder
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.device import DeviceMemoryMonitor
+from torchtitan.tools.gc import GarbageCollection
+from torchtitan.tools.host_mirror import HostMirror
+from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.memory_estimate import log_memory_estimate
+from torchtitan.tools.out_of_memory import explain_out_of_memory
+from torchtitan.tools.process import end_with_launcher
+from torchtitan.tools.profiling import maybe_profile
+
+EXIT_PREEMPTED = 128 + signal.SIGTERM
+"""Status after SIGTERM: the step was finished and, if checkpoints are on, saved."""
+
+
+class Trainer:
+    """One run: built in data-flow order, then `train()`. A checkpoint carries its `step` and `n_tokens_seen`."""
+
+    def __init__(self, config: JobConfig) -> None:
+        self.config = config
+        self.step = 0
+        self.n_tokens_seen = 0
+        logger.info(f"Starting job: {config.job.description}")
+
+        # processes, and the mesh they form
+        world = utils.get_world()
+        self.device = utils.init_distributed(
+            config.comm,
+            dump_folder=config.job.dump_folder,
+            enable_cpu_offload=config.training.enable_cpu_offload,
+        )
+        self.parallel_dims = ParallelDims.from_config(config.parallelism, world.size)
+        self.mesh = self.parallel_dims.build_mesh(self.device.type)
+        self.gc = GarbageCollection(config.training.gc_freq, debug=config.training.gc_debug)
+        self.seed = utils.set_determinism(
+            config.training.seed, self.device, deterministic=config.training.deterministic
+        )
+        if world.rank == 0:
+            write_resolved(config, Path(config.job.dump_folder) / "config.toml")
+
+        # text to batches
+        dp_rank = self.mesh["dp"].get_local_rank()
+        self.tokenizer = build_tokenizer(config.model.tokenizer_path)
+        check_vocab_size(config, self.tokenizer.vocab_size)
+        self.dataloader = build_dataloader(
+            dataset=config.training.dataset,
+            dataset_path=config.training.dataset_path,
+            tokenizer=self.tokenizer,
+            dp_rank=dp_rank,
+            dp_world_size=self.parallel_dims.dp,
+            batch_size=config.training.local_batch_size,
+            seq_len=config.training.seq_len,
+            seed=self.seed,
+        )
+        self.num_microbatches = self._get_num_microbatches()
+        self.shard_context = ContextSharder(self.mesh["cp"])
+        # one rank of those that read the same sequences counts their tokens
+        self.counts_tokens = self.mesh.is_first("pp", "cp", "tp")
+
+        # batches to gradients
+        spec = get_train_spec(config.model.name)
+        code = spec.load()
+        self.model_args = spec.flavors[config.model.flavor].for_run(
+            max_seq_len=max(config.training.seq_len, config.validation.seq_len if config.validation.enabled else 0),
+            use_scaled_rope=config.model.use_scaled_rope,
+        )
+        logger.info(f"Building {config.model.name} {config.model.flavor} with {self.model_args}")
+        if code.build_loss is not None and self.parallel_dims.pp > 1:
+            raise ConfigError(
+                f"model.name={config.model.name} has a loss of its own, and pipelines use the standard one;"
+                f" parallelism.pipeline_parallel_degree={self.parallel_dims.pp} must be 1"
+            )
+        self.loss = (code.build_loss or build_loss)(
+            config.liger_kernel,
+            device_type=self.device.type,
+            tensor_parallel=self.parallel_dims.tp > 1,
+            compile=config.training.compile,
+        )
+        self.runner = build_runner(
+            partial(code.model_cls, self.model_args),
+            self.model_args,
+            self.loss,
+            parallelize=partial(
+                code.parallelize_fn,
+                mesh=self.mesh,
+                parallel_dims=self.parallel_dims,
+                parallelism=config.parallelism,
+                training=config.training,
+                activation_checkpoint=config.activation_checkpoint,
+                loss_parallel=not config.parallelism.disable_loss_parallel,
+            ),
+            mesh=self.mesh,
+            parallelism=config.parallelism,
+            training=config.training,
+            device=self.device,
+            seed=self.seed,
+        )
+        self._report_model()
+
+        # gradients to weights
+        self.optimizer = build_optimizer(self.runner.model_parts, config.optimizer)
+        self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, config.training.steps)
+
+        # what the run says, keeps and checks
+        self.metrics = build_metrics(
+            config.metrics,
+            dump_folder=config.job.dump_folder,
+            start_time=utils.get_start_time(),
+            config=config.to_dict(),
+            device=self.device,
+            rank=world.rank,
+            is_logging_rank=world.rank == 0,
+            total_steps=config.training.steps,
+            num_flops_per_token=self.model_args.get_num_flops_per_token(config.training.seq_len),
+            non_data_parallel_degree=self.parallel_dims.cp * self.parallel_dims.tp * self.parallel_dims.pp,
+            on_terminal=utils.get_progress_rank() is not None,
+            owns_progress_line=utils.get_progress_rank() == world.local_rank,
+        )
+        self.checkpointer = build_checkpoint_manager(
+            config.checkpoint,
+            dump_folder=config.job.dump_folder,
+            model_parts=self.runner.model_parts,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            dataloader=self.dataloader,
+            train_state=self,
+            steps=config.training.steps,
+            is_restart=world.restart_count > 0,
+            adapter=code.state_dict_adapter(self.model_args),
+            tokenizer_path=config.model.tokenizer_path,
+            bos_id=self.tokenizer.bos_id,
+            eos_id=self.tokenizer.eos_id,
+        )
+        self.validator = build_validator(
+            config.validation,
+            tokenizer=self.tokenizer,
+            dp_rank=dp_rank,
+            dp_world_size=self.parallel_dims.dp,
+            runner=self.runner,
+            metrics=self.metrics,
+            shard_context=self.shard_context,
+            device=self.device,
+            counts_tokens=self.counts_tokens,
+            counts_loss=self.mesh.is_first("tp"),
+        )
+
+        self._stop_requested = False
+        self._all_finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self._flags = HostMirror()
+        logger.info(
+            f"Trainer is initialized with local batch size {config.training.local_batch_size}, "
+            f"global batch size {self.num_microbatches * config.training.local_batch_size * self.parallel_dims.dp}, "
+            f"gradient accumulation steps {self.num_microbatches}, sequence length {config.training.seq_len}, "
+            f"total steps {config.training.steps} (warmup {config.lr_scheduler.warmup_steps}), seed {self.seed}"
+        )
+
+    def train(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            NonFiniteError: the loss or the gradient is inf or nan; the weights are those before that step.
+            SystemExit: with EXIT_PREEMPTED, after SIGTERM and a save.
+        """
+        signal.signal(signal.SIGTERM, self._request_stop)
+        config = self.config
+        self.checkpointer.load()
+        batches = self._batches()
+        first_step = self.step + 1
+        logger.info(f"Training starts at step {first_step}")
+        with maybe_profile(
+            config.profiling,
+            config.job.dump_folder,
+            device=self.device,
+            rank=utils.get_world().rank,
+            start_step=self.step,
+        ) as profile_step:
+            while self.step < config.training.steps:
+                self.step += 1
+                self.gc.run(self.step)
+                self.metrics.start_step(self.step)
+                stop = self.train_step(batches)
+                last_step = self.step == config.training.steps
+                if stop or last_step or self.checkpointer.is_due(self.step):
+                    stop |= self._check_flags(self._flags.take(), self.step)  # what is not finite must not be saved
+                self.checkpointer.maybe_save(self.step, last_step=last_step)
+                self.validator.maybe_validate(self.step)
+                profile_step()
+                if self.step == first_step:
+                    timeout = datetime.timedelta(seconds=config.comm.train_timeout_seconds)
+                    utils.set_pg_timeouts(timeout, self.mesh, self.device)
+                if stop:
+                    self._stop()
+        logger.info("Training completed")
+
+    def train_step(self, batches: Iterator[Batch]) -> bool:
+        """One optimizer step; returns whether some rank was asked to stop (known one step late)."""
+        self.optimizer.zero_grad()
+        microbatches = [next(batches) for _ in range(self.num_microbatches)]
+        num_local_tokens = self._count_valid_tokens(microbatches)
+        num_valid_tokens, stop = utils.sum_over_world(
+            torch.stack([num_local_tokens * self.counts_tokens, torch.tensor(self._stop_requested)])
+            .float()
+            .to(self.device, non_blocking=True)
+        )
+        scale = 1 / num_valid_tokens.clamp(min=1)
+
+        loss = torch.zeros((), device=self.device)
+        for batch in microbatches:
+            tokens, labels, positions = self.shard_context(*(t.to(self.device, non_blocking=True) for t in batch))
+            loss += self.runner.forward_backward(tokens, labels, positions, scale)
+
+        parameters = [p for part in self.runner.model_parts for p in part.parameters()]
+        grad_norm = utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        lr = self.lr_scheduler.lr
+        self.checkpointer.maybe_wait_for_staging()
+        self._all_finite &= torch.isfinite(grad_norm)  # stays false: no step follows one that was left out
+        clip_factor = utils.get_clip_factor(grad_norm, self.config.training.max_norm)
+        self.optimizer.step(grad_factor=clip_factor, skip=~self._all_finite)
+        self.lr_scheduler.step()
+
+        self.n_tokens_seen += sum(batch.tokens.numel() for batch in microbatches) * self.parallel_dims.dp
+        if self.metrics.should_log(self.step):
+            self._log(loss, grad_norm, lr, share=num_local_tokens.to(self.device) * scale)
+        # Read at the next step: then the device has long computed them, and the host does not wait.
+        return self._check_flags(self._flags.exchange(torch.stack([self._all_finite.to(stop), stop])), self.step - 1)
+
+    def close(self, *, failed: bool = False) -> None:
+        self.dataloader.close()
+        self.checkpointer.close()
+        self.metrics.close(failed=failed)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "n_tokens_seen": self.n_tokens_seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["step"]
+        self.n_tokens_seen = state_dict["n_tokens_seen"]
+
+    def _batches(self) -> Iterator[Batch]:
+        """The loader's batches, counted and timed."""
+        batches = iter(self.dataloader)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches)
+            self.metrics.record_data_loading(time.perf_counter() - start)
+            self.metrics.count_tokens(batch.tokens.numel())
+            yield batch
+
+    @staticmethod
+    def _count_valid_tokens(batches: list[Batch]) -> Tensor:
+        """On the CPU, where the batches are."""
+        return torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
+
+    def _log(self, loss: Tensor, grad_norm: Tensor, lr: float, *, share: Tensor) -> None:
+        """Log a step. `share` is this data rank's part of the global batch's valid tokens."""
+        # context ranks hold parts of the same sequences; a pipeline's loss is on its last stage
+        local_loss = utils.dist_sum(utils.dist_sum(loss, self.mesh["cp"]), self.mesh["pp"])
+        loss_avg = utils.dist_sum(local_loss, self.mesh["dp"]).item()
+        loss_max = utils.dist_max(local_loss / share.clamp(min=1e-12), self.mesh["dp"]).item()
+        if not math.isfinite(loss_avg) or not math.isfinite(grad_norm.item()):
+            raise NonFiniteError(self.step, f"the loss is {loss_avg} and the gradient norm {grad_norm.item()}")
+        self.metrics.log(
+            self.step,
+            loss_avg=loss_avg,
+            loss_max=loss_max,
+            grad_norm=grad_norm.item(),
+            lr=lr,
+            n_tokens_seen=self.n_tokens_seen,
+        )
+
+    def _check_flags(self, flags: list[float] | None, step: int) -> bool:
+        """Whether to stop, by the flags of a step."""
+        all_finite, stop = flags or (True, False)
+        if not all_finite:
+            raise NonFiniteError(step, "the gradient norm is inf or nan")
+        return bool(stop)
+
+    def _request_stop(self, signum: int, frame: FrameType | None) -> None:
+        self._stop_requested = True
+
+    def _stop(self) -> None:
+        saved = self.checkpointer.save(self.step)
+        logger.info(f"Stopped by SIGTERM after step {self.step}; " + ("it is saved" if saved else "nothing was saved"))
+        raise SystemExit(EXIT_PREEMPTED)
+
+    def _get_num_microbatches(self) -> int:
+        training = self.config.training
+        sequences = training.local_batch_size * self.parallel_dims.dp  # divides global_batch_size: config/validate.py
+        return 1 if training.global_batch_size == -1 else training.global_batch_size // sequences
+
+    def _report_model(self) -> None:
+        config = self.config
+        memory = DeviceMemoryMonitor(self.device)
+        logger.info(
+            f"Model {config.model.name} {config.model.flavor} size: {self.model_args.num_params():,} total parameters"
+        )
+        logger.info(f"{memory.name} capacity: {memory.capacity / 2**30:.2f}GiB memory")
+        if self.device.type == "cuda":  # a CPU's memory also holds the program
+            log_memory_estimate(
+                config, world_size=self.parallel_dims.world_size, mesh=self.mesh, capacity=memory.capacity
+            )
+        if config.liger_kernel.enable_fused_linear_cross_entropy or self.parallel_dims.pp > 1:
+            return
+        advice = about_logits_memory(
+            num_tokens=config.training.local_batch_size * config.training.seq_len // self.parallel_dims.cp,
+            vocab_rows=-(-self.model_args.vocab_size // self.parallel_dims.tp),
+            bytes_per_logit=getattr(torch, config.training.mixed_precision_param).itemsize,
+            compiled=config.training.compile,
+            capacity=memory.capacity,
+        )
+        if advice is not None:
+            logger.info(advice)
+
+
+@record
+def main(argv: list[str]) -> int:
+    """Train as the arguments say; the exit status."""
+    init_logger()
+    end_with_launcher()
+    trainer: Trainer | None = None
+    failed = True
+    world = utils.get_world()
+    liger_installed = importlib.util.find_spec("liger_kernel") is not None
+    try:
+        config = ConfigManager().parse_args(argv)
+        maybe_import_custom(config.experimental.custom_import)
+        if config.job.print_args and world.rank == 0:
+            logger.info(f"The resolved configuration:\n{to_toml(config)}")
+        validate(
+            config,
+            world_size=world.size,
+            local_world_size=world.local_size,
+            num_gpus=torch.cuda.device_count(),
+            liger_installed=liger_installed,
+        )
+        trainer = Trainer(config)
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.checkpointer.save_seed()
+        else:
+            trainer.train()
+        failed = False
+        return 0
+    except (ConfigError, NonFiniteError) as error:
+        last_words.leave(error.report())
+        logger.error(error.report())
+        return 1
+    except torch.OutOfMemoryError as error:
+        mesh = trainer.mesh if trainer is not None else None
+        report = explain_out_of_memory(
+            config, str(error), world_size=world.size, mesh=mesh, liger_installed=liger_installed
+        )
+        last_words.leave(report.partition("\n")[0])
+        logger.error(report)
+        return 1
+    except Exception as error:
+        if not last_words.is_of_lost_rank(error):
+            last_words.leave(f"{type(error).__name__}: {error}")
+            raise
+        lost = last_words.find_lost_ranks(error)
+        logger.error(lost.report(trainer.step if trainer is not None else 0))
+        if lost.silent:  # they would be waited for by the save in flight, for as long as a save may take
+            if trainer is not None:
+                trainer.metrics.close(failed=True)
+            os._exit(1)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        if trainer is not None:
+            trainer.close(failed=failed)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
