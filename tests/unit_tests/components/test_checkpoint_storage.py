@@ -1,0 +1,225 @@
+"""Kills, damaged files and full disks: a run goes on from a whole checkpoint, or says which there is."""
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.full_disk import small_disk
+from tests.unit_tests.components.checkpointed_run import MODES, build_run, damage, folder, names, no_space
+from tests.unit_tests.distributed.processes import run_processes
+from torchtitan.components import checkpoint_background
+from torchtitan.components.checkpoint_storage import CheckpointFolder, CheckpointWriter
+from torchtitan.config.errors import CheckpointError
+from torchtitan.distributed.parallel_dims import ParallelDims
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+# Kills
+
+
+def stop_here(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+KILL_POINTS = {
+    "before any byte": (CheckpointWriter, "write_data"),
+    "before .metadata": (CheckpointWriter, "finish"),
+    "before it is visible": (CheckpointFolder, "publish"),
+    "before the old ones go": (CheckpointFolder, "keep_latest"),
+    "while an old one goes": (CheckpointFolder, "remove"),
+}
+
+
+def die_while_saving(dump_folder: Path, point: str, mode: str) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    run = build_run(dump_folder, async_mode=mode, keep_latest_k=2)
+    run.checkpointer.load()
+    setattr(*KILL_POINTS[point], stop_here)
+    run.train(8)
+    run.checkpointer.close()
+
+
+def test_run_killed_while_saving_goes_on_from_a_whole_checkpoint(tmp_path, caplog):
+    untouched = build_run(tmp_path / "untouched")
+    expected = untouched.train(9, save=False)
+    build_run(tmp_path).train(4)
+    context = multiprocessing.get_context("spawn")
+    for point, mode in zip(
+        KILL_POINTS, ["disabled", "async_with_pinned_mem", "async", "disabled", "async"], strict=True
+    ):
+        process = context.Process(target=die_while_saving, args=(tmp_path, point, mode))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, point
+        caplog.clear()
+        run = build_run(tmp_path, keep_latest_k=2)
+        assert run.checkpointer.load()
+        whole = 6 if point.endswith(("go", "goes")) else 4
+        assert run.step == whole, point
+        is_left_over = "Not whole, ignored, and removed after the next save: step-" in caplog.text
+        assert is_left_over == (point != "before the old ones go"), point
+        assert run.train(9, save=False) == expected[whole:], point
+        for path in folder(run).glob("step-6*"):
+            shutil.rmtree(path)
+    run = build_run(tmp_path, keep_latest_k=2)
+    run.checkpointer.load()
+    run.train(6)
+    assert names(run) == ["step-4", "step-6"]
+
+
+# Damage
+
+
+DAMAGES = [(file, how) for file in (".metadata", "__0_0.distcp") for how in ("deleted", "cut", "zeroed")]
+
+
+@pytest.mark.parametrize(("file", "how"), [*DAMAGES, (".metadata", "a bit"), ("__0_0.distcp", "a bit")])
+def test_damaged_file_is_named_and_the_older_checkpoint_offered_and_loadable(tmp_path, file, how):
+    run = build_run(tmp_path)
+    run.train(4)
+    damage(folder(run) / "step-4" / file, how)
+    with pytest.raises(CheckpointError) as caught:
+        build_run(tmp_path).checkpointer.load()
+    message = str(caught.value)
+    assert f"step-4/{file}" in message
+    assert "To continue from step 2: --checkpoint.load_step 2" in message
+    assert "\n" not in message
+    older = build_run(tmp_path, load_step=2)
+    assert older.checkpointer.load()
+    assert older.step == 2
+
+
+def test_a_save_that_misses_files_has_failed(tmp_path, monkeypatch, caplog):
+    """As where the folder is not one that all machines share, and the other ranks' files are elsewhere."""
+    finish = CheckpointWriter.finish
+
+    def lose_a_file(self, **results):
+        finish(self, **results)
+        Path(self.path, "__0_0.distcp").unlink()
+
+    run = build_run(tmp_path)
+    run.train(2)
+    monkeypatch.setattr(CheckpointWriter, "finish", lose_a_file)
+    run.train(4)
+    assert "Saving the checkpoint of step 4 failed" in caplog.text
+    assert "__0_0.distcp cannot be read: No such file" in caplog.text
+    assert names(run) == ["step-2"]
+
+
+def test_only_a_whole_older_checkpoint_is_offered(tmp_path):
+    run = build_run(tmp_path)
+    run.train(6)
+    damage(folder(run) / "step-6/.metadata", "deleted")
+    damage(folder(run) / "step-4/__0_0.distcp", "cut")
+    with pytest.raises(CheckpointError, match=r"--checkpoint.load_step 2$"):
+        build_run(tmp_path).checkpointer.load()
+
+
+# Disks
+
+
+def test_folder_that_cannot_be_made_stops_the_run_at_its_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="checkpoints cannot be saved in .*/file/checkpoint: Not a directory"):
+        build_run(tmp_path / "file")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_folder_that_is_lost_during_the_run_does_not_stop_it(tmp_path, mode, caplog):
+    run = build_run(tmp_path, async_mode=mode)
+    run.train(2)
+    run.checkpointer.maybe_wait_for_staging()
+    run.checkpointer._wait_for_save()
+    folder(run).rename(tmp_path / "away")
+    folder(run).write_text("in the way")
+    run.train(5)
+    run.checkpointer._wait_for_save()
+    assert "Saving the checkpoint of step 4 failed" in caplog.text
+    assert "Not a directory" in caplog.text or "File exists" in caplog.text
+    folder(run).unlink()
+    (tmp_path / "away").rename(folder(run))
+    run.train(6)
+    run.checkpointer.close()
+    assert names(run) == ["step-2", "step-6"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_full_disk_keeps_the_run_and_the_older_checkpoint(tmp_path, mode, caplog):
+    with small_disk(tmp_path / "disk", 2**20):
+        run = build_run(tmp_path / "disk", async_mode=mode)
+        run.train(2)
+        run.checkpointer._wait_for_save()
+        free = os.statvfs(folder(run)).f_bavail * os.statvfs(folder(run)).f_frsize
+        (tmp_path / "disk/filler").write_bytes(bytes(free - 50_000))
+        run.train(6)
+        run.checkpointer._wait_for_save()
+        for step in (4, 6):
+            assert f"Saving the checkpoint of step {step} failed: No space left on device" in caplog.text
+        assert "the newest whole checkpoint is" in caplog.text
+        assert names(run) == ["step-2"]
+        (tmp_path / "disk/filler").unlink()
+        run.train(8)
+        run.checkpointer.close()
+        assert names(run) == ["step-2", "step-8"]
+
+
+def test_last_save_that_fails_is_an_error(tmp_path, monkeypatch, caplog):
+    run = build_run(tmp_path, steps=3)
+    run.train(2)
+    monkeypatch.setattr(CheckpointWriter, "write_data", no_space)
+    with pytest.raises(CheckpointError, match="the last checkpoint, of step 3, could not be saved"):
+        run.train(3)
+    assert "the newest whole checkpoint is" in caplog.text
+
+
+def fail_on_one_of_two_ranks(dump_folder: Path) -> tuple[list[str], list[str]]:
+    logs: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logs.append(record.getMessage())
+    logging.getLogger("torchtitan").addHandler(handler)
+    write_data, write = CheckpointWriter.write_data, checkpoint_background.WriterProcess.write
+    result = []
+    for mode in MODES:
+        run = build_run(dump_folder / mode, ParallelDims(dp_shard=2), async_mode=mode)
+        run.train(2)
+        run.checkpointer._wait_for_save()
+        if dist.get_rank() == 1:
+            CheckpointWriter.write_data = checkpoint_background.WriterProcess.write = no_space
+        run.train(4)
+        run.checkpointer._wait_for_save()
+        CheckpointWriter.write_data, checkpoint_background.WriterProcess.write = write_data, write
+        dist.barrier()
+        result += [f"{mode} {name}" for name in names(run)]
+        if mode == "async":  # a copy that fails on one rank, before there is anything to write
+            copy = run.checkpointer._background._copier.copy
+            if dist.get_rank() == 1:
+                run.checkpointer._background._copier.copy = no_space
+            run.train(6)
+            run.checkpointer._wait_for_save()
+            run.checkpointer._background._copier.copy = copy
+        run.train(8)
+        run.checkpointer.close()
+        dist.barrier()  # rank 0 makes checkpoints visible
+        assert names(run)[-1] == "step-8"
+    return logs, result
+
+
+def test_full_disk_on_one_rank_is_agreed_on_by_both(tmp_path):
+    (logs, left), _ = run_processes(fail_on_one_of_two_ranks, 2, tmp_path)
+    assert left == [f"{mode} step-2" for mode in MODES]
+    failures = [line for line in logs if "failed" in line]
+    assert [line.partition(":")[0] for line in failures] == [
+        "Saving the checkpoint of step 4 failed",
+        "Saving the checkpoint of step 4 failed",
+        "Saving the checkpoint of step 6 failed",
+        "Saving the checkpoint of step 4 failed",
+    ]
+    assert all("failed: rank 1: No space left on device. The run goes on; the newest" in line for line in failures)

@@ -1,0 +1,95 @@
+"""Checkpoints in Hugging Face's format: no bit changes, and transformers computes the same."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from tests.unit_tests.components.checkpointed_run import MODEL, assert_same, build_run, damage, folder, names, no_space
+from torchtitan.components import hf_checkpoint
+from torchtitan.components.checkpoint_storage import read_metadata
+from torchtitan.config.errors import CheckpointError
+from torchtitan.models.llama3.model.args import TransformerModelArgs
+from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+
+@pytest.mark.parametrize("bytes_per_file", [5 * 10**9, 20_000])
+def test_hugging_face_round_trip_is_bit_exact(tmp_path, bytes_per_file, monkeypatch):
+    monkeypatch.setattr(hf_checkpoint, "BYTES_PER_FILE", bytes_per_file)
+    run = build_run(tmp_path, steps=3, last_save_in_hf=True)
+    run.train(3)
+    path = folder(run) / "step-3"
+    written = {file.name for file in path.iterdir()}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= written
+    assert not any("distcp" in name for name in written)
+    assert ("model.safetensors" in written) == (bytes_per_file > 20_000)
+    config = json.loads((path / "config.json").read_bytes())
+    assert (config["torch_dtype"], config["bos_token_id"], config["eos_token_id"]) == ("float32", 59, 60)
+    other = build_run(tmp_path / "other", initial_load_path=str(path), initial_load_in_hf=True)
+    nn.init.zeros_(other.parts[0].output.weight)
+    assert other.checkpointer.load()
+    weights = Transformer(MODEL).state_dict().keys()
+    assert_same({k: other.full_state()[k] for k in weights}, {k: run.full_state()[k] for k in weights})
+
+
+def test_transformers_loads_the_export_and_computes_the_same_logits(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    run = build_run(tmp_path, steps=3, last_save_in_hf=True)
+    run.train(3)
+    theirs = AutoModelForCausalLM.from_pretrained(folder(run) / "step-3")
+    tokens = torch.randint(MODEL.vocab_size, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, run.parts[0](tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_own_save_is_loaded(tmp_path, tied):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = {k: v for k, v in Llama3StateDictAdapter(MODEL).to_hf_config().items() if k not in ("architectures",)}
+    theirs = LlamaForCausalLM(LlamaConfig(**{**config, "tie_word_embeddings": tied}))
+    theirs.save_pretrained(tmp_path / "hf")
+    run = build_run(tmp_path, initial_load_path=str(tmp_path / "hf"), initial_load_in_hf=True)
+    assert run.checkpointer.load()
+    tokens = torch.randint(MODEL.vocab_size, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, run.parts[0](tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_failed_conversion_leaves_the_weights_in_our_format(tmp_path, monkeypatch):
+    run = build_run(tmp_path, steps=3, last_save_in_hf=True)
+    run.train(2)
+    monkeypatch.setattr(hf_checkpoint.safetensors.torch, "save_file", no_space)
+    with pytest.raises(
+        CheckpointError, match=r"step-3 could not be rewritten .*No space left on device.*holds the weights"
+    ):
+        run.train(3)
+    assert names(run) == ["step-2", "step-3"]
+    assert read_metadata(folder(run) / "step-3").state_dict_metadata.keys() == Transformer(MODEL).state_dict().keys()
+
+
+def test_bad_hugging_face_folders_are_explained(tmp_path):
+    export = build_run(tmp_path, steps=1, last_save_in_hf=True)
+    export.train(1)
+    path = folder(export) / "step-1"
+
+    def load(args: TransformerModelArgs = MODEL) -> None:
+        build_run(tmp_path / "new", args=args, initial_load_path=str(path), initial_load_in_hf=True).checkpointer.load()
+
+    (tmp_path / "empty").mkdir()
+    config = json.loads((path / "config.json").read_bytes())
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"config.json: num_hidden_layers is 3, and 2 in this model"):
+        load()
+    (path / "config.json").unlink()
+    damage(path / "model.safetensors", "cut")
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        load()
+    path = tmp_path / "empty"
+    with pytest.raises(CheckpointError, match="holds neither model.safetensors nor model.safetensors.index.json"):
+        load()

@@ -1,0 +1,237 @@
+"""Weights as Hugging Face transformers keeps them: safetensors, config.json, the tokenizer's files.
+
+Both ways go through whole tensors, a few at a time, in one process: names and layouts are the model's
+StateDictAdapter's. A round trip changes no bit.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from torchtitan.components.checkpoint_storage import find_weights, load_alone, read_metadata, save_alone
+from torchtitan.config.errors import CheckpointError
+from torchtitan.distributed.init import local_shard
+from torchtitan.protocols.model import StateDictAdapter
+
+INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+BYTES_PER_FILE = 5 * 10**9
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# In transformers' config.json, what decides the shapes and the maths; an export may lack some or add others.
+SHAPE_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_type",
+    "factor",
+)
+
+
+class HuggingFaceFormat:
+    def __init__(
+        self,
+        adapter: StateDictAdapter,
+        *,
+        tokenizer_path: Path | None = None,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+    ):
+        self._adapter = adapter
+        self._tokenizer_path = tokenizer_path
+        self._token_ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+
+    @staticmethod
+    def is_at(path: Path) -> bool:
+        return (path / INDEX).exists() or (path / SINGLE_FILE).exists()
+
+    def convert(self, source: Path, target: Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write the weights of our checkpoint at `source` to a new folder, which transformers loads.
+
+        Their dtype is kept where none is given.
+        """
+        entries = find_weights(read_metadata(source))
+        dtypes = {name: dtype or entry.properties.dtype for name, entry in entries.items()}
+        num_bytes = {name: entry.size.numel() * dtypes[name].itemsize for name, entry in entries.items()}
+        files = _divide(num_bytes)
+        target.mkdir(parents=True)
+        weight_map = {}
+        for number, names in enumerate(files, start=1):
+            weights = {name: torch.empty(entries[name].size, dtype=dtypes[name]) for name in names}
+            load_alone(source, weights)
+            converted = {name: weight.contiguous() for name, weight in self._adapter.to_hf(weights).items()}
+            file = SINGLE_FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+            safetensors.torch.save_file(converted, target / file, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(converted, file))
+        if len(files) > 1:
+            index = {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": weight_map}
+            _write_json(target / INDEX, index)
+        config = {**self._adapter.to_hf_config(), **self._token_ids}
+        config["torch_dtype"] = str(next(iter(dtypes.values()))).removeprefix("torch.")
+        _write_json(target / "config.json", config)
+        if self._tokenizer_path is not None:
+            is_folder = self._tokenizer_path.is_dir()
+            _copy_files(TOKENIZER_FILES, self._tokenizer_path if is_folder else self._tokenizer_path.parent, target)
+
+    def convert_back(self, source: Path, target: Path, shapes: Mapping[str, torch.Size]) -> None:
+        """Write the weights of the folder at `source`, in their dtypes, to a new checkpoint of ours.
+
+        config.json and the tokenizer's files come along, so that the checkpoint says which model it holds.
+        All weights are in memory at once. Raises as load does.
+        """
+        dtypes = self._read_dtypes(source, shapes)
+        weights = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
+        self.load(source, weights)
+        save_alone(target, weights)
+        _copy_files(("config.json", "generation_config.json", *TOKENIZER_FILES), source, target)
+
+    def load(self, path: Path, weights: Mapping[str, Tensor]) -> None:
+        """Fill `weights`, a model's or a pipeline stage's, each rank its own shards of them.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or holds another model.
+        """
+        self._check_config(path)
+        files = _read_index(path)
+        hf_names = {name: self._hf_name(name, weight.shape) for name, weight in weights.items()}
+        missing = set(weights)
+        # The others are read only if one is missing: an output that is tied to the embedding comes with that.
+        others = [hf_name for hf_name in files if hf_name not in hf_names.values()]
+        with ExitStack() as stack:
+            opened: dict[str, Any] = {}
+            for hf_name in [name for name in hf_names.values() if name in files] + others:
+                if not missing:
+                    break
+                file = path / files[hf_name]
+                with _describing(file):
+                    if file.name not in opened:
+                        opened[file.name] = stack.enter_context(safetensors.safe_open(file, framework="pt"))
+                    whole = opened[file.name].get_tensor(hf_name)
+                for name, converted in self._adapter.from_hf({hf_name: whole}).items():
+                    is_tied = hf_names.get(name) != hf_name
+                    if name in weights and not (is_tied and hf_names[name] in files):
+                        _fill(weights[name], converted, f"{file}: {hf_name}")
+                        missing.discard(name)
+        if missing:
+            raise CheckpointError(f"{path} lacks {', '.join(sorted(hf_names[name] for name in missing))}")
+
+    def _read_dtypes(self, path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, torch.dtype]:
+        """The dtype of each of our weights; of one that is missing, as a tied output is, that of the others."""
+        found: dict[str, torch.dtype] = {}
+        for file in sorted(set(_read_index(path).values())):
+            with _describing(path / file), safetensors.safe_open(path / file, framework="pt") as opened:
+                for hf_name in opened.keys():  # noqa: SIM118 (it is no dict)
+                    dtype = opened.get_slice(hf_name).get_dtype()
+                    if dtype not in DTYPES:
+                        raise CheckpointError(f"{path / file}: {hf_name} is {dtype}; expected {', '.join(DTYPES)}")
+                    found[hf_name] = DTYPES[dtype]
+        rest = max(found.values(), key=lambda dtype: dtype.itemsize, default=torch.float32)
+        return {name: found.get(self._hf_name(name, shape), rest) for name, shape in shapes.items()}
+
+    def _hf_name(self, name: str, shape: torch.Size) -> str:
+        (hf_name,) = self._adapter.to_hf({name: torch.empty(shape, device="meta")})
+        return hf_name
+
+    def _check_config(self, path: Path) -> None:
+        if not (path / "config.json").exists():
+            return  # the shapes of the weights still have to fit
+        theirs = _flatten_rope(read_json(path / "config.json"))
+        ours = _flatten_rope(self._adapter.to_hf_config())
+        for key in SHAPE_KEYS:
+            if key in theirs and theirs[key] != ours.get(key):
+                raise CheckpointError(
+                    f"{path / 'config.json'}: {key} is {theirs[key]!r}, and {ours.get(key)!r} in this model"
+                )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a .json file; raises CheckpointError where there is none."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} cannot be read: expected a JSON object, got {json.dumps(content)[:40]}")
+    return content
+
+
+def _divide(num_bytes: Mapping[str, int]) -> list[list[str]]:
+    """Names in files of at most BYTES_PER_FILE, or of one tensor."""
+    files: list[list[str]] = [[]]
+    room = BYTES_PER_FILE
+    for name, size in num_bytes.items():
+        if size > room and files[-1]:
+            files.append([])
+            room = BYTES_PER_FILE
+        files[-1].append(name)
+        room -= size
+    return files
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of each weight."""
+    if (path / INDEX).exists():
+        files = read_json(path / INDEX).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise CheckpointError(f"{path / INDEX} is damaged: expected weight_map, the file name of each weight")
+        return files
+    try:
+        with safetensors.safe_open(path / SINGLE_FILE, framework="pt") as file:
+            return dict.fromkeys(file.keys(), SINGLE_FILE)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} holds neither {SINGLE_FILE} nor {INDEX}") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path / SINGLE_FILE} is damaged ({error})") from error
+
+
+@contextmanager
+def _describing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{file} is missing or damaged ({error})") from error
+
+
+@torch.no_grad()
+def _fill(weight: Tensor, whole: Tensor, source: str) -> None:
+    if weight.shape != whole.shape:
+        raise CheckpointError(f"{source} is {tuple(whole.shape)}, and {tuple(weight.shape)} in this model")
+    if isinstance(weight, DTensor):
+        weight.to_local().copy_(local_shard(whole, weight))
+    else:
+        weight.copy_(whole)
+
+
+def _flatten_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers has kept what concerns the rotary embedding at several places of config.json."""
+    scaling = config.get("rope_scaling") or {}
+    nested = {**scaling, **(config.get("rope_parameters") or {})}
+    return {**config, "rope_type": "default", **nested}
+
+
+def _copy_files(names: Iterable[str], source: Path, target: Path) -> None:
+    """Those of the files that are there."""
+    for name in names:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def _write_json(file: Path, content: Mapping[str, Any] | Iterable[Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+__all__ = ["HuggingFaceFormat", "read_json"]

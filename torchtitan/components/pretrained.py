@@ -1,0 +1,199 @@
+"""A trained model from its path: which model it is, its tokenizer, its weights. For tools, not for training.
+
+The path is a checkpoint of ours or a folder of Hugging Face transformers. config.json, if there is one in it, says
+which model it holds; else the config.toml that its run left two folders up, in the dump folder.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtitan.components.checkpoint_storage import CheckpointFolder, check_weights, load_alone, read_metadata
+from torchtitan.components.hf_checkpoint import HuggingFaceFormat, read_json
+from torchtitan.components.tokenizer import Tokenizer, build_tokenizer
+from torchtitan.config import ConfigManager
+from torchtitan.config.custom_import import maybe_import_custom
+from torchtitan.config.errors import CheckpointError, ConfigError, TokenizerError
+from torchtitan.config.schema import either
+from torchtitan.distributed.tensor_parallel import apply_tp
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.protocols.model import Decoder, StateDictAdapter
+from torchtitan.protocols.train_spec import ModelArgs, ModelCode, get_train_spec
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """What find_pretrained found. Nothing of the weights has been read yet."""
+
+    path: Path
+    in_hf: bool
+    args: ModelArgs
+    code: ModelCode
+    tokenizer_path: Path
+    eos_ids: frozenset[int] = frozenset()
+    """Tokens that end a text, beside the tokenizer's own."""
+
+    def build_adapter(self) -> StateDictAdapter:
+        """Raises CheckpointError where the model family has none."""
+        adapter = self.code.state_dict_adapter(self.args)
+        if adapter is None:
+            raise CheckpointError(f"the model at {self.path} is of a family that has no Hugging Face format")
+        return adapter
+
+    def build_tokenizer(self) -> Tokenizer:
+        """Raises TokenizerError if it is missing, broken or another model's."""
+        try:
+            tokenizer = build_tokenizer(self.tokenizer_path)
+        except TokenizerError as error:
+            raise TokenizerError(f"{error}; name another with --tokenizer") from error
+        if tokenizer.vocab_size > self.args.vocab_size:
+            raise TokenizerError(
+                f"{self.tokenizer_path} has {tokenizer.vocab_size} ids and the model at {self.path} only"
+                f" {self.args.vocab_size}; name the tokenizer that it was trained with by --tokenizer"
+            )
+        return tokenizer
+
+    def build_on_meta(self) -> Decoder:
+        """The model without memory for its weights."""
+        with torch.device("meta"):
+            return self.code.model_cls(self.args)
+
+    def build_model(self, *, device: torch.device, dtype: torch.dtype, tp_mesh: DeviceMesh | None = None) -> Decoder:
+        """The model with its weights, for evaluation; with a mesh this rank's part of it, divided by tensor parallel.
+
+        Raises:
+            ConfigError: the model cannot be divided by that many ranks.
+            CheckpointError: a file is missing or damaged, or holds another model.
+        """
+        model = self.build_on_meta().to(dtype)
+        if tp_mesh is not None:
+            check_divisible(self.args, tp_mesh.size())
+            apply_tp(model, tp_mesh, loss_parallel=False)
+        model.to_empty(device=device)
+        model.init_buffers(device)  # in float32, whatever the dtype of the weights
+        self._load_weights(model.state_dict())
+        return model.eval()
+
+    def check_weights(self) -> None:
+        """Raise CheckpointError unless a checkpoint of ours is undamaged, by its files' sizes, and holds this model."""
+        self._check_weights({name: tuple(weight.shape) for name, weight in self.build_on_meta().state_dict().items()})
+
+    def _load_weights(self, weights: dict[str, Tensor]) -> None:
+        if self.in_hf:
+            HuggingFaceFormat(self.build_adapter()).load(self.path, weights)
+        else:
+            self._check_weights({name: tuple(weight.shape) for name, weight in weights.items()})
+            load_alone(self.path, weights)
+
+    def _check_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        check_weights(self.path, read_metadata(self.path), shapes)
+
+
+def find_pretrained(path: Path, *, config: Path | None = None, tokenizer: Path | None = None) -> PretrainedModel:
+    """Find out which model lies at `path`.
+
+    Args:
+        config: a run's config.toml or a config.json to go by instead of those that are looked for.
+        tokenizer: a tokenizer.json, or a folder with one, to take instead of the model's own.
+
+    Raises:
+        ConfigError: there is no model, or it is not known which.
+    """
+    in_hf = HuggingFaceFormat.is_at(path)
+    if not in_hf and not (path / ".metadata").is_file():
+        raise CheckpointError(_about_no_model(path))
+    if config is not None and not config.is_file():
+        raise ConfigError(f"{config} is no file; expected the config.toml of a run, or a config.json")
+    config = config or _find_config(path)
+    if config.suffix == ".json":
+        found = _read_hf_config(path, config, in_hf=in_hf)
+    else:
+        found = _read_run_config(path, config, in_hf=in_hf)
+    if tokenizer is not None:
+        return replace(found, tokenizer_path=tokenizer)
+    if (path / "tokenizer.json").exists():
+        return replace(found, tokenizer_path=path)
+    return found
+
+
+def check_divisible(args: ModelArgs, num_ranks: int) -> None:
+    """Raise ConfigError unless each of the ranks gets as many heads of keys and values, and as many of queries."""
+    if args.n_kv_heads % num_ranks or args.n_heads % num_ranks:
+        fitting = [n for n in range(1, args.n_kv_heads + 1) if args.n_kv_heads % n == 0 and args.n_heads % n == 0]
+        raise ConfigError(
+            f"{num_ranks} processes cannot share n_kv_heads={args.n_kv_heads} and n_heads={args.n_heads} equally;"
+            f" start {either(fitting)}"
+        )
+
+
+def _find_config(path: Path) -> Path:
+    beside = path / "config.json"
+    of_run = path.absolute().parent.parent / "config.toml"
+    for config in (beside, of_run):
+        if config.is_file():
+            return config
+    raise CheckpointError(
+        f"which model is at {path}? There is neither {beside} nor, of a run, {of_run};"
+        " name the run's config.toml with --config"
+    )
+
+
+def _read_hf_config(path: Path, file: Path, *, in_hf: bool) -> PretrainedModel:
+    config = read_json(file)
+    args: Any
+    try:
+        if "quantization_config" in config:
+            raise CheckpointError("quantized weights are not supported; get the model in bfloat16 or float32")
+        args = Llama3StateDictAdapter.args_from_hf_config(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {str(error).removeprefix('config.json: ')}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{file} has no {error}, which a Llama needs") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} describes no model: {error}") from error
+    generation = file.with_name("generation_config.json")
+    eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    eos = config.get("eos_token_id") if eos is None else eos
+    return PretrainedModel(
+        path,
+        in_hf,
+        args,
+        get_train_spec("llama3").load(),
+        tokenizer_path=file.parent,
+        eos_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+    )
+
+
+def _read_run_config(path: Path, file: Path, *, in_hf: bool) -> PretrainedModel:
+    config = ConfigManager().parse_args(["--job.config_file", str(file)], warn=False)
+    maybe_import_custom(config.experimental.custom_import)
+    spec = get_train_spec(config.model.name)
+    if config.model.flavor not in spec.flavors:
+        raise ConfigError(f"{file}: model.flavor={config.model.flavor!r} is none of {', '.join(spec.flavors)}")
+    args = spec.flavors[config.model.flavor].for_run(
+        max_seq_len=config.training.seq_len, use_scaled_rope=config.model.use_scaled_rope
+    )
+    return PretrainedModel(path, in_hf, args, spec.load(), tokenizer_path=Path(config.model.tokenizer_path))
+
+
+def _about_no_model(path: Path) -> str:
+    if not path.is_dir():
+        return f"there is no checkpoint at {path}"
+    if ".incomplete-" in path.name:
+        return f"{path} is not whole: its run was killed while saving it"
+    for folder in (path, path / "checkpoint"):
+        if steps := CheckpointFolder(folder, run="").steps():
+            there_are = f"{folder} holds checkpoints of steps {', '.join(map(str, steps))}"
+            return f"{there_are}; take one of them, such as {folder / f'step-{steps[-1]}'}"
+    return (
+        f"{path} holds neither a checkpoint of ours (.metadata and .distcp files) nor a model of Hugging Face's"
+        " (config.json and .safetensors files)"
+    )
+
+
+__all__ = ["PretrainedModel", "check_divisible", "find_pretrained"]
