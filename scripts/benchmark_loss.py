@@ -1,0 +1,343 @@
+"""Time, memory and error of the loss head, all implementations side by side in one process.
+
+    python scripts/benchmark_loss.py                                            # Llama 3 8B's head, on a GPU
+    python scripts/benchmark_loss.py --tokens 2048 --vocab 32000 --dim 512 --dtype float32 --budgets 32   # on a CPU
+
+Measured is hidden -> loss -> both gradients. "floor" is the three bare matrix products (logits, hidden gradient,
+weight gradient) in the same process; "x floor" a time over it. "peak" is the largest allocation above the inputs,
+"above grads" the same less the two gradients. "error" is |g - g32| / |g32| of the hidden and the weight gradient
+against float32 autograd. Labels are drawn by Zipf's law, as words are: then many tokens add to the same rows of the
+weight gradient, and a sum over chunks shows its rounding. With --profile, a row's longest kernels follow it: how
+often each ran, and its milliseconds in all. Writes results.jsonl and benchmark_loss.png to --out.
+"""
+
+import argparse
+import ctypes
+import json
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout need not be installed
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from torchtitan.components.loss import IGNORE_INDEX, CrossEntropyLoss, FusedLinearCrossEntropyLoss
+
+MIB = 1 << 20
+LossFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(hidden (T, D), weight (V, D), labels (T,), scale ()) -> loss"""
+
+
+@dataclass
+class Problem:
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    scale: Tensor
+
+    def clear(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+
+    def run(self, loss_fn: LossFn) -> Tensor:
+        loss = loss_fn(self.hidden, self.weight, self.labels, self.scale)
+        loss.backward()
+        return loss
+
+
+class WeightOnly:
+    """Stands in for the model's head: fused losses take the weight through `with_weight`."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def with_weight(self, fn: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+        return fn(hidden, self.weight)
+
+
+def fused(loss: Any) -> LossFn:
+    return lambda hidden, weight, labels, scale: loss(hidden, WeightOnly(weight), labels, scale)
+
+
+def implementations(args: argparse.Namespace) -> dict[str, LossFn]:
+    table: dict[str, LossFn] = {}
+    eager, compiled = CrossEntropyLoss().sum, CrossEntropyLoss(compile=True).sum
+
+    def standard(hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        return eager(F.linear(hidden, weight), labels) * scale
+
+    table["standard, eager"] = standard
+    table["standard, loss compiled"] = lambda h, w, y, scale: compiled(F.linear(h, w), y) * scale
+    table["standard, head and loss compiled"] = torch.compile(standard)
+
+    if args.device == "cuda":
+        try:
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+            from torchtitan.components.loss.liger import LigerFusedLinearLoss
+        except ImportError:
+            print("liger-kernel is not installed: its rows are left out")
+        else:
+            as_shipped = LigerFusedLinearCrossEntropyLoss()
+            table["Liger as shipped"] = lambda h, w, y, scale: as_shipped(w, h, y)
+            budget = max(args.budgets)  # below Liger's own chunk a budget has no effect
+            table[f"Liger, {budget} MiB"] = fused(LigerFusedLinearLoss(budget_bytes=budget * MIB))
+
+    for budget in args.budgets:
+        table[f"in-tree, {budget} MiB"] = fused(FusedLinearCrossEntropyLoss(budget_bytes=budget * MIB))
+    if args.dtype != "float32":
+        budget = max(args.budgets)
+        loss = FusedLinearCrossEntropyLoss(budget_bytes=budget * MIB, accum_dtype=torch.float32)
+        table[f"in-tree, {budget} MiB, float32 dW"] = fused(loss)
+
+    if hasattr(F, "linear_cross_entropy"):
+        options = nn.LinearCrossEntropyOptions() if hasattr(nn, "LinearCrossEntropyOptions") else None
+        options = options or getattr(F, "LinearCrossEntropyOptions", lambda: None)()
+        table["torch linear_cross_entropy, chunked"] = lambda h, w, y, scale: F.linear_cross_entropy(
+            h, w, y, ignore_index=IGNORE_INDEX, options=options
+        )
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError:
+        pass
+    else:
+        table["Apple CCE"] = lambda h, w, y, scale: linear_cross_entropy(h, w, y, ignore_index=IGNORE_INDEX)
+    return {name: fn for name, fn in table.items() if not args.only or any(part in name for part in args.only)}
+
+
+def make_problem(args: argparse.Namespace, num_tokens: int) -> Problem:
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    dtype = getattr(torch, args.dtype)
+
+    def normal(*shape: int, std: float) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=args.device).mul_(std).to(dtype).requires_grad_()
+
+    frequencies = 1 / torch.arange(1, args.vocab + 1, device=args.device)
+    labels = torch.multinomial(frequencies, num_tokens, replacement=True, generator=generator)
+    ignored = torch.rand(num_tokens, generator=generator, device=args.device) < args.ignored
+    labels.masked_fill_(ignored, IGNORE_INDEX)
+    hidden = normal(num_tokens, args.dim, std=1.0)
+    weight = normal(args.vocab, args.dim, std=args.dim**-0.5)
+    return Problem(hidden, weight, labels, 1 / (labels != IGNORE_INDEX).sum().clamp(min=1).float())
+
+
+def timed(fn: Callable[[], object], args: argparse.Namespace) -> list[float]:
+    """Milliseconds of each repeat."""
+    times = []
+    for i in range(args.warmup + args.repeats):
+        if args.device == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            fn()
+            end.record()
+            end.synchronize()
+            elapsed = start.elapsed_time(end)
+        else:
+            begin = time.perf_counter()
+            fn()
+            elapsed = 1e3 * (time.perf_counter() - begin)
+        if i >= args.warmup:
+            times.append(elapsed)
+    return times
+
+
+def floor_times(problem: Problem, args: argparse.Namespace) -> list[float]:
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    logits, d_hidden, d_weight = hidden @ weight.t(), torch.empty_like(hidden), torch.empty_like(weight)
+
+    def products() -> None:
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(logits, weight, out=d_hidden)
+        torch.mm(logits.t(), hidden, out=d_weight)
+
+    return timed(products, args)
+
+
+def peak_bytes(fn: Callable[[], object], device: str) -> int:
+    """The most memory that `fn` held above what was there before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fn()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # give freed memory back, or it would hide what fn takes
+    Path("/proc/self/clear_refs").write_text("5")  # resets the process's high-water mark
+    before = _status_bytes("VmRSS")
+    fn()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {key}")
+
+
+def longest_kernels(fn: Callable[[], object], device: str, limit: int = 8) -> list[dict[str, Any]]:
+    """Where the time of one call goes: kernels on a GPU, operators on a CPU."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profile(activities=activities) as trace:
+        fn()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    kind = "CUDA" if device == "cuda" else "CPU"
+    kernels = [
+        {
+            "kernel": event.key,
+            "count": event.count,
+            "ms": (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1e3,
+        }
+        for event in trace.key_averages()
+        if event.device_type.name == kind
+    ]
+    return sorted(kernels, key=lambda kernel: kernel["ms"], reverse=True)[:limit]
+
+
+def relative_errors(problem: Problem, loss_fn: LossFn, reference: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    problem.clear()
+    problem.run(loss_fn)
+    gradients = (problem.hidden.grad, problem.weight.grad)
+    problem.clear()
+    return tuple(((g.float() - r).norm() / r.norm()).item() for g, r in zip(gradients, reference, strict=True))  # type: ignore[return-value, union-attr]
+
+
+def float32_gradients(problem: Problem, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """By autograd, some tokens at a time, for the logits of all may not fit; sums in float32."""
+    hidden, weight = problem.hidden.detach().float(), problem.weight.detach().float().requires_grad_()
+    d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+    for rows in (slice(first, first + chunk) for first in range(0, len(hidden), chunk)):
+        part = hidden[rows].requires_grad_()
+        loss = F.cross_entropy(part @ weight.t(), problem.labels[rows], ignore_index=IGNORE_INDEX, reduction="sum")
+        d_hidden[rows], added = torch.autograd.grad(loss * problem.scale, (part, weight))
+        d_weight += added
+    return d_hidden, d_weight
+
+
+def measure(num_tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    problem = make_problem(args, num_tokens)
+    reference = float32_gradients(problem)
+    grad_bytes = sum(t.numel() * t.element_size() for t in (problem.hidden, problem.weight))
+    floor = floor_times(problem, args)
+    rows: list[dict[str, Any]] = []
+    for name, loss_fn in implementations(args).items():
+
+        def step(loss_fn: LossFn = loss_fn) -> None:
+            problem.clear()
+            problem.run(loss_fn)
+
+        try:
+            times = timed(step, args)
+            problem.clear()
+            peak = peak_bytes(lambda fn=loss_fn: problem.run(fn), args.device)  # type: ignore[misc]
+            errors = relative_errors(problem, loss_fn, reference)
+            kernels = longest_kernels(step, args.device) if args.profile else []
+        except torch.cuda.OutOfMemoryError:
+            print(f"{name}: out of memory at {num_tokens} tokens")
+            continue
+        finally:
+            problem.clear()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+        rows.append(
+            {
+                "name": name,
+                "tokens": num_tokens,
+                "ms": statistics.median(times),
+                "peak_mib": peak / MIB,
+                "above_grads_mib": (peak - grad_bytes) / MIB,
+                "d_hidden_error": errors[0],
+                "d_weight_error": errors[1],
+                **({"kernels": kernels} if kernels else {}),
+            }
+        )
+    floor += floor_times(problem, args)  # before and after: the clock of a GPU drifts
+    floor_ms = statistics.median(floor)
+    return [row | {"floor_ms": floor_ms, "x_floor": row["ms"] / floor_ms} for row in rows]
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    print(f"\n{rows[0]['tokens']} tokens; floor {rows[0]['floor_ms']:.1f} ms")
+    print(f"{'':40}{'ms':>9}{'x floor':>9}{'peak MiB':>10}{'above grads':>13}{'dH error':>11}{'dW error':>11}")
+    for row in rows:
+        print(
+            f"{row['name']:40}{row['ms']:9.1f}{row['x_floor']:9.2f}{row['peak_mib']:10.0f}{row['above_grads_mib']:13.0f}"
+            f"{row['d_hidden_error']:11.2e}{row['d_weight_error']:11.2e}",
+            flush=True,
+        )
+        for kernel in row.get("kernels", []):
+            print(f"    {kernel['ms']:9.2f} ms {kernel['count']:5} x {kernel['kernel'][:90]}")
+
+
+def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """One panel a number of tokens; an implementation that was run with several budgets is a curve over them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = list(dict.fromkeys(row["tokens"] for row in rows))
+    figure, panels = plt.subplots(1, len(sizes), figsize=(4.2 * len(sizes) + 1, 4.6), sharey=True, squeeze=False)
+    markers = dict(zip(dict.fromkeys(_family(row["name"]) for row in rows), "osD^vP*X", strict=False))
+    for axes, size in zip(panels[0], sizes, strict=True):
+        for family, marker in markers.items():
+            curve = [row for row in rows if row["tokens"] == size and _family(row["name"]) == family]
+            memory = [max(row["above_grads_mib"], 1) for row in curve]
+            axes.plot(memory, [row["x_floor"] for row in curve], marker=marker, label=family)
+        axes.set(xscale="log", xlabel="peak above the two gradients, MiB", title=f"{size} tokens")
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("time over the three products")
+    panels[0][-1].legend(fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def _family(name: str) -> str:
+    """ "in-tree, 512 MiB" -> "in-tree"; float32 sums are another family."""
+    return re.sub(r", \d+ MiB", "", name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--vocab", type=int, default=128256)
+    parser.add_argument("--dim", type=int, default=4096)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--ignored", type=float, default=0.01, help="share of the labels that are ignored")
+    parser.add_argument(
+        "--budgets", type=int, nargs="+", default=[31, 63, 125, 251, 512, 1024], help="MiB of logits a chunk"
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--profile", action="store_true", help="print where the time of each row goes")
+    parser.add_argument("--only", nargs="+", help="rows whose name holds one of these")
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_loss"))
+    args = parser.parse_args()
+
+    device_name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    title = f"{device_name}, torch {torch.__version__}, {args.dtype}, V={args.vocab}, D={args.dim}"
+    print(title)
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    with (args.out / "results.jsonl").open("w") as results:
+        for num_tokens in args.tokens:
+            new = measure(num_tokens, args)
+            print_table(new)
+            rows += new
+            results.writelines(json.dumps({"device": device_name, "seed": args.seed, **row}) + "\n" for row in new)
+    plot(rows, args.out / "benchmark_loss.png", title)
+
+
+if __name__ == "__main__":
+    main()

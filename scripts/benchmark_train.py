@@ -1,0 +1,224 @@
+"""A whole training step, measured: tokens/s, MFU and peak memory with the fused loss off and on, and the largest batch.
+
+    python scripts/benchmark_train.py                                   # 1B, 4096 tokens a sequence, compiled, one GPU
+    torchrun --nproc_per_node 2 scripts/benchmark_train.py --batches 4 \
+        --rows "fused --liger_kernel.enable_fused_linear_cross_entropy"
+
+Each row is one configuration: a name, then options of the run. Trained is real text (training.dataset). Timed are
+--steps steps after --warmup, from one device synchronisation to another; peak memory is the allocator's, reserved and
+allocated. The largest batch is searched from a line through two measured peaks, then run, and the next one must fail.
+Several processes measure one row at one batch size: a second process group would meet the keys of the first in
+torchrun's store and hang, and a rank that is out of memory can only end the run, since the others wait for it.
+Writes results.jsonl and benchmark_train.png to --out.
+"""
+
+import argparse
+import gc
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout need not be installed
+
+import torch
+import torch.distributed as dist
+
+from torchtitan.config import ConfigManager
+from torchtitan.distributed.utils import get_world
+from torchtitan.tools.device import get_peak_flops
+from torchtitan.tools.logging import init_logger
+from torchtitan.train import Trainer
+
+GIB = 1 << 30
+DEFAULT_ROWS = ["standard", "fused --liger_kernel.enable_fused_linear_cross_entropy"]
+
+
+def measure(name: str, options: list[str], batch: int, args: argparse.Namespace) -> dict[str, Any] | None:
+    """One configuration at one batch size; None where it runs out of memory. Several processes end with that."""
+    config = ConfigManager().parse_args(
+        [
+            *("--model.flavor", args.flavor, "--training.seq_len", str(args.seq_len)),
+            *("--training.local_batch_size", str(batch), "--training.steps", "100000"),
+            *("--metrics.log_freq", "100000", "--training.seed", str(args.seed)),
+            *("--job.dump_folder", str(args.out / "runs")),
+            *(["--training.compile"] if args.compile else []),
+            *("--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"),
+            *options,
+        ]
+    )
+    trainer: Trainer | None = None
+    try:
+        trainer = Trainer(config)
+        batches = trainer._batches()
+        seconds = run_steps(trainer, batches, args)
+        peak = peak_memory(trainer.device)
+        tokens_per_second = args.steps * batch * args.seq_len / seconds
+        shared = trainer.parallel_dims.cp * trainer.parallel_dims.tp * trainer.parallel_dims.pp
+        tokens_per_second *= trainer.num_microbatches / shared  # per device
+        flops = tokens_per_second * trainer.model_args.get_num_flops_per_token(args.seq_len)
+        name_of_device = torch.cuda.get_device_name() if trainer.device.type == "cuda" else "CPU"
+        peak_flops = get_peak_flops(name_of_device)
+        return {
+            "row": name,
+            "batch": batch,
+            "tokens_per_second": tokens_per_second,
+            "mfu": None if peak_flops is None else flops / peak_flops,
+            **peak,
+            "device": name_of_device,
+            "torch": torch.__version__,
+        }
+    except torch.cuda.OutOfMemoryError:
+        world = get_world()
+        if world.size > 1:
+            print(f"{name:24}{batch:6}  out of memory on rank {world.rank}", flush=True)
+            os._exit(1)  # at once: to end a process group one waits for the others
+        return None
+    finally:
+        if trainer is not None:
+            trainer.close()
+        trainer = batches = None  # type: ignore[assignment]
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        torch.compiler.reset()
+        gc.enable()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def run_steps(trainer: Trainer, batches: Any, args: argparse.Namespace) -> float:
+    """Seconds of the timed steps."""
+    start = 0.0
+    for i in range(args.warmup + args.steps):
+        if i == args.warmup:
+            synchronize(trainer.device)
+            if trainer.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+        trainer.step += 1
+        trainer.train_step(batches)
+    synchronize(trainer.device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    if device.type != "cuda":
+        return {"reserved_gib": float("nan"), "allocated_gib": float("nan")}
+    return {
+        "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
+        "allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
+    }
+
+
+def largest_batch(
+    name: str, options: list[str], known: list[dict[str, Any]], args: argparse.Namespace
+) -> tuple[int, list[dict[str, Any]]]:
+    """The largest batch that fits, and the rows measured on the way."""
+    measured: list[dict[str, Any]] = []
+    low, high = known[-2:]
+    per_sequence = (high["allocated_gib"] - low["allocated_gib"]) / (high["batch"] - low["batch"])
+    capacity = torch.cuda.get_device_properties(0).total_memory / GIB
+    guess = high["batch"] + int((0.97 * capacity - high["allocated_gib"]) / max(per_sequence, 0.01))
+    fits, fails = high["batch"], None
+    while fails is None or fails - fits > 1:
+        batch = guess if fits < guess and (fails is None or guess < fails) else fits + 1 if fails is None else fails - 1
+        row = measure(name, options, batch, args)
+        print_row(name, batch, row)
+        if row is None:
+            fails = batch
+        else:
+            fits = batch
+            measured.append(row)
+    return fits, measured
+
+
+def print_row(name: str, batch: int, row: dict[str, Any] | None) -> None:
+    if get_world().rank != 0:
+        return
+    if row is None:
+        print(f"{name:24}{batch:6}  out of memory", flush=True)
+        return
+    mfu = "n/a" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%"
+    print(
+        f"{name:24}{batch:6}{row['tokens_per_second']:12,.0f}{mfu:>8}{row['reserved_gib']:10.1f}{row['allocated_gib']:10.1f}",
+        flush=True,
+    )
+
+
+def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(11, 4.5))
+    for name in dict.fromkeys(row["row"] for row in rows):
+        curve = sorted((row for row in rows if row["row"] == name), key=lambda row: row["batch"])
+        batches = [row["batch"] for row in curve]
+        speed.plot(batches, [row["tokens_per_second"] for row in curve], "o-", label=name)
+        memory.plot(batches, [row["reserved_gib"] for row in curve], "o-", label=name)
+    speed.set(xlabel="sequences a device", ylabel="tokens/s a device", ylim=(0, None))
+    memory.set(xlabel="sequences a device", ylabel="peak memory reserved, GiB", ylim=(0, None))
+    for axes in (speed, memory):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    world = get_world()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flavor", default="1B")
+    parser.add_argument("--seq_len", type=int, default=4096)
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, help="name, then options of the run")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--largest", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available() and world.size == 1
+    )
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_train"))
+    args = parser.parse_args()
+    if world.size > 1 and (args.largest or len(args.rows) * len(args.batches) > 1):
+        parser.error("several processes measure one of --rows at one of --batches, without --largest")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.largest and len(args.batches) < 2:
+        parser.error("--largest needs two --batches to draw a line through")
+    init_logger()
+
+    if world.rank == 0:
+        print(f"{'':24}{'batch':>6}{'tokens/s':>12}{'MFU':>8}{'reserved':>10}{'allocated':>10}   (GiB)", flush=True)
+    rows: list[dict[str, Any]] = []
+    for spec in args.rows:
+        name, *options = shlex.split(spec)
+        mine = []
+        for batch in args.batches:
+            row = measure(name, options, batch, args)
+            print_row(name, batch, row)
+            mine += [row] if row else []
+        if args.largest and len(mine) > 1:
+            batch, more = largest_batch(name, options, mine, args)
+            print(f"{name:24}largest batch: {batch}", flush=True)
+            mine += more
+        rows += mine
+    if world.rank == 0 and rows:
+        (args.out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        title = f"{args.flavor}, {args.seq_len} tokens a sequence, {world.size} x {rows[0]['device']}"
+        plot(rows, args.out / "benchmark_train.png", title)
+
+
+if __name__ == "__main__":
+    main()

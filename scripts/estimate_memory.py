@@ -1,0 +1,43 @@
+"""How much GPU memory a run needs, by part and moment, in seconds and on any machine.
+
+    python scripts/estimate_memory.py --world_size 8 --job.config_file my.toml --training.local_batch_size 2
+
+Takes the options of run_train.sh, and the number of GPUs; nothing is allocated, downloaded or started.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout need not be installed
+
+from torchtitan.config import ConfigManager
+from torchtitan.config.custom_import import maybe_import_custom
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.validate import validate
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table; the exit status."""
+    parser = argparse.ArgumentParser("estimate_memory", allow_abbrev=False, add_help=False)
+    parser.add_argument("--world_size", "--world-size", type=int, default=1)
+    launch, options = parser.parse_known_args(argv)
+    if launch.world_size < 1:
+        parser.error(f"--world_size {launch.world_size}: expected the number of GPUs, 1 or more")
+    try:
+        config = ConfigManager().parse_args(options)
+        maybe_import_custom(config.experimental.custom_import)
+        validate(config, world_size=launch.world_size, liger_installed=True)
+    except ConfigError as error:
+        print(error.report(), file=sys.stderr)
+        return 1
+    from torchtitan.tools.memory_estimate import describe, estimate_memory, to_table  # torch: slow to import
+
+    estimate = estimate_memory(config, world_size=launch.world_size)
+    print(f"{describe(estimate)}\n\n{to_table(estimate)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

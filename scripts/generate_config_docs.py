@@ -1,0 +1,96 @@
+"""Write docs/configuration.md from the schema, so that the two cannot drift apart.
+
+python -m scripts.generate_config_docs            writes the page
+python -m scripts.generate_config_docs --check    exits 1 if the page is not what would be written
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from torchtitan.config.schema import get_options, get_sections, shown
+from torchtitan.config.upstream import UPSTREAM_OPTIONS
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+
+INTRODUCTION = """\
+# Configuration
+
+<!-- Written by scripts/generate_config_docs.py from torchtitan/config/job_config.py: edit that file, then run it. -->
+
+A run is described by a TOML file and by flags. A flag wins over the file, the file over the defaults below.
+
+```bash
+CONFIG_FILE="./torchtitan/models/llama3/train_configs/debug_model.toml" ./run_train.sh --training.steps 20
+```
+
+`[section]` and `option = value` in the file are `--section.option value` on the command line:
+
+| | on the command line |
+|---|---|
+| any value | `--training.steps 20` or `--training.steps=20`; `-` and `_` are the same; the last of several wins |
+| true | `--training.compile`, `--training.compile True`, `--training.compile=true` |
+| false | `--training.no-compile`, `--training.no_compile`, `--training.compile False`, `--training.compile=false` |
+| list | `--checkpoint.exclude_from_loading optimizer,dataloader`; `""` is the empty list |
+| list of lists | `--parallelism.module_fqns_per_model_part tok_embeddings,layers.0 layers.1,norm,output` |
+| no value | `--training.seed None`, where None is allowed |
+
+What is unknown, of the wrong type or out of range stops the run before anything starts, with one message that names
+the option, what was given, what is allowed, and the nearest name.
+
+```bash
+python -m torchtitan.config.manager --training.compile    # prints the resolved configuration, as TOML
+python -m torchtitan.config.manager --help training       # the options of a section; without a name, all
+```
+
+What the first command prints can be saved and run again. Each run saves the same in its `job.dump_folder`.
+"""
+
+UPSTREAM = """\
+## Options that only upstream torchtitan has
+
+TOML files written for upstream (mid-2025) run unedited. The options in this table are accepted and named in one
+warning, because they have no effect here; where a value is given, any other value asks for something that this
+package does not do, and is refused.
+
+| option | accepted |
+|---|---|
+"""
+
+
+def render() -> str:
+    """The page."""
+    return "\n".join([INTRODUCTION, *_sections(), UPSTREAM + "\n".join(_upstream())]) + "\n"
+
+
+def _sections() -> Iterator[str]:
+    for section, cls in get_sections().items():
+        rows = [
+            f"| `{option.name.partition('.')[2]}` | {option.allowed()} | `{shown(option.default)}` | {option.doc} |"
+            for option in get_options().values()
+            if option.name.startswith(f"{section}.")
+        ]
+        table = "\n".join(["| option | value | default | |", "|---|---|---|---|", *rows])
+        yield f"## [{section}]\n\n{cls.__doc__}\n\n{table}\n"
+
+
+def _upstream() -> Iterator[str]:
+    for name, entry in UPSTREAM_OPTIONS.items():
+        accepted = "any value"
+        if entry.harmless is not None:
+            accepted = " or ".join(f"`{shown(value)}`" for value in entry.harmless) + f": {entry.instead}"
+        yield f"| `{name}` | {accepted} |"
+
+
+def main(arguments: list[str]) -> int:
+    if "--check" in arguments:
+        if PAGE.read_text(encoding="utf-8") == render():
+            return 0
+        print(f"{PAGE} is not current; run python -m scripts.generate_config_docs", file=sys.stderr)
+        return 1
+    PAGE.write_text(render(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,203 @@
+"""The collectives of a profiled step: how many, how long, how large, and how much of their time arithmetic hides.
+
+    python scripts/trace_collectives.py outputs/profile_traces/step_10/rank0_trace.json
+
+Reads a trace that --profiling.enable_profiling wrote. A collective's kernel waits for the other ranks, so that its time
+is more than that of its bytes. Hidden is the part of it in which a kernel of arithmetic ran on the same GPU. Bytes are
+those of the larger of input and output. What a trace does not tell is n/a: a trace of a CPU has no kernels, and the
+sizes of its collectives are those of their inputs.
+"""
+
+import argparse
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+# By the names of NCCL's kernels, and by those of operators.
+_NAMES = {
+    1: ("Byte", "Char", "Bool", "unsigned char", "signed char", "bool"),
+    2: ("Half", "BFloat16", "c10::Half", "c10::BFloat16"),
+    4: ("Int", "Float", "int", "float"),
+    8: ("Long", "Double", "long int", "double"),
+}
+ITEM_BYTES = {name: size for size, names in _NAMES.items() for name in names}
+_KERNEL_NAME = re.compile(r"nccl\w*?Kernel_([A-Za-z]+)")
+
+
+@dataclass
+class Collective:
+    """All collectives of one name, dtype and group of ranks."""
+
+    name: str
+    dtype: str
+    ranks: str
+    count: int = 0
+    ms: float = 0.0
+    hidden_ms: float | None = None
+    sizes: list[int | None] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int | None:
+        known = [size for size in self.sizes if size is not None]
+        return sum(known) if len(known) == len(self.sizes) else None
+
+    @property
+    def largest_bytes(self) -> int | None:
+        return max((size for size in self.sizes if size is not None), default=None)
+
+    def to_row(self) -> dict[str, Any]:
+        return {
+            "collective": self.name,
+            "dtype": self.dtype,
+            "ranks": self.ranks,
+            "count": self.count,
+            "ms": self.ms,
+            "hidden": None if self.hidden_ms is None or not self.ms else self.hidden_ms / self.ms,
+            "mb": None if self.num_bytes is None else self.num_bytes / 1e6,
+            "largest_mb": None if self.largest_bytes is None else self.largest_bytes / 1e6,
+        }
+
+
+def read_events(path: Path) -> list[Event]:
+    """Those that took time."""
+    return [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
+
+
+def get_collectives(events: list[Event]) -> list[Collective]:
+    """The longest first. Of a GPU its NCCL kernels; where there is none, what gloo did on the CPU."""
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    busy = Busy(event for event in kernels if not _is_nccl(event))
+    table: dict[tuple[str, str, str], Collective] = {}
+    for event in filter(_is_nccl, kernels) if kernels else filter(_is_gloo, events):
+        name, dtype, ranks, size = _describe(event)
+        collective = table.setdefault((name, dtype, ranks), Collective(name, dtype, ranks))
+        collective.count += 1
+        collective.ms += event["dur"] / 1e3
+        collective.sizes.append(size)
+        if kernels:
+            hidden = busy.overlap(event["ts"], event["ts"] + event["dur"]) / 1e3
+            collective.hidden_ms = (collective.hidden_ms or 0.0) + hidden
+    return sorted(table.values(), key=lambda collective: -collective.ms)
+
+
+def describe_time(events: list[Event]) -> str | None:
+    """What a GPU did from its first kernel to its last; None where the trace has no kernels."""
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    if not kernels:
+        return None
+    arithmetic = Busy(event for event in kernels if not _is_nccl(event))
+    anything = Busy(kernels)
+    span = anything.span
+    return (
+        f"From the first kernel to the last {span / 1e3:.1f} ms: arithmetic in {arithmetic.total / 1e3:.1f} ms,"
+        f" only collectives in {(anything.total - arithmetic.total) / 1e3:.1f} ms, nothing in"
+        f" {(span - anything.total) / 1e3:.1f} ms."
+    )
+
+
+def get_tensor_parallel_sizes(events: list[Event]) -> list[int]:
+    """Bytes of every collective between tensor-parallel ranks, the larger of input and output.
+
+    They are those that were called as functional collectives, by DTensors and by the fused loss; FSDP and the trainer
+    call torch.distributed itself. Read from the operators on the CPU, which say their shapes in every trace.
+    """
+    sizes = []
+    for event in events:
+        kind = re.match(r"_c10d_functional::(all_gather|all_reduce|reduce_scatter|all_to_all)", event.get("name", ""))
+        if kind is not None and (size := _input_bytes(event)) is not None:
+            factor = _group_size(event) if kind[1] == "all_gather" else 1
+            sizes.append(size * factor)
+    return sizes
+
+
+class Busy:
+    """The times at which some of the kernels ran."""
+
+    def __init__(self, kernels: Iterable[Event]) -> None:
+        self._starts: list[float] = []
+        self._ends: list[float] = []
+        for start, end in sorted((event["ts"], event["ts"] + event["dur"]) for event in kernels):
+            if self._ends and start <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], end)
+            else:
+                self._starts.append(start)
+                self._ends.append(end)
+
+    def overlap(self, start: float, end: float) -> float:
+        first = bisect_right(self._ends, start)
+        last = bisect_right(self._starts, end)
+        return sum(min(end, self._ends[i]) - max(start, self._starts[i]) for i in range(first, last))
+
+    @property
+    def total(self) -> float:
+        return sum(end - start for start, end in zip(self._starts, self._ends, strict=True))
+
+    @property
+    def span(self) -> float:
+        """From the first kernel's start to the last one's end."""
+        return self._ends[-1] - self._starts[0]
+
+
+def _is_nccl(event: Event) -> bool:
+    return event.get("cat") == "kernel" and "nccl" in event["name"].lower()
+
+
+def _is_gloo(event: Event) -> bool:
+    return event["name"].startswith("gloo:")
+
+
+def _describe(event: Event) -> tuple[str, str, str, int | None]:
+    """Name, dtype, ranks and bytes."""
+    args = event.get("args", {})
+    if _is_gloo(event):
+        return event["name"], (args.get("Input type") or ["n/a"])[0], "n/a", _input_bytes(event)
+    named = _KERNEL_NAME.search(event["name"])
+    name = args.get("Collective name") or (named[1] if named else event["name"])
+    dtype = args.get("dtype", "n/a")
+    num_elements = max(args.get("In msg nelems") or 0, args.get("Out msg nelems") or 0)
+    size = num_elements * ITEM_BYTES[dtype] if num_elements and dtype in ITEM_BYTES else None
+    ranks = args.get("Process Group Ranks") or args.get("Process Group Name") or "n/a"
+    return name, dtype, str(ranks), size
+
+
+def _input_bytes(event: Event) -> int | None:
+    """Of the largest input; None where the trace has no shapes."""
+    args = event.get("args", {})
+    inputs = zip(args.get("Input type", []), args.get("Input Dims", []), strict=False)
+    return max((prod(dims) * ITEM_BYTES[dtype] for dtype, dims in inputs if dtype in ITEM_BYTES), default=None)
+
+
+def _group_size(event: Event) -> int:
+    given = event["args"].get("Concrete Inputs", [])
+    return next((int(value) for value in given if re.fullmatch(r"\d+", str(value))), 1)
+
+
+def format_table(collectives: list[Collective]) -> Iterator[str]:
+    yield f"{'collective':44}{'dtype':>14}{'ranks':>10}{'count':>7}{'ms':>10}{'hidden':>8}{'MB':>10}{'largest':>10}"
+    for row in (collective.to_row() for collective in collectives):
+        hidden = "n/a" if row["hidden"] is None else f"{100 * row['hidden']:.0f}%"
+        mb, largest = ("n/a" if row[key] is None else f"{row[key]:.2f}" for key in ("mb", "largest_mb"))
+        names = f"{row['collective']:44}{row['dtype']:>14}{row['ranks']:>10}"
+        yield f"{names}{row['count']:7}{row['ms']:10.2f}{hidden:>8}{mb:>10}{largest:>10}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", type=Path, help="a rank's trace, as JSON")
+    events = read_events(parser.parse_args().trace)
+    print("\n".join(format_table(get_collectives(events))))
+    if about_time := describe_time(events):
+        print(about_time)
+    if sizes := get_tensor_parallel_sizes(events):
+        print(f"The largest between tensor-parallel ranks: {max(sizes) / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,472 @@
+"""Whatever happens to a run, it goes on from its last checkpoint as if nothing had, and says what happened.
+
+"As if nothing had": loss and gradient norm of every step, in each of its lives, have the bits of a run that was left
+alone. The last test of a fault is therefore always another start.
+"""
+
+import itertools
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.finished_run import load_weights
+from tests.full_disk import small_disk
+from tests.integration_tests.lives import (
+    OPTIONS,
+    REPO,
+    TIMEOUT_S,
+    Life,
+    checkpoints,
+    errors,
+    last_step,
+    read_records,
+    read_steps,
+    train,
+    write_data,
+)
+from torchtitan.components.checkpoint_storage import CheckpointFolder
+from torchtitan.components.dataloader import Batch
+from torchtitan.distributed import utils
+from torchtitan.train import EXIT_PREEMPTED, Trainer
+
+STEPS, PAIR_STEPS = 200, 80
+MODES = ["disabled", "async", "async_with_pinned_mem"]
+SAVING = f"--training.steps {STEPS} --checkpoint.enable_checkpoint --checkpoint.interval 5"
+PAIR_SAVING = f"{SAVING} --training.steps {PAIR_STEPS} --parallelism.data_parallel_shard_degree 2"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that saved nothing on its way."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(folder, f"{SAVING} --checkpoint.interval 1000000")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same by two processes."""
+    folder = tmp_path_factory.mktemp("undisturbed_pair") / "run"
+    train(folder, f"{PAIR_SAVING} --checkpoint.interval 1000000", world_size=2)
+    return folder
+
+
+def assert_as_undisturbed(folder: Path, undisturbed: Path, *, up_to: int = STEPS) -> None:
+    """Each life of the run in `folder` trained the undisturbed run's steps, and together they trained all."""
+    records, expected = read_records(folder), read_steps(undisturbed)
+    assert list(records) == list(range(1, up_to + 1))
+    for step, said in records.items():
+        assert set(said) == {expected[step]}, f"step {step}"
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# Kills
+
+
+def kill_while_starting(life: Life, draw: random.Random) -> None:
+    time.sleep(draw.uniform(0, 0.5))
+
+
+def kill_while_training(life: Life, draw: random.Random) -> None:
+    """After at least one save, since a third one waits for the first."""
+    begin = last_step(life.folder)
+    life.wait_for(lambda: last_step(life.folder) != begin)
+    life.wait_for_step(last_step(life.folder) + draw.randint(10, 16))
+    time.sleep(draw.uniform(0, 0.01))
+
+
+def kill_as_a_save_begins(life: Life, draw: random.Random) -> None:
+    wait_for_new_file(life, "step-*.incomplete-*", skip=draw.randint(0, 1))
+    time.sleep(draw.uniform(0, 0.005))
+
+
+def kill_as_bytes_are_written(life: Life, draw: random.Random) -> None:
+    wait_for_new_file(life, "step-*.incomplete-*/*.distcp", skip=draw.randint(0, 1))
+
+
+KILLS = [kill_while_starting] + 3 * [kill_while_training] + 2 * [kill_as_a_save_begins, kill_as_bytes_are_written]
+
+
+def wait_for_new_file(life: Life, pattern: str, *, skip: int) -> None:
+    seen = set((life.folder / "checkpoint").glob(pattern))
+    for _ in range(skip + 1):
+        life.wait_for(lambda: not seen.issuperset((life.folder / "checkpoint").glob(pattern)), interval_s=0.0002)
+        seen.update((life.folder / "checkpoint").glob(pattern))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_killed_again_and_again_a_run_ends_with_the_bits_of_one_left_alone(tmp_path, undisturbed, mode):
+    folder = tmp_path / "run"
+    options = f"{SAVING} --checkpoint.async_mode {mode} --checkpoint.keep_latest_k 2"
+    draw = random.Random(mode)
+    kills = draw.sample(KILLS, len(KILLS))
+    half_written: set[Path] = set()
+    children: list[int] = []
+    said = ""
+    while kills:
+        life = Life(folder, options)
+        kills[-1](life, draw)
+        children += life.children()
+        life.kill()
+        assert life.wait() == [-signal.SIGKILL], life.last_words()
+        said += life.output()
+        left_over = set((folder / "checkpoint").glob("step-*.incomplete-*")) - half_written
+        half_written |= left_over
+        if left_over or kills[-1] in (kill_while_starting, kill_while_training):
+            kills.pop()  # otherwise the save was over when the kill came, and another life is needed
+
+    train(folder, options)
+    assert_as_undisturbed(folder, undisturbed)
+    assert any(len(lives) > 1 for lives in read_records(folder).values())
+    assert "Not whole, ignored, and removed after the next save: step-" in said
+    assert checkpoints(folder) == [f"step-{STEPS - 5}", f"step-{STEPS}"]
+    weights, expected = (load_weights(path / f"checkpoint/step-{STEPS}") for path in (folder, undisturbed))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    wait_until(lambda: not any(map(is_running, children)))  # processes that wrote for a trainer that was killed
+
+
+def is_running(pid: int) -> bool:
+    """Zombies have ended too."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sigterm_finishes_the_step_and_saves_it(tmp_path, undisturbed, mode):
+    life = Life(tmp_path / "run", f"{SAVING} --checkpoint.async_mode {mode}")
+    life.wait_for_step(22)
+    life.signal(signal.SIGTERM)
+    assert life.wait() == [EXIT_PREEMPTED], life.last_words()
+    last = last_step(life.folder)
+    assert f"Stopped by SIGTERM after step {last}; it is saved" in life.output()
+    assert f"step-{last}" in checkpoints(life.folder)
+    life = train(life.folder, SAVING)
+    assert f"Training starts at step {last + 1}" in life.output()
+    assert_as_undisturbed(life.folder, undisturbed)
+    assert all(len(lives) == 1 for lives in read_records(life.folder).values())  # nothing was trained twice
+
+
+def test_sigterm_to_one_rank_stops_all_at_the_same_step(tmp_path, undisturbed_pair):
+    life = Life(tmp_path / "run", PAIR_SAVING, world_size=2)
+    life.wait_for_step(22)
+    life.signal(signal.SIGTERM, rank=1)
+    assert life.wait() == [EXIT_PREEMPTED, EXIT_PREEMPTED]
+    train(life.folder, PAIR_SAVING, world_size=2)
+    assert_as_undisturbed(life.folder, undisturbed_pair, up_to=PAIR_STEPS)
+    assert all(len(lives) == 1 for lives in read_records(life.folder).values())
+
+
+def test_torchrun_restarts_after_a_dead_worker_and_passes_sigterm_on(tmp_path, undisturbed_pair):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    write_data(tmp_path / "data.jsonl")
+    options = f"{OPTIONS} --training.dataset_path {tmp_path}/data.jsonl --job.dump_folder {folder} {PAIR_SAVING}"
+    command = f"-m torchtitan.launch --nproc_per_node 2 --max_restarts 2 {options}".split()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with log.open("w") as file:
+        launcher = subprocess.Popen([sys.executable, *command], cwd=REPO, env=environment, stdout=file, stderr=file)
+    try:
+        for num_restarts, rank in enumerate((1, 0), start=1):  # rank 0 is where the others meet
+            begin = last_step(folder)
+            wait_until(lambda begin=begin: last_step(folder) >= begin + 8 or launcher.poll() is not None)
+            os.kill(find_worker(launcher.pid, rank), signal.SIGKILL)
+            wait_until(
+                lambda n=num_restarts: log.read_text().count("Training starts") > n or launcher.poll() is not None
+            )
+        launcher.terminate()
+        assert launcher.wait(TIMEOUT_S) == EXIT_PREEMPTED, log.read_text()
+    finally:
+        launcher.kill()
+    said = log.read_text()
+    assert said.count("will restart") == 2
+    assert "rank 1 gave no sign: it hangs or has ended" in said
+    assert re.search(r"Stopped by SIGTERM after step (\d+); it is saved", said)[1] == str(last_step(folder))
+    assert "Traceback" not in said
+    train(folder, PAIR_SAVING, world_size=2)
+    assert_as_undisturbed(folder, undisturbed_pair, up_to=PAIR_STEPS)
+
+
+def find_worker(launcher: int, rank: int) -> int:
+    """The process id of a rank among the children of its launcher."""
+    for children in Path(f"/proc/{launcher}/task").glob("*/children"):
+        for pid in children.read_text().split():
+            if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                return int(pid)
+    raise AssertionError(f"the launcher has no worker of rank {rank}")
+
+
+# Ranks that leave the others alone
+
+
+@pytest.mark.parametrize("hung", [0, 1])
+def test_hung_rank_is_named_when_the_time_is_out(tmp_path, hung):
+    life = Life(tmp_path / "run", f"{PAIR_SAVING} --comm.train_timeout_seconds 2", world_size=2)
+    life.wait_for_step(7)
+    life.signal(signal.SIGSTOP, hung)
+    other = 1 - hung
+    begin = time.monotonic()
+    life.processes[other].join(TIMEOUT_S)
+    assert time.monotonic() - begin < 30
+    assert life.processes[other].exitcode == 1
+    life.kill()
+    (message,) = errors(life, other)
+    assert message.startswith(f"ERROR - LostRankError: a collective of rank {other} failed in step ")
+    assert re.search(rf"\(Timed out waiting 2000ms .*\); rank {hung} gave no sign: it hangs or has ended", message)
+
+
+def test_error_of_one_rank_is_told_by_the_other(tmp_path):
+    """Rank 0 is the one whose log is shown."""
+    (tmp_path / "one.txt").write_text("one document is not enough for two ranks " * 100)
+    options = f"{PAIR_SAVING} --training.dataset_path {tmp_path}/one.txt"
+    life = train(tmp_path / "run", options, world_size=2, status=1)
+    (of_data,) = errors(life, rank=1)
+    assert "DatasetError: " in of_data and "there is no document for data rank 1 of 2" in of_data
+    (of_rank_0,) = errors(life)
+    assert f"rank 1 ended with {of_data.removeprefix('ERROR - ')}" in of_rank_0
+
+
+def test_bug_on_one_rank_is_told_by_the_other(tmp_path):
+    life = train(tmp_path / "run", PAIR_SAVING, world_size=2, hook=fail_on_rank_1, status=1)
+    assert "Traceback" in life.output(rank=1)
+    (of_rank_0,) = errors(life)
+    assert of_rank_0.endswith("rank 1 ended with KeyError: 'a bug'")
+
+
+def fail_on_rank_1() -> None:
+    def fail(self: Trainer) -> None:
+        if self.step == 3 and os.environ["RANK"] == "1":
+            raise KeyError("a bug")
+
+    before_step(fail)
+
+
+def before_step(what: Callable[[Trainer], None]) -> None:
+    """Have the trainer do this first in each step."""
+    train_step = Trainer.train_step
+
+    def do_first(self: Trainer, batches: Iterator[Batch]) -> bool:
+        what(self)
+        return train_step(self, batches)
+
+    Trainer.train_step = do_first
+
+
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize(("log_freq", "world_size"), [(1, 1), (100, 1), (1, 2)])
+def test_weight_that_is_inf_ends_the_run_before_the_optimizer_spreads_it(tmp_path, log_freq, world_size):
+    options = f"--training.steps 20 --metrics.log_freq {log_freq}"
+    life = train(tmp_path / "run", options, world_size=world_size, hook=put_inf_into_a_weight, status=1)
+    for rank in range(world_size):
+        message, unchanged = errors(life, rank)
+        assert message.startswith("ERROR - NonFiniteError: at step 4 the ")
+        assert "the weights are left as they were before" in message
+        assert "optimizer.lr" in message
+        assert unchanged == "weights and moments are unchanged: True"
+    assert last_step(life.folder) == (3 if log_freq == 1 else 1)
+
+
+def put_inf_into_a_weight() -> None:
+    def poison(self: Trainer) -> None:
+        weight = self.runner.model_parts[0].norm.weight
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        if os.environ.get("RANK", "0") == "0":  # on one of the ranks
+            local.data[0] = torch.inf
+
+    tell_what_changes_from(4, first=poison)
+
+
+def tell_what_changes_from(step: int, *, first: Callable[[Trainer], None]) -> None:
+    """Have the trainer do this before a step, and say at its end whether anything was trained after that."""
+    before: dict[str, torch.Tensor] = {}
+    close = Trainer.close
+
+    def remember(self: Trainer) -> None:
+        if self.step == step:
+            first(self)
+            before.update(get_state(self))
+
+    def compare(self: Trainer, *, failed: bool) -> None:
+        after = get_state(self)
+        print("weights and moments are unchanged:", all(torch.equal(before[name], after[name]) for name in before))
+        close(self, failed=failed)
+
+    before_step(remember)
+    Trainer.close = compare
+
+
+def get_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Copies of this rank's weights and moments."""
+    state = trainer.runner.model_parts[0].state_dict() | trainer.optimizer.state_dict()
+    local = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in state.items()}
+    return {name: tensor.clone() for name, tensor in local.items() if not name.endswith(".step")}
+
+
+SPIKE = 6
+"""The step whose gradient is nan, and no other."""
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval"),
+    [(20, 100), (20, 3), (SPIKE, 100)],
+    ids=["between saves", "at a save", "at the last step"],
+)
+def test_one_gradient_that_is_nan_leaves_no_trace(tmp_path, steps, interval):
+    """The host learns of it a step later, and must not have trained, or saved, that step."""
+    saving = f"--checkpoint.enable_checkpoint --metrics.log_freq 100 --checkpoint.interval {interval}"
+    life = train(tmp_path / "run", f"--training.steps {steps} {saving}", hook=spoil_one_gradient, status=1)
+    message, *kept = errors(life)
+    assert message.startswith(f"ERROR - NonFiniteError: at step {SPIKE} the gradient norm is inf or nan")
+    assert kept == ["weights and moments are unchanged: True"]
+    assert checkpoints(life.folder) == (["step-3"] if interval == 3 else [])
+
+
+def spoil_one_gradient() -> None:
+    get_total_norm = utils.get_total_norm
+
+    def spoil(self: Trainer) -> None:
+        spoiled = itertools.chain([torch.nan], itertools.repeat(1))
+        utils.get_total_norm = lambda grads: get_total_norm(grads) * next(spoiled)
+
+    tell_what_changes_from(SPIKE, first=spoil)
+
+
+def test_run_that_diverged_goes_on_from_its_last_checkpoint_with_other_values(tmp_path, undisturbed):
+    folder = tmp_path / "run"
+    life = Life(folder, SAVING)
+    life.wait_for_step(12)
+    life.kill()
+    life = train(folder, f"{SAVING} --optimizer.lr 1e30", status=1)
+    (message,) = errors(life)
+    assert "NonFiniteError: at step " in message
+    train(folder, SAVING)
+    assert_as_undisturbed(folder, undisturbed)
+
+
+# Disks
+
+
+def test_a_slow_disk_of_the_first_rank_is_waited_for(tmp_path):
+    """Longer than any collective of the training may take."""
+    options = f"{PAIR_SAVING} --training.steps 17 --checkpoint.keep_latest_k 2 --comm.train_timeout_seconds 2"
+    life = train(tmp_path / "run", options, world_size=2, hook=remove_slowly)
+    assert life.output().count("slowly") == 2
+
+
+def remove_slowly() -> None:
+    remove = CheckpointFolder.remove
+
+    def remove_later(self: CheckpointFolder, paths: list[Path]) -> None:
+        if paths and any(path.exists() for path in paths):
+            print("slowly", flush=True)
+            time.sleep(3)
+        remove(self, paths)
+
+    CheckpointFolder.remove = remove_later
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_full_disk_costs_the_saves_but_not_the_run(tmp_path, undisturbed, mode):
+    options = f"{SAVING} --checkpoint.async_mode {mode} --checkpoint.interval 50"
+    options += " --checkpoint.last_save_model_only False"
+    disk = tmp_path / "disk"
+    with small_disk(disk, 3 * 2**20):  # room for one checkpoint
+        folder = disk / "run"
+        write_data(disk / "data.jsonl")
+        (disk / "run-life0").symlink_to(tmp_path)  # the log is not on the full disk, nor are the metrics
+        folder.mkdir()
+        (folder / "metrics.jsonl").symlink_to(tmp_path / "metrics.jsonl")
+        life = train(folder, options, status=1)
+        messages = errors(life)
+        for step, message in zip(range(100, STEPS + 1, 50), messages, strict=False):
+            assert re.fullmatch(
+                rf"ERROR - Saving the checkpoint of step {step} failed: No space left on device\. The run goes on;"
+                rf" the newest whole checkpoint is {folder}/checkpoint/step-50; \d MiB are free there\.",
+                message,
+            )
+        assert f"CheckpointError: the last checkpoint, of step {STEPS}, could not be saved" in messages[-1]
+        assert checkpoints(folder) == ["step-50"]
+
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        train(folder, options)
+        assert_as_undisturbed(folder, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("file", "how"), [(".metadata", "deleted"), ("__0_0.distcp", "cut"), ("__0_0.distcp", "a bit")]
+)
+def test_damaged_checkpoint_stops_the_start_and_the_advice_in_the_message_works(tmp_path, undisturbed, file, how):
+    folder = tmp_path / "run"
+    life = Life(folder, SAVING)
+    life.wait_for_step(14)
+    life.kill()
+    newest = folder / "checkpoint" / max(checkpoints(folder), key=lambda name: int(name.split("-")[1].split(".")[0]))
+    damage(newest / file, how)
+    life = train(folder, SAVING, status=1)
+    (message,) = errors(life)
+    assert message.startswith("ERROR - CheckpointError: ")
+    assert f"{newest}/{file}" in message
+    advice = re.search(r"To continue from step 5: (--checkpoint.load_step 5)$", message)
+    train(folder, f"{SAVING} {advice[1]}")
+    assert_as_undisturbed(folder, undisturbed)
+
+
+def damage(file: Path, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    if how == "deleted":
+        file.unlink()
+    elif how == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+
+def test_folder_that_cannot_be_written_stops_the_run_before_its_first_step(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint").write_text("in the way")
+    life = train(tmp_path / "run", SAVING, status=1)
+    (message,) = errors(life)
+    where = f"{tmp_path}/run/checkpoint"
+    assert message.startswith(f"ERROR - CheckpointError: checkpoints cannot be saved in {where}: File exists")
+    assert last_step(life.folder) == 0
+
+
+# Data
+
+
+@pytest.mark.parametrize("fault", ["disappeared", "cut"])
+def test_data_that_are_lost_end_the_run_which_goes_on_when_they_are_back(tmp_path, undisturbed, fault):
+    data = tmp_path / "data.jsonl"
+    life = Life(tmp_path / "run", SAVING)
+    life.wait_for_step(12)
+    content = data.read_bytes()
+    if fault == "cut":
+        data.write_bytes(content[:1000])
+    else:
+        data.unlink()
+    assert life.wait() == [1]
+    (message,) = errors(life)
+    assert message.startswith(f"ERROR - DatasetError: {data} ")
+    assert ("has disappeared" if fault == "disappeared" else f"was cut while in use, from {len(content)}") in message
+    assert "put it back and start again: the run goes on from its last checkpoint" in message
+    data.write_bytes(content)
+    train(life.folder, SAVING)
+    assert_as_undisturbed(life.folder, undisturbed)

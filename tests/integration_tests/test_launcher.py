@@ -1,0 +1,389 @@
+"""run_train.sh as a user starts it, in a copy of the repository whose train.py is a stand-in: nothing is trained."""
+
+import contextlib
+import json
+import os
+import pty
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+
+# The behaviour comes in the environment; every worker leaves its process id and its arguments.
+WORKER = """
+import json, os, signal, sys, time
+from pathlib import Path
+from torchtitan.tools.process import end_with_launcher
+from torchtitan.tools.terminal import send_progress
+
+end_with_launcher()
+rank = os.environ["RANK"]
+seen = {name: os.environ.get(name) for name in ("WORLD_SIZE", "OMP_NUM_THREADS", "TORCHTITAN_PROGRESS_RANK")}
+Path(f"worker{rank}.json").write_text(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], **seen}))
+mode = os.environ["WORKER_MODE"]
+if mode == f"mute{rank}":
+    sys.exit(3)
+print(f"hello from {rank}", flush=True)
+if mode == f"fail{rank}":
+    print("ConfigError: the worker's own words", file=sys.stderr)
+    sys.exit(3)
+if mode == "progress":
+    send_progress("step 1 of 2")
+    print("a log line", flush=True)
+elif mode != "succeed":
+    signal.signal(signal.SIGINT, signal.SIG_IGN if mode == "stubborn" else signal.SIG_DFL)
+    Path(f"ready{rank}").touch()
+    time.sleep(100)
+"""
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    """A copy with what the launcher needs, and the running interpreter as its active python3."""
+    copy = tmp_path / "repo"
+    for name in ("scripts", "torchtitan"):
+        shutil.copytree(REPO / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("run_train.sh", "pyproject.toml"):
+        shutil.copy(REPO / name, copy)
+    for name, content in {
+        "torchtitan/train.py": WORKER,
+        "torchtitan/models/llama3/train_configs/debug_model.toml": "[training]\nseq_len = 128",
+        "tests/assets/tokenizer/tokenizer.json": '{"model": {"vocab": {"a": 0}}}',
+    }.items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text(content)
+    write_executable(copy / "bin/python3", f'exec "{sys.executable}" "$@"')
+    return copy
+
+
+def write_executable(path: Path, script: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{textwrap.dedent(script)}\n")
+    path.chmod(0o755)
+
+
+def environment(repo: Path, mode: str, **variables: str) -> dict[str, str]:
+    removed = ("PYTHONPATH", "OMP_NUM_THREADS", "NGPU", "LOG_RANK", "CONFIG_FILE", "RANK", "WORLD_SIZE")
+    inherited = {name: value for name, value in os.environ.items() if name not in removed}
+    path = f"{repo / 'bin'}:{os.environ['PATH']}"
+    return inherited | {"PATH": path, "CUDA_VISIBLE_DEVICES": "", "WORKER_MODE": mode} | variables
+
+
+def run(repo: Path, mode: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["./run_train.sh", *arguments],
+        cwd=repo,
+        env=environment(repo, mode, **variables),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def worker(repo: Path, rank: int) -> dict[str, object]:
+    return json.loads((repo / f"worker{rank}.json").read_text())
+
+
+def is_running(pid: int) -> bool:
+    """Zombies have ended too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, what: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"still waiting for: {what}"
+        time.sleep(0.05)
+
+
+def test_workers_get_the_options_and_nothing_of_the_launchers(repo: Path) -> None:
+    options = ["--training.steps", "3", "--training.compile", "False"]
+    result = run(repo, "succeed", "--nnodes=1", "--max-restarts", "2", *options, NGPU="2", LOG_RANK="1")
+    assert result.returncode == 0, result.stderr
+    config_file = repo / "torchtitan/models/llama3/train_configs/debug_model.toml"
+    assert worker(repo, 0)["argv"] == ["--job.config_file", str(config_file), *options]
+    assert worker(repo, 0)["WORLD_SIZE"] == "2"
+    assert worker(repo, 0)["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    # not a terminal: the output has neither a progress line nor any escape sequence
+    assert worker(repo, 0)["TORCHTITAN_PROGRESS_RANK"] is None
+    assert result.stdout == "[rank1]:hello from 1\n"
+
+
+def test_a_mistake_costs_one_message_and_no_start(repo: Path) -> None:
+    start = time.monotonic()
+    result = run(repo, "succeed", "--training.seqlen", "128")
+    assert time.monotonic() - start < 3
+    assert result.returncode == 1
+    assert "--training.seq_len" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (repo / "worker0.json").exists()
+
+
+def test_ngpu_must_be_a_number(repo: Path) -> None:
+    result = run(repo, "succeed", NGPU="two")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "NGPU=two" in result.stderr
+
+
+@pytest.mark.parametrize("log_rank", ["abc", "0,2"])
+def test_log_rank_must_be_ranks_of_this_machine(repo: Path, log_rank: str) -> None:
+    result = run(repo, "succeed", NGPU="2", LOG_RANK=log_rank)
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"ConfigError: --local_ranks_filter {log_rank} (LOG_RANK of run_train.sh): must be ranks of this machine,"
+        " separated by commas, each of them 0 or 1\n"
+    )
+
+
+def test_a_log_dir_must_be_writable(repo: Path) -> None:
+    (repo / "file").touch()
+    result = run(repo, "succeed", "--log_dir", "file/logs")
+    assert result.returncode == 1
+    assert result.stderr == "ConfigError: --log_dir file/logs cannot be written: Not a directory\n"
+
+
+def test_what_torchrun_refuses_is_said_in_one_line(repo: Path) -> None:
+    result = run(repo, "succeed", "--redirects", "abc")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("torchrun could not start the workers: abc does not match")
+
+
+def test_several_machines_meet_at_the_rendezvous(repo: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = ["./run_train.sh", "--nnodes", "2", "--rdzv_id", "a-run", f"--rdzv-endpoint=localhost:{port}"]
+    launchers = [subprocess.Popen(command, cwd=repo, env=environment(repo, "succeed")) for _ in range(2)]
+    assert [launcher.wait(timeout=100) for launcher in launchers] == [0, 0]
+    assert [worker(repo, rank)["WORLD_SIZE"] for rank in (0, 1)] == ["2", "2"]
+
+
+def test_help_starts_nothing(repo: Path) -> None:
+    result = run(repo, "succeed", "--help")
+    assert result.returncode == 0
+    assert "--liger_kernel.enable_fused_linear_cross_entropy" in result.stdout
+    assert not (repo / "worker0.json").exists()
+
+
+def test_a_failed_workers_status_is_the_launchers(repo: Path) -> None:
+    result = run(repo, "fail0", NGPU="2")
+    assert result.returncode == 3
+    assert "[rank0]:ConfigError: the worker's own words" in result.stderr
+    assert "Rank 0 exited with status 3; its messages are above." in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not is_running(worker(repo, 1)["pid"])
+
+
+def test_the_last_words_of_a_hidden_rank_are_shown(repo: Path) -> None:
+    result = run(repo, "fail1", "--max_restarts", "1", NGPU="2")
+    assert result.returncode == 3
+    assert "will restart worker group" in result.stderr
+    shown = result.stderr.splitlines()
+    assert shown[-3] == "Rank 1 exited with status 3. The end of its output:"
+    assert set(shown[-2:]) == {"hello from 1", "ConfigError: the worker's own words"}
+
+
+def test_another_run_s_words_are_not_shown_for_a_rank_that_said_nothing(repo: Path) -> None:
+    other = repo / "logs/z_other_run/attempt_9/1"
+    other.mkdir(parents=True)
+    (other / "stderr.log").write_text("another run's words\n")
+    result = run(repo, "mute1", "--log_dir", "logs", NGPU="2")
+    assert result.returncode == 3
+    assert result.stderr.splitlines()[-1] == "Rank 1 exited with status 3; there is no output in its log."
+    assert "another run's words" not in result.stderr
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(repo: Path) -> None:
+    launcher = subprocess.Popen(
+        ["nohup", "./run_train.sh"],
+        cwd=repo,
+        env=environment(repo, "sleep"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until((repo / "ready0").exists, "the worker")
+    launcher.send_signal(signal.SIGHUP)
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 143
+    assert "SIGHUP" not in errors
+
+
+@pytest.mark.parametrize(
+    ("signals", "mode", "status"),
+    [
+        ([signal.SIGINT], "sleep", 130),
+        ([signal.SIGTERM], "sleep", 143),
+        ([signal.SIGINT, signal.SIGINT], "stubborn", 130),
+        ([signal.SIGKILL], "stubborn", -signal.SIGKILL),
+    ],
+    ids=["ctrl-c", "sigterm", "ctrl-c twice", "sigkill"],
+)
+def test_stopping_the_launcher_leaves_no_worker(
+    repo: Path, signals: list[signal.Signals], mode: str, status: int
+) -> None:
+    launcher = subprocess.Popen(
+        ["./run_train.sh"],
+        cwd=repo,
+        env=environment(repo, mode, NGPU="2"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: all((repo / f"ready{rank}").exists() for rank in (0, 1)), "the workers")
+    launcher.send_signal(signals[0])
+    for second in signals[1:]:
+        # the first is answered once it has been passed on
+        assert "Once more kills them" in launcher.stderr.readline()
+        launcher.send_signal(second)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == status
+    assert "Traceback" not in errors
+    wait_until(lambda: not any(is_running(worker(repo, rank)["pid"]) for rank in (0, 1)), "the end of the workers", 10)
+
+
+def run_on_terminal(repo: Path, mode: str, *, stderr: int | None = None) -> tuple[int, str, str]:
+    """Status, what the terminal shows, and what went to stderr if that is elsewhere."""
+    ours, launchers = pty.openpty()
+    launcher = subprocess.Popen(
+        ["./run_train.sh"],
+        cwd=repo,
+        env=environment(repo, mode, COLUMNS="80"),
+        stdin=subprocess.DEVNULL,
+        stdout=launchers,
+        stderr=launchers if stderr is None else stderr,
+    )
+    os.close(launchers)
+    shown = b""
+    with contextlib.suppress(OSError):  # that is how the end of a terminal reads
+        while data := os.read(ours, 4096):
+            shown += data
+    os.close(ours)
+    _, errors = launcher.communicate(timeout=60)
+    return launcher.returncode, shown.decode(), (errors or b"").decode()
+
+
+def test_the_progress_line_is_redrawn_below_the_log_on_a_terminal(repo: Path) -> None:
+    status, shown, _ = run_on_terminal(repo, "progress")
+    assert status == 0
+    clear = "\r\x1b[K"
+    assert shown == f"[rank0]:hello from 0\r\nstep 1 of 2{clear}[rank0]:a log line\r\nstep 1 of 2{clear}"
+    assert worker(repo, 0)["TORCHTITAN_PROGRESS_RANK"] == "0"
+
+
+def test_errors_that_are_redirected_leave_the_terminal(repo: Path) -> None:
+    status, shown, errors = run_on_terminal(repo, "fail0", stderr=subprocess.PIPE)
+    assert status == 3
+    assert shown == "[rank0]:hello from 0\r\n"
+    assert errors.splitlines() == [
+        "[rank0]:ConfigError: the worker's own words",
+        "Rank 0 exited with status 3; its messages are above.",
+    ]
+
+
+class TestEnvironment:
+    """scripts/setup_env.sh, with a stand-in for pip that only notes what it was asked to install."""
+
+    @pytest.fixture
+    def bare(self, repo: Path) -> Path:
+        """The active python3 lacks the packages; its venvs hold a python that notes and has them."""
+        write_executable(
+            repo / "venv_python",
+            f"""
+            case "$*" in
+                *"-m pip"*) echo "$@" >>"{repo}/pip.log"; exit "$(cat "{repo}/pip_status")" ;;
+            esac
+            exec "{sys.executable}" "$@"
+            """,
+        )
+        write_executable(
+            repo / "bin/python3",
+            f"""
+            case "$*" in
+                *check_env.py*) exit 1 ;;
+                "-m venv "*) mkdir -p "$3/bin" && cp "{repo}/venv_python" "$3/bin/python"; exit ;;
+            esac
+            exec "{sys.executable}" "$@"
+            """,
+        )
+        (repo / "pip_status").write_text("0")
+        return repo
+
+    def set_up(self, repo: Path) -> tuple[int, list[str]]:
+        """Start once; the status, and what pip was asked."""
+        (repo / "pip.log").write_text("")
+        result = run(repo, "succeed", "--help")
+        return result.returncode, (repo / "pip.log").read_text().splitlines()
+
+    def test_installs_once_with_everything_pinned(self, bare: Path) -> None:
+        status, installs = self.set_up(bare)
+        assert status == 0
+        assert len(installs) == 1
+        for wanted in ("scripts/constraints.txt", "torch>=2.11", "liger-kernel>=0.8.5", "pytest>="):
+            assert wanted in installs[0]
+        assert self.set_up(bare) == (0, [])
+
+    def test_installs_again_when_what_is_pinned_changes(self, bare: Path) -> None:
+        self.set_up(bare)
+        with (bare / "scripts/constraints.txt").open("a") as constraints:
+            constraints.write("numpy==2.0\n")
+        assert len(self.set_up(bare)[1]) == 1
+        assert self.set_up(bare) == (0, [])
+
+    def test_starts_afresh_after_an_interruption(self, bare: Path) -> None:
+        (bare / "pip_status").write_text("1")
+        assert self.set_up(bare)[0] == 1
+        half_installed = bare / ".venv/lib"
+        half_installed.mkdir()
+        (bare / "pip_status").write_text("0")
+        status, installs = self.set_up(bare)
+        assert (status, len(installs)) == (0, 1)
+        assert not half_installed.exists()
+
+    def test_replaces_an_environment_whose_python_is_gone(self, bare: Path) -> None:
+        self.set_up(bare)
+        (bare / ".venv/bin/python").unlink()
+        assert len(self.set_up(bare)[1]) == 1
+        assert (bare / ".venv/bin/python").exists()
+
+    def test_fills_an_environment_that_the_user_made(self, bare: Path) -> None:
+        write_executable(bare / ".venv/bin/python", (bare / "venv_python").read_text())
+        own = bare / ".venv/own"
+        own.touch()
+        (bare / "pip_status").write_text("1")
+        assert self.set_up(bare)[0] == 1
+        (bare / "pip_status").write_text("0")
+        status, installs = self.set_up(bare)
+        assert (status, len(installs)) == (0, 1)
+        assert own.exists()
+
+    def test_an_active_python_with_the_packages_is_used(self, repo: Path) -> None:
+        assert run(repo, "succeed", "--help").returncode == 0
+        assert not (repo / ".venv").exists()
+
+    def test_missing_and_old_packages_are_named(self, tmp_path: Path) -> None:
+        (tmp_path / "scripts").mkdir()
+        check = shutil.copy(REPO / "scripts/check_env.py", tmp_path / "scripts")
+        (tmp_path / "pyproject.toml").write_text(
+            '[project]\ndependencies = ["pytest>=1.0", "no-such-package>=1", "torch>=99.1"]\n'
+            '[project.optional-dependencies]\nextra = ["numpy>=9999"]\n'
+        )
+        result = subprocess.run([sys.executable, check, "extra"], capture_output=True, text=True, check=False)
+        assert result.returncode == 1
+        missing, torch, numpy = result.stderr.splitlines()
+        assert missing == "no-such-package is not installed"
+        assert torch.endswith("is older than 99.1")
+        assert numpy.startswith("numpy ")

@@ -1,0 +1,152 @@
+"""Any layout trains as one process does: the loss and the gradient norm of every step, in float32, by the real trainer.
+
+The global batches are the same in every layout, and their labels are ignored unevenly over ranks and microbatches.
+All runs of one number of processes share their processes, so that the suite costs three starts.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby, product
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.integration_tests.tiny_runs import (
+    GLOBAL_BATCH,
+    SEED,
+    SEQ_LEN,
+    STEPS,
+    Result,
+    Run,
+    global_batch,
+    train_all,
+)
+from tests.integration_tests.tiny_sizes import ODD
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.models.llama3.model.model import Transformer
+
+TOLERANCE = 1e-5
+FUSED = "--liger_kernel.enable_fused_linear_cross_entropy"
+LIGER = f"{FUSED} --liger_kernel.implementation liger"
+OFFLOAD = "--training.enable_cpu_offload"
+RESHARD = "--parallelism.fsdp_reshard_after_forward"
+SCHEDULE = "--parallelism.pipeline_parallel_schedule"
+RECOMPUTE = "--activation_checkpoint.mode"
+DEGREES = {
+    "dp_replicate": "data_parallel_replicate_degree",
+    "dp_shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
+    "pp": "pipeline_parallel_degree",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    dims: ParallelDims
+    options: str = ""
+    accumulation: int = 1
+    steps: int = STEPS
+
+    def __str__(self) -> str:
+        degrees = [f"{axis}{n}" for axis in DEGREES if (n := getattr(self.dims, axis)) > 1] or ["one_process"]
+        options = [word.rpartition(".")[2] for word in self.options.replace(FUSED, "fused").split()]
+        return "-".join([*degrees, *options, f"accumulation{self.accumulation}"])
+
+    def to_run(self) -> Run:
+        degrees = " ".join(f"--parallelism.{name} {getattr(self.dims, axis)}" for axis, name in DEGREES.items())
+        batch_size = GLOBAL_BATCH // self.dims.dp // self.accumulation
+        options = f"{degrees} {self.options} --training.steps {self.steps}"
+        return Run(str(self), self.dims.world_size, batch_size, options)
+
+
+ONE_PROCESS, TWO_RANKS = Row(ParallelDims()), Row(ParallelDims(dp_shard=2))
+
+# With both losses and accumulation.
+LAYOUTS = [
+    ParallelDims(dp_shard=2),
+    ParallelDims(dp_replicate=2),
+    ParallelDims(dp_replicate=2, dp_shard=2),
+    ParallelDims(tp=2),
+    ParallelDims(tp=2, dp_shard=2),
+    ParallelDims(cp=2),
+    ParallelDims(cp=2, dp_shard=2),
+    ParallelDims(tp=2, cp=2),
+]
+# With the standard loss, the only one that pipelines have, and accumulation.
+PIPELINES = [
+    *((ParallelDims(pp=2), s) for s in ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")),
+    (ParallelDims(pp=2, dp_shard=2), "1F1B"),
+    (ParallelDims(pp=2, tp=2), "1F1B"),
+]
+ROWS = [
+    *(Row(dims, loss, n) for dims, loss, n in product([ParallelDims(), *LAYOUTS], ("", FUSED), (1, 2))),
+    *(Row(dims, f"{SCHEDULE} {schedule}", n) for (dims, schedule), n in product(PIPELINES, (1, 2))),
+    *(Row(ParallelDims(dp_shard=2, tp=2), f"{loss} --training.compile", n) for loss, n in product(("", FUSED), (1, 2))),
+    # some ranks and some microbatches have no label at all
+    *(Row(dims, loss, 4) for dims, loss in product([ParallelDims(), *LAYOUTS[:2]], ("", FUSED))),
+    # what else may change when weights are gathered, and where they are
+    *(
+        Row(dims, f"{FUSED} {option}", 2)
+        for dims in (ParallelDims(dp_shard=2), ParallelDims(dp_shard=2, tp=2))
+        for option in (f"{RESHARD} always", f"{RESHARD} never", OFFLOAD)
+    ),
+    *(
+        Row(ParallelDims(pp=2, dp_shard=2), f"{SCHEDULE} Interleaved1F1B {option}")
+        for option in (f"{RESHARD} always", OFFLOAD)
+    ),
+    # Liger's kernels, interpreted: seconds a step
+    *(Row(dims, LIGER, steps=2) for dims in (ParallelDims(dp_replicate=2), ParallelDims(cp=2))),
+    Row(ParallelDims(dp_shard=2), f"{LIGER} {RESHARD} always", 2, steps=2),
+    # and what is recomputed
+    *(Row(ParallelDims(tp=2, cp=2), f"{FUSED} {RECOMPUTE} {mode}") for mode in ("none", "full")),
+    Row(ParallelDims(tp=2, cp=2), f"{FUSED} {RECOMPUTE} selective --activation_checkpoint.selective_ac_option op"),
+    Row(ParallelDims(tp=2), "--parallelism.disable_loss_parallel"),
+]
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> dict[str, Result]:
+    """The runs of all selected rows, and of one process, by name."""
+    items = [item for item in request.session.items if item.path == request.path]
+    selected = [item.callspec.params["row"] for item in items if "row" in item.fixturenames]
+    runs = [row.to_run() for row in dict.fromkeys([ONE_PROCESS, TWO_RANKS, *selected])]
+    results: dict[str, Result] = {}
+    for _, group in groupby(sorted(runs, key=lambda run: run.world_size), key=lambda run: run.world_size):
+        results |= train_all(list(group))
+    return results
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_every_step_equals_that_of_one_process(row: Row, results: dict[str, Result]) -> None:
+    expected, steps = results[str(ONE_PROCESS)], results[str(row)]
+    for result in (expected, steps):
+        if isinstance(result, Exception):
+            raise result
+    assert (len(steps), len(expected)) == (row.steps, STEPS)
+    for number, (step, reference) in enumerate(zip(steps, expected, strict=False), start=1):
+        for name in ("loss", "grad_norm"):
+            value, correct = getattr(step, name), getattr(reference, name)
+            assert value == pytest.approx(correct, rel=TOLERANCE, abs=0), f"{name} of step {number}"
+
+
+def test_the_largest_loss_is_that_of_one_data_rank(results: dict[str, Result]) -> None:
+    one, two = results[str(ONE_PROCESS)], results[str(TWO_RANKS)]
+    assert isinstance(one, list) and isinstance(two, list)
+    assert all(step.max_loss == pytest.approx(step.loss, rel=1e-6) for step in one)
+    first, *others = two  # in the first step one of the ranks has no label
+    assert first.max_loss == pytest.approx(first.loss, rel=1e-6)
+    assert all(step.max_loss > step.loss for step in others)
+
+
+def test_the_first_step_of_one_process_is_that_of_plain_torch(results: dict[str, Result]) -> None:
+    model = Transformer(ODD.for_run(max_seq_len=SEQ_LEN, use_scaled_rope=False))
+    init_parameters(model, SEED, "cpu")
+    tokens, labels = global_batch(0)
+    loss = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
+    loss.backward()
+    norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()
+    first = results[str(ONE_PROCESS)][0]
+    assert (first.loss, first.grad_norm) == pytest.approx((loss.item(), norm.item()), rel=TOLERANCE)

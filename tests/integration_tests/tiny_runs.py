@@ -1,0 +1,178 @@
+"""Runs of the real trainer, in real processes, on a tiny model and on global batches that every layout sees alike."""
+
+import gc
+import json
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import torchtitan.train
+from tests.integration_tests.tiny_sizes import ODD
+from torchtitan.components.dataloader import Batch
+from torchtitan.components.loss import IGNORE_INDEX
+
+REPO = Path(__file__).parents[2]
+SEQ_LEN, GLOBAL_BATCH, STEPS, SEED = 64, 8, 5, 7
+
+# What every run has in common. Learning rates are large, so that a wrong gradient soon shows in the loss.
+OPTIONS = f"""
+    --experimental.custom_import tests.integration_tests.tiny_llama3 --model.name tiny_llama3 --model.flavor odd
+    --model.tokenizer_path {REPO}/tests/assets/tokenizer
+    --training.dataset_path {REPO}/LICENSE
+    --training.seed {SEED} --training.steps {STEPS} --training.seq_len {SEQ_LEN}
+    --training.global_batch_size {GLOBAL_BATCH} --training.mixed_precision_param float32
+    --training.max_norm 0.35 --lr_scheduler.warmup_steps 2 --optimizer.lr 3e-3
+    --liger_kernel.implementation native --liger_kernel.logits_memory_budget_mib 1
+    --metrics.log_freq 1 --comm.init_timeout_seconds 100
+"""
+
+# Workers are forked from a process that has imported what they need.
+multiprocessing.set_forkserver_preload(["torchtitan.train", "torchtitan.models.llama3.infra.parallelize", __name__])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: how many processes, how many sequences each of them takes at once, and further options."""
+
+    name: str
+    world_size: int = 1
+    local_batch_size: int = GLOBAL_BATCH
+    options: str = ""
+
+    def arguments(self, folder: Path) -> list[str]:
+        own = f"--job.dump_folder {folder} --training.local_batch_size {self.local_batch_size} {self.options}"
+        return f"{OPTIONS} {own}".split()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a run says of a step."""
+
+    loss: float
+    grad_norm: float
+    max_loss: float
+    """The largest mean over one data rank's tokens."""
+
+
+def global_batch(step: int) -> Batch:
+    """(GLOBAL_BATCH, SEQ_LEN) tokens and labels; each step ignores others of the labels, never evenly."""
+    generator = torch.Generator().manual_seed(step)
+    text = torch.randint(ODD.vocab_size, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
+    tokens, labels = text[:, :-1], text[:, 1:].clone()
+    if step == 0:  # a data rank without a label, where each has half of the batch
+        labels[GLOBAL_BATCH // 2 :] = IGNORE_INDEX
+        labels[0, : SEQ_LEN // 3] = IGNORE_INDEX
+    elif step == 1:  # ... where they take turns
+        labels[1::2] = IGNORE_INDEX
+        labels[2, SEQ_LEN // 2 + 5 :] = IGNORE_INDEX
+    elif step == 2:  # the second half of each sequence: other context ranks and other chunks than the first
+        labels[:, SEQ_LEN // 2 :] = IGNORE_INDEX
+    elif step == 3:  # few labels, here and there
+        labels[torch.rand(labels.shape, generator=generator) < 0.9] = IGNORE_INDEX
+    return Batch(tokens, labels)
+
+
+@dataclass(frozen=True)
+class GlobalBatches:
+    """A data rank's part of the global batches, microbatch by microbatch; in place of the trainer's data loader."""
+
+    dp_rank: int
+    dp_world_size: int
+    batch_size: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        for step in range(STEPS):
+            batch = global_batch(step)
+            for rows in torch.arange(GLOBAL_BATCH).view(-1, self.dp_world_size, self.batch_size)[:, self.dp_rank]:
+                yield Batch(batch.tokens[rows], batch.labels[rows])
+
+    def close(self) -> None:
+        pass
+
+
+def build_global_batches(*, dp_rank: int, dp_world_size: int, batch_size: int, **_: object) -> GlobalBatches:
+    return GlobalBatches(dp_rank, dp_world_size, batch_size)
+
+
+Result = list[Step] | Exception
+"""The steps of a run, or what ended it."""
+
+
+def train_all(runs: Sequence[Run], *, on_gpus: bool = False) -> dict[str, Result]:
+    """The result of each run, by its name. All have one number of processes, and share them while none fails."""
+    results: dict[str, Result] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        while remaining := [run for run in runs if run.name not in results]:
+            stores = [serve_store() for _ in remaining]
+            ports = [store.port for store in stores]
+            failure: Exception | None = None
+            try:
+                start(_work, remaining[0].world_size, remaining, folder, ports, on_gpus)
+            except Exception as error:
+                failure = error
+            for run in remaining:
+                if not all(_end_file(folder, run, rank).exists() for rank in range(run.world_size)):
+                    assert failure is not None
+                    results[run.name] = failure
+                    break
+                lines = Path(folder, run.name, "metrics.jsonl").read_text().splitlines()
+                results[run.name] = [_to_step(line) for line in lines]
+    return results
+
+
+def _end_file(folder: str, run: Run, rank: int) -> Path:
+    """Made by a rank when it has ended the run."""
+    return Path(folder, run.name, f"ended{rank}")
+
+
+def start(worker: Callable[..., None], world_size: int, *args: Any) -> None:
+    """Run worker(rank, *args) in this many processes, to their end."""
+    mp.start_processes(worker, args, world_size, start_method="forkserver")
+
+
+def serve_store() -> dist.TCPStore:
+    """Where the workers of one run meet: as under torchrun, at a store of their parent."""
+    return dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+def _to_step(line: str) -> Step:
+    values = json.loads(line)
+    return Step(values["loss_metrics/global_avg_loss"], values["grad_norm"], values["loss_metrics/global_max_loss"])
+
+
+def _work(rank: int, runs: Sequence[Run], folder: str, ports: Sequence[int], on_gpus: bool) -> None:
+    torchtitan.train.build_dataloader = build_global_batches
+    gc.freeze()  # the trainer collects garbage when it is built: what was imported is none
+    for run, port in zip(runs, ports, strict=True):
+        become_worker(rank, run.world_size, port, on_gpus=on_gpus)
+        torch._dynamo.reset()
+        status = torchtitan.train.main(run.arguments(Path(folder, run.name)))
+        assert status == 0, f"{run.name}: exit status {status}"
+        _end_file(folder, run, rank).touch()
+    gc.unfreeze()
+
+
+def become_worker(rank: int, world_size: int, port: int, *, on_gpus: bool = False) -> None:
+    """Look like a worker of torchrun whose agent has its store at `port`; see no GPU unless asked to."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "tests",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+    if not on_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)

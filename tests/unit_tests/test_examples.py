@@ -1,0 +1,110 @@
+"""What the examples of the pages promise, beyond that they run (which tests/integration_tests/test_docs.py sees to)."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.integration_tests.doc_pages import REPO, Page
+from torchtitan.components.loss import CrossEntropyLoss, cross_entropy_sum, fused_linear_cross_entropy
+from torchtitan.components.runner import EagerRunner
+from torchtitan.config.job_config import LigerKernel
+from torchtitan.datasets import DocumentStream, Position
+from torchtitan.distributed.init import init_parameters
+from torchtitan.models.llama3.model.args import TransformerModelArgs
+from torchtitan.models.llama3.model.model import Transformer
+
+TINY = TransformerModelArgs(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_hidden_dim=48, vocab_size=101)
+
+
+def example(page: str, index: int | str) -> dict[str, Any]:
+    """The names that a Python block leaves behind: the one at an index, or the file of a name."""
+    parsed = Page.of(REPO / "docs" / page)
+    if isinstance(index, str):
+        code = parsed.files()[index]
+    else:
+        code = [block.text for block in parsed.blocks if block.language == "python"][index]
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(code, page, "exec"), names)
+    return names
+
+
+@pytest.fixture
+def model() -> Transformer:
+    model = Transformer(TINY)
+    init_parameters(model, 0, "cpu")
+    return model
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The model families that an example registers, kept from other tests."""
+    families: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "torchtitan.protocols.train_spec.register_train_spec", lambda name, spec: families.update({name: spec})
+    )
+    return families
+
+
+def test_the_training_loop_with_the_fused_loss_learns_and_has_the_standard_loss(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch.manual_seed(0)
+    names = example("liger_kernel.md", 1)
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 10 and losses[-1] < losses[0] - 1
+    hidden, weight, labels = names["hidden"].detach(), names["head"].weight.detach(), names["labels"]
+    fused = fused_linear_cross_entropy(hidden, weight, labels, scale=names["scale"])
+    torch.testing.assert_close(fused, F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten()))
+
+
+def test_z_loss_is_cross_entropy_plus_the_square_of_log_z_of_valid_tokens(
+    model: Transformer, registered: dict[str, Any]
+) -> None:
+    loss_cls = example("extending.md", "my_z_loss.py")["ZLoss"]
+    options = {"device_type": "cpu", "tensor_parallel": False, "compile": False}
+    assert type(registered["llama3_z"].load().build_loss(LigerKernel(), **options)) is loss_cls
+    loss = loss_cls(weight=0.5)
+    hidden, labels = torch.randn(2, 5, TINY.dim), torch.randint(TINY.vocab_size, (2, 5))
+    labels[0, :3] = -100
+    logits = model.output(hidden)
+    expected = cross_entropy_sum(logits, labels) + 0.5 * logits.logsumexp(-1)[labels != -100].square().sum()
+    torch.testing.assert_close(loss(hidden, model.output, labels, torch.tensor(0.25)), expected / 4)
+
+
+def test_the_sums_are_right_and_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: dict[str, Any] = {}
+    monkeypatch.setattr("torchtitan.datasets.register_dataset", lambda name, open: registered.update({name: open}))
+    example("extending.md", "my_sums.py")
+    source = registered["sums"]("text")
+    documents = [text for _, text in DocumentStream(source, seed=1, infinite=False).read(Position())]
+    assert len(documents) == 6400
+    a, plus, b, equals, c = documents[0].split("\n")[0].split()
+    assert (plus, equals) == ("+", "=") and int(a) + int(b) == int(c)
+    assert list(source.read(3)) == list(source.read(3))
+
+
+def test_the_averager_is_causal_and_counts_itself_right(registered: dict[str, Any]) -> None:
+    example("extending.md", "my_averager.py")
+    spec = registered["averager"]
+    args = spec.flavors["tiny"]
+    averager = spec.load().model_cls(args)
+    init_parameters(averager, 0, "cpu")
+    assert sum(p.numel() for p in averager.parameters()) == args.num_params()
+    tokens = torch.randint(args.vocab_size, (1, 12))
+    changed = tokens.clone()
+    changed[0, 8:] = 0
+    torch.testing.assert_close(averager(tokens)[:, :8], averager(changed)[:, :8])
+    assert not torch.equal(averager(tokens)[:, 8:], averager(changed)[:, 8:])
+
+
+def test_validation_uses_the_standard_path(model: Transformer) -> None:
+    def refuse(*_: object) -> torch.Tensor:
+        raise AssertionError("validation called the loss of training")
+
+    tokens = torch.randint(TINY.vocab_size, (2, 9))
+    loss = EagerRunner(model, refuse).eval_loss(tokens[:, :-1], tokens[:, 1:], None)
+    one = torch.tensor(1.0)
+    expected = EagerRunner(model, CrossEntropyLoss()).forward_backward(tokens[:, :-1], tokens[:, 1:], None, one)
+    torch.testing.assert_close(loss, expected)
