@@ -1,9 +1,12 @@
 """How many tokens' logits fit a memory budget: the one knob of both fused losses."""
 
+from math import isqrt
 from typing import NamedTuple
 
 ALIGNMENT = 128
 """Chunks are multiples of this many rows, the tile height of the matrix products on a GPU."""
+SMALL_ALIGNMENT = 16
+"""Of chunks with fewer rows than that: products of other sizes take slower kernels."""
 
 
 def rows_in_budget(budget_bytes: int, *, vocab_rows: int, bytes_per_logit: int) -> int:
@@ -42,9 +45,32 @@ def equal_chunk_rows(num_tokens: int, max_rows: int) -> int:
     """
     if num_tokens <= max_rows:
         return max(num_tokens, 1)
-    if max_rows >= ALIGNMENT:
-        max_rows -= max_rows % ALIGNMENT
-    num_chunks = -(-num_tokens // max_rows)
+    alignment = next(a for a in (ALIGNMENT, SMALL_ALIGNMENT, 1) if a <= max_rows)
+    num_chunks = -(-num_tokens // _align_down(max_rows, alignment))
     rows = -(-num_tokens // num_chunks)
-    aligned = -(-rows // ALIGNMENT) * ALIGNMENT
-    return aligned if aligned <= max_rows else rows
+    return -(-rows // alignment) * alignment
+
+
+def _align_down(number: int, alignment: int) -> int:
+    return number - number % alignment
+
+
+class Slices(NamedTuple):
+    """How the in-tree loss walks over its tokens and the vocabulary where few rows of whole logits fit."""
+
+    num_tokens: int
+    """Of a group; the last one may have fewer."""
+    num_words: int
+    """Of the slices of the vocabulary; the last one may have fewer."""
+
+
+def plan_slices(num_tokens: int, *, vocab_size: int, dim: int, bytes_per_logit: int, budget_bytes: int) -> Slices:
+    """Groups and slices whose logits, with a float32 hidden gradient of `dim` a token, fit the budget.
+
+    `vocab_slices.py` derives the balance between many tokens and many words.
+    """
+    best_words = max(1, 2 * isqrt(budget_bytes) // bytes_per_logit)
+    max_tokens = max(1, budget_bytes // (best_words * bytes_per_logit + 4 * dim))
+    group = equal_chunk_rows(num_tokens, max_tokens)
+    num_words = max(1, (budget_bytes // group - 4 * dim) // bytes_per_logit)
+    return Slices(group, equal_chunk_rows(vocab_size, num_words))

@@ -17,7 +17,8 @@ and gradient; this holds 2 C Vp, where C comes from a memory budget (chunking.py
 that is 1002 MiB of one chunk instead of 12024 MiB. Each further chunk costs a read and a write of dW.
 
 A budget of less than 1024 rows makes chunks so small that a GPU spends its time on dW; then the first D tokens are
-computed in dW's own memory (in_place.py).
+computed in dW's own memory (in_place.py). Below 400 rows even a fourth product costs less: what is left goes over
+slices of the vocabulary, with the logits computed twice (vocab_slices.py).
 
 Vocabulary sharded over n ranks (tensor parallel): H is gathered by the caller (vocab_shard.py), each rank computes
 its own columns, and per chunk one all-gather of 3 float32 a token (12 C bytes a rank) combines maximum, sum and target
@@ -31,13 +32,14 @@ vocabulary.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from torchtitan.components.loss.chunking import plan_chunks, rows_in_budget
-from torchtitan.components.loss.in_place import first_chunk_in_place
+from torchtitan.components.loss.gradient_sum import WeightGradient
+from torchtitan.components.loss.in_place import fill_in_place
 from torchtitan.components.loss.softmax_gradient import (
     combine_statistics,
     loss_and_gradient_,
@@ -45,6 +47,7 @@ from torchtitan.components.loss.softmax_gradient import (
     write_gradient_,
 )
 from torchtitan.components.loss.vocab_shard import VocabShard, gather_hidden_local_weight
+from torchtitan.components.loss.vocab_slices import fill_by_vocab_slices
 from torchtitan.protocols.model import OutputHead
 
 collectives = torch.ops._c10d_functional  # the operations below torch.distributed
@@ -54,7 +57,10 @@ _CPU_BUDGET_BYTES = 32 << 20
 
 
 _FEW_ROWS = 1024
-"""Below this many rows a chunk, the first chunk is computed in the weight gradient's memory (in_place.py)."""
+"""Below this many rows a chunk, the first tokens are computed in the weight gradient's memory (in_place.py)."""
+
+_VERY_FEW_ROWS = 400
+"""Below this many, the other tokens go over slices of the vocabulary (vocab_slices.py)."""
 
 
 class FusedLinearCrossEntropyLoss:
@@ -135,35 +141,19 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = _WeightGradient(weight, options.accum_dtype) if needs_weight else None
+        d_weight = WeightGradient(weight, options.accum_dtype) if needs_weight else None
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        done = 0
-        if d_weight is not None and _is_tight(hidden, weight, options):
-            done = min(hidden.shape)
-            first_chunk_in_place(
-                hidden[:done],
+        for tokens, fill in _ways_by_tokens(hidden, weight, options, needs_weight=needs_weight):
+            fill(
+                hidden[tokens],
                 weight,
-                labels[:done],
+                labels[tokens],
                 scale,
-                losses=losses[:done],
-                d_hidden=d_hidden[:done] if d_hidden is not None else None,
-                d_weight=d_weight.claim(),
+                losses=losses[tokens],
+                d_hidden=d_hidden[tokens] if d_hidden is not None else None,
+                d_weight=d_weight,
                 budget_bytes=options.budget_bytes,
             )
-        rest = slice(done, None)
-        for rows, gradient in _chunk_gradients(
-            hidden[rest],
-            weight,
-            labels[rest],
-            scale,
-            losses[rest],
-            options,
-            needs_gradient=needs_hidden or needs_weight,
-        ):
-            if d_hidden is not None:
-                torch.mm(gradient, weight, out=d_hidden[rest][rows])
-            if d_weight is not None:
-                d_weight.add(gradient, hidden[rest][rows])
         ctx.save_for_backward(d_hidden, d_weight.finish() if d_weight is not None else None)
         return losses.sum() * scale
 
@@ -176,18 +166,58 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
-def _is_tight(hidden: Tensor, weight: Tensor, options: _Options) -> bool:
-    """Whether chunks would have so few rows that reading and writing the weight gradient for each costs more.
+class _Fill(Protocol):
+    """A way to compute the token losses and both gradients of `scale * sum(losses)`, for some of the tokens."""
 
-    So on a GPU with implementation "native" and a budget far below the default.
-    """
+    def __call__(
+        self,
+        hidden: Tensor,  # (T, D)
+        weight: Tensor,  # (Vp, D)
+        labels: Tensor,  # (T,)
+        scale: Tensor,  # ()
+        *,
+        losses: Tensor,  # (T,) float32, written
+        d_hidden: Tensor | None,  # (T, D), written
+        d_weight: WeightGradient | None,  # (Vp, D), added to
+        budget_bytes: int,
+    ) -> None: ...
+
+
+def _ways_by_tokens(
+    hidden: Tensor, weight: Tensor, options: _Options, *, needs_weight: bool
+) -> list[tuple[slice, _Fill]]:
+    """How each token is computed: in chunks, unless a GPU has a budget for few rows, far below the default."""
+    num_tokens, dim = hidden.shape
+    by_chunks = partial(_fill_by_chunks, shard=options.shard)
     max_rows = rows_in_budget(options.budget_bytes, vocab_rows=weight.shape[0], bytes_per_logit=hidden.element_size())
-    return (
-        hidden.is_cuda
-        and options.shard is None
-        and options.accum_dtype == hidden.dtype
-        and max_rows < min(_FEW_ROWS, hidden.shape[0])
-    )
+    if not (hidden.is_cuda and needs_weight and options.shard is None and max_rows < min(_FEW_ROWS, num_tokens)):
+        return [(slice(num_tokens), by_chunks)]
+    otherwise: _Fill = fill_by_vocab_slices if max_rows < _VERY_FEW_ROWS else by_chunks
+    if options.accum_dtype != hidden.dtype:
+        return [(slice(num_tokens), otherwise)]
+    return [(slice(dim), fill_in_place), (slice(dim, num_tokens), otherwise)]
+
+
+def _fill_by_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    *,
+    losses: Tensor,
+    d_hidden: Tensor | None,
+    d_weight: WeightGradient | None,
+    budget_bytes: int,
+    shard: VocabShard | None,
+) -> None:
+    needs_gradient = d_hidden is not None or d_weight is not None
+    for rows, gradient in _chunk_gradients(
+        hidden, weight, labels, scale, losses, budget_bytes, shard, needs_gradient=needs_gradient
+    ):
+        if d_hidden is not None:
+            torch.mm(gradient, weight, out=d_hidden[rows])
+        if d_weight is not None:
+            d_weight.add(gradient, hidden[rows])
 
 
 def _chunk_gradients(
@@ -196,7 +226,8 @@ def _chunk_gradients(
     labels: Tensor,
     scale: Tensor,
     losses: Tensor,
-    options: _Options,
+    budget_bytes: int,
+    shard: VocabShard | None,
     *,
     needs_gradient: bool,
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -205,13 +236,12 @@ def _chunk_gradients(
     The gradient lies in a buffer that the next steps overwrite.
     """
     num_tokens, vocab_rows = hidden.shape[0], weight.shape[0]
-    budget = options.budget_bytes if hidden.is_cuda else min(options.budget_bytes, _CPU_BUDGET_BYTES)
     chunk, num_buffers = plan_chunks(
         num_tokens,
-        vocab_rows=vocab_rows if options.shard is None else options.shard.rows_per_rank,
+        vocab_rows=vocab_rows if shard is None else shard.rows_per_rank,
         bytes_per_logit=hidden.element_size(),
-        budget_bytes=budget,
-        is_sharded=options.shard is not None,
+        budget_bytes=budget_bytes if hidden.is_cuda else min(budget_bytes, _CPU_BUDGET_BYTES),
+        is_sharded=shard is not None,
     )
     chunks = [slice(first, min(first + chunk, num_tokens)) for first in range(0, num_tokens, chunk)]
     buffers = hidden.new_empty(num_buffers, chunk, vocab_rows)
@@ -220,21 +250,21 @@ def _chunk_gradients(
         rows = chunks[i]
         return torch.mm(hidden[rows], weight.t(), out=buffers[i % num_buffers, : rows.stop - rows.start])
 
-    if options.shard is None and needs_gradient:
+    if shard is None and needs_gradient:
         for i, rows in enumerate(chunks):
             logits = logits_of(i)
             loss_and_gradient_(logits, labels[rows], scale, losses[rows])
             yield rows, logits
         return
 
-    start = options.shard.start if options.shard is not None else 0
+    start = shard.start if shard is not None else 0
     pending: _PendingStatistics | None = None
     for i in range(len(chunks) + 1):
         upcoming = None
         if i < len(chunks):  # the next chunk's product hides the reduction that is under way
             logits = logits_of(i)
             statistics = row_statistics(logits, labels[chunks[i]], start=start)
-            upcoming = _PendingStatistics(chunks[i], logits, statistics, options.shard)
+            upcoming = _PendingStatistics(chunks[i], logits, statistics, shard)
         if pending is not None:
             rows = pending.rows
             lse, losses[rows] = combine_statistics(pending.wait(), labels[rows])
@@ -257,47 +287,6 @@ class _PendingStatistics:
         if self._shard is not None:
             collectives.wait_tensor(self._joined)
         return self._joined.unflatten(0, (-1, 3))
-
-
-class _WeightGradient:
-    """The sum over chunks of G^T H: the first chunk writes, so that nothing is filled with zeros."""
-
-    def __init__(self, weight: Tensor, accum_dtype: torch.dtype) -> None:
-        self._sum = torch.empty_like(weight, dtype=accum_dtype, memory_format=torch.contiguous_format)
-        self._dtype = weight.dtype
-        self._is_empty = True
-
-    def add(
-        self,
-        gradient: Tensor,  # (C, Vp)
-        hidden: Tensor,  # (C, D)
-    ) -> None:
-        if self._sum.dtype == gradient.dtype:
-            if self._is_empty:
-                torch.mm(gradient.t(), hidden, out=self._sum)
-            else:
-                self._sum.addmm_(gradient.t(), hidden)
-        elif gradient.is_cuda:
-            # the product's own float32 result; these overloads exist on CUDA only
-            if self._is_empty:
-                torch.mm(gradient.t(), hidden, out_dtype=self._sum.dtype, out=self._sum)
-            else:
-                torch.addmm(self._sum, gradient.t(), hidden, out_dtype=self._sum.dtype, out=self._sum)
-        else:
-            product = gradient.t().to(self._sum.dtype) @ hidden.to(self._sum.dtype)
-            self._sum = product if self._is_empty else self._sum.add_(product)
-        self._is_empty = False
-
-    def claim(self) -> Tensor:
-        """The memory of the sum, for the caller to write the first chunk's share."""
-        assert self._is_empty
-        self._is_empty = False
-        return self._sum
-
-    def finish(self) -> Tensor:
-        if self._is_empty:  # no tokens
-            self._sum.zero_()
-        return self._sum.to(self._dtype)
 
 
 def _multiply_(gradient: Tensor, factor: Tensor) -> None:

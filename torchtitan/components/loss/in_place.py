@@ -1,6 +1,6 @@
-"""The first chunk of the fused loss under a tight budget: its logits lie in the memory of the weight gradient.
+"""The first tokens of the fused loss under a tight budget: their logits lie in the memory of the weight gradient.
 
-Shapes: A tokens of the chunk, at most D; D model dim; V vocabulary; W a slice of the vocabulary.
+Shapes: A tokens, at most D; D model dim; V vocabulary; W a slice of the vocabulary.
 
 The weight gradient dW (V, D) is not needed before its first product, and until then has room for D tokens' logits,
 transposed:
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from torchtitan.components.loss.chunking import ALIGNMENT
+from torchtitan.components.loss.gradient_sum import WeightGradient
 from torchtitan.components.loss.softmax_gradient import (
     column_statistics,
     combine_statistics,
@@ -25,7 +26,7 @@ from torchtitan.components.loss.softmax_gradient import (
 )
 
 
-def first_chunk_in_place(
+def fill_in_place(
     hidden: Tensor,  # (A, D)
     weight: Tensor,  # (V, D)
     labels: Tensor,  # (A,) int64
@@ -33,13 +34,15 @@ def first_chunk_in_place(
     *,
     losses: Tensor,  # (A,) float32, written
     d_hidden: Tensor | None,  # (A, D), written
-    d_weight: Tensor,  # (V, D) in the dtype of `hidden`, written
+    d_weight: WeightGradient | None,  # (V, D) in the dtype of `hidden`, written
     budget_bytes: int,
 ) -> None:
-    """Losses and both gradients of `scale * sum(losses)`, for at most D tokens."""
+    """Losses and both gradients of `scale * sum(losses)`, for at most D tokens, the first that `d_weight` gets."""
+    assert d_weight is not None, "without a weight gradient there is no memory to borrow"
+    whole = d_weight.claim()
     num_tokens, dim = hidden.shape
-    assert num_tokens <= dim and d_weight.dtype == hidden.dtype, "the logits do not fit the weight gradient's memory"
-    logits = d_weight[:, :num_tokens]  # (V, A)
+    assert num_tokens <= dim and whole.dtype == hidden.dtype, "the logits do not fit the weight gradient's memory"
+    logits = whole[:, :num_tokens]  # (V, A)
     torch.mm(weight, hidden.t(), out=logits)
     lse, losses[:] = combine_statistics(column_statistics(logits, labels), labels)
     write_column_gradient_(logits, lse, labels, scale)
@@ -50,4 +53,4 @@ def first_chunk_in_place(
     copy = logits.new_empty(min(slice_rows, len(logits)), num_tokens)  # (W, A)
     for rows in (slice(first, first + slice_rows) for first in range(0, len(logits), slice_rows)):
         gradient = copy[: len(logits[rows])].copy_(logits[rows])
-        torch.mm(gradient, hidden, out=d_weight[rows])
+        torch.mm(gradient, hidden, out=whole[rows])
