@@ -1,10 +1,10 @@
-"""Any layout over GPUs, with NCCL, trains as one GPU does: in float32, and in bf16 as closely as bf16 can.
+"""Any layout over GPUs, with NCCL, trains as one GPU does, and compiled as not: in float32, and as closely as bf16 can.
 
 Each layout's loss and gradient norm are compared, step by step, with one GPU's. In float32 they must agree to 1e-4.
 In bf16 every layout rounds at other places, so that the measure is what rounding does on one GPU: the difference
 between its bf16 and its float32. Two runs that are each that far from float32 are at most twice that from each other.
 
-Rows that need more GPUs than there are are skipped. Two layouts also run on CPU, lest the test itself breaks unseen.
+Rows that need more GPUs than there are are skipped. Some also run on CPU, lest the test itself breaks unseen.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,10 @@ LOSSES = {"standard": "", "fused": FUSED, "liger": LIGER}
 COMPILED = "--training.compile"
 # as the 405B configuration has it
 RECOMPUTED = f"{COMPILED} {RECOMPUTE} full"
+RECOMPUTATIONS = [
+    *(f"{RECOMPUTE} {mode}" for mode in ("none", "full")),
+    *(f"{RECOMPUTE} selective --activation_checkpoint.selective_ac_option {option}" for option in ("2", "op")),
+]
 ASYNC_TP = "--parallelism.enable_async_tensor_parallel"
 
 
@@ -66,6 +70,12 @@ LAYOUTS = [
 DTYPES = ("float32", "bfloat16")
 CASES = [
     *(Case("cpu", dims, "fused", dtype) for dims, dtype in product((LAYOUTS[0], LAYOUTS[2]), DTYPES)),
+    Case("cpu", ONE_PROCESS.dims, "fused", "bfloat16", f"{COMPILED} {RECOMPUTATIONS[-1]}", 2),
+    # what a single GPU can vary
+    *(
+        Case("cuda", ONE_PROCESS.dims, loss, dtype, f"{COMPILED} {recomputation}", 2)
+        for loss, dtype, recomputation in product(LOSSES, DTYPES, RECOMPUTATIONS)
+    ),
     *(
         Case("cuda", dims, loss, dtype)
         for dims, loss, dtype in product(LAYOUTS, LOSSES, DTYPES)
@@ -85,11 +95,17 @@ CASES = [
 ]
 
 
+def reference(device: str, dtype: str) -> Case:
+    """One device, the standard loss, nothing compiled."""
+    return Case(device, ONE_PROCESS.dims, "standard", dtype)
+
+
 def marks_of(case: Case) -> list[pytest.MarkDecorator]:
     if case.device == "cpu":
         return []
     needed = case.dims.world_size
-    return [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < needed, reason=f"needs {needed} GPUs")]
+    missing = torch.cuda.device_count() < needed
+    return [pytest.mark.gpu, pytest.mark.skipif(missing, reason=f"needs {needed} GPU{'s' * (needed > 1)}")]
 
 
 Get = Callable[[Case], list[Step]]
@@ -103,10 +119,10 @@ def get_steps(request: pytest.FixtureRequest) -> Get:
 
     @cache
     def run_all(device: str, world_size: int) -> dict[str, Result]:
-        rows = [case.row for case in selected if (case.device, case.dims.world_size) == (device, world_size)]
+        cases = [case for case in selected if (case.device, case.dims.world_size) == (device, world_size)]
         if world_size == 1:
-            rows = [Case(device, ONE_PROCESS.dims, "standard", dtype).row for dtype in DTYPES]
-        runs: list[Run] = [row.to_run() for row in rows]
+            cases += [reference(device, dtype) for dtype in DTYPES]
+        runs: list[Run] = [case.row.to_run() for case in cases]
         return train_all(runs, on_gpus=device == "cuda")
 
     def get(case: Case) -> list[Step]:
@@ -123,7 +139,7 @@ def get_steps(request: pytest.FixtureRequest) -> Get:
 def test_every_step_is_that_of_one_device(
     case: Case, get_steps: Get, record_property: Callable[[str, object], None]
 ) -> None:
-    float32, bf16 = (get_steps(Case(case.device, ONE_PROCESS.dims, "standard", dtype)) for dtype in DTYPES)
+    float32, bf16 = (get_steps(reference(case.device, dtype)) for dtype in DTYPES)
     expected = float32 if case.dtype == "float32" else bf16
     steps = get_steps(case)
     exceeded = []
