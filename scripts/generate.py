@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from torchtitan.components.checkpoint import Ranks
+from torchtitan.components.checkpoint_ranks import Ranks
 from torchtitan.components.generation import Sampling, TextStream, generate, get_num_new_tokens
 from torchtitan.components.pretrained import check_divisible, find_pretrained
 from torchtitan.config.errors import ConfigError

@@ -29,7 +29,6 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.components.checkpoint import build_checkpoint_manager
 from torchtitan.components.dataloader import Batch, build_dataloader
 from torchtitan.components.loss import IGNORE_INDEX, build_loss
-from torchtitan.components.loss.build import about_logits_memory
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.metrics import build_metrics
 from torchtitan.components.optimizer import build_optimizer
@@ -47,6 +46,7 @@ from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.device import DeviceMemoryMonitor
 from torchtitan.tools.gc import GarbageCollection
+from torchtitan.tools.head_cost import about_logits_memory
 from torchtitan.tools.host_mirror import HostMirror
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.memory_estimate import log_memory_estimate
@@ -242,7 +242,7 @@ class Trainer:
         self.optimizer.zero_grad()
         microbatches = [next(batches) for _ in range(self.num_microbatches)]
         num_local_tokens = self._count_valid_tokens(microbatches)
-        num_valid_tokens, stop = utils.sum_over_world(
+        num_valid_tokens, stop = utils.sum_over_world_(
             torch.stack([num_local_tokens * self.counts_tokens, torch.tensor(self._stop_requested)])
             .float()
             .to(self.device, non_blocking=True)
@@ -362,10 +362,10 @@ def main(argv: list[str]) -> int:
     """Train as the arguments say; the exit status."""
     init_logger()
     end_with_launcher()
+    config: JobConfig | None = None
     trainer: Trainer | None = None
     failed = True
     world = utils.get_world()
-    liger_installed = importlib.util.find_spec("liger_kernel") is not None
     try:
         config = ConfigManager().parse_args(argv)
         maybe_import_custom(config.experimental.custom_import)
@@ -376,7 +376,7 @@ def main(argv: list[str]) -> int:
             world_size=world.size,
             local_world_size=world.local_size,
             num_gpus=torch.cuda.device_count(),
-            liger_installed=liger_installed,
+            liger_installed=_is_liger_installed(),
         )
         trainer = Trainer(config)
         if config.checkpoint.create_seed_checkpoint:
@@ -385,28 +385,11 @@ def main(argv: list[str]) -> int:
             trainer.train()
         failed = False
         return 0
-    except (ConfigError, NonFiniteError) as error:
-        last_words.leave(error.report())
-        logger.error(error.report())
-        return 1
-    except torch.OutOfMemoryError as error:
-        mesh = trainer.mesh if trainer is not None else None
-        report = explain_out_of_memory(
-            config, str(error), world_size=world.size, mesh=mesh, liger_installed=liger_installed
-        )
-        last_words.leave(report.partition("\n")[0])
-        logger.error(report)
-        return 1
     except Exception as error:
-        if not last_words.is_of_lost_rank(error):
-            last_words.leave(f"{type(error).__name__}: {error}")
+        report = _explain(error, config, trainer)
+        if report is None:
             raise
-        lost = last_words.find_lost_ranks(error)
-        logger.error(lost.report(trainer.step if trainer is not None else 0))
-        if lost.silent:  # they would be waited for by the save in flight, for as long as a save may take
-            if trainer is not None:
-                trainer.metrics.close(failed=True)
-            os._exit(1)
+        logger.error(report)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -415,6 +398,40 @@ def main(argv: list[str]) -> int:
             trainer.close(failed=failed)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _explain(error: Exception, config: JobConfig | None, trainer: Trainer | None) -> str | None:
+    """What the user reads of a failure, and the other ranks hear of it; None for a bug, whose traceback is needed."""
+    if isinstance(error, ConfigError | NonFiniteError):
+        last_words.leave(error.report())
+        return error.report()
+    if not last_words.is_of_lost_rank(error):
+        last_words.leave(f"{type(error).__name__}: {str(error).partition(' If reserved but')[0]}")
+    if isinstance(error, torch.OutOfMemoryError):
+        assert config is not None, "nothing was allocated before there were options"
+        if trainer is None and dist.is_initialized():
+            dist.destroy_process_group()  # for the estimate to make a mesh of its own
+        return explain_out_of_memory(
+            config,
+            str(error),
+            world_size=utils.get_world().size,
+            mesh=trainer.mesh if trainer is not None else None,
+            liger_installed=_is_liger_installed(),
+        )
+    if not last_words.is_of_lost_rank(error):
+        return None
+    lost = last_words.find_lost_ranks(error)
+    report = lost.report(trainer.step if trainer is not None else 0)
+    if lost.silent:  # they would be waited for by the save in flight, for as long as a save may take
+        logger.error(report)
+        if trainer is not None:
+            trainer.metrics.close(failed=True)
+        os._exit(1)
+    return report
+
+
+def _is_liger_installed() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from torchtitan import train
+from torchtitan.config import JobConfig
 from torchtitan.config.errors import NonFiniteError
 
 OPTIONS = ["--model.tokenizer_path", "tests/assets/tokenizer"]
@@ -38,3 +41,24 @@ def test_the_metrics_learn_whether_the_run_failed(
     except (KeyError, SystemExit) as raised:
         assert raised is error
     assert told == [failed]
+
+
+def test_weights_that_do_not_fit_are_answered_with_what_would_free_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The estimate needs a mesh: where the trainer was not built, the run's own process group is in its way."""
+
+    def build(config: JobConfig) -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.83 GiB.")
+
+    monkeypatch.setattr(train, "Trainer", build)
+    monkeypatch.setattr(train, "end_with_launcher", lambda: None)
+    monkeypatch.setattr(train, "init_logger", lambda: None)  # whose handler would keep the log from the test
+    assert train.main([*OPTIONS, "--training.local_batch_size", "8"]) == 1
+    message = caplog.messages[-1]
+    assert message.startswith(
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 7.83 GiB.\nEstimated peak memory"
+    )
+    assert "--liger_kernel.enable_fused_linear_cross_entropy" in message
+    assert not dist.is_initialized()

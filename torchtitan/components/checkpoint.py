@@ -19,7 +19,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from torchtitan.components.checkpoint_background import BackgroundSaver
+from torchtitan.components.checkpoint_ranks import Ranks
 from torchtitan.components.checkpoint_storage import (
     STATES,
     CheckpointFolder,
@@ -48,8 +49,6 @@ from torchtitan.config.errors import CheckpointError
 from torchtitan.config.job_config import Checkpoint
 from torchtitan.protocols.model import StateDictAdapter
 from torchtitan.tools.logging import logger
-
-T = TypeVar("T")
 
 # How long a rank waits for one that writes a large file to a slow disk.
 TIMEOUT = timedelta(minutes=30)
@@ -69,7 +68,7 @@ class CheckpointManager:
         checkpoint: Checkpoint,
         *,
         folder: CheckpointFolder,
-        ranks: "Ranks",
+        ranks: Ranks,
         model_parts: Sequence[nn.Module],
         states: Mapping[str, Stateful],  # what is saved besides the weights; keys are those of STATES
         steps: int,  # at which the run is complete
@@ -359,48 +358,6 @@ class RandomState:
         torch.set_rng_state(states["torch"])
         if "cuda" in states and torch.cuda.is_available():
             torch.cuda.set_rng_state(states["cuda"])
-
-
-class Ranks:
-    """All ranks, and how they come to one answer. The group is gloo, and used by nothing else: saves run beside
-    the collectives of training.
-    """
-
-    def __init__(self, group: dist.ProcessGroup):
-        self.group = group
-        self.rank = dist.get_rank(group)
-        self.is_first = self.rank == 0
-
-    def gather(self, value: T) -> list[T]:
-        values: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(values, value, group=self.group)
-        return values
-
-    def together(self, work: Callable[[], T]) -> T:
-        """Do the work on each rank. Where it fails on one, all raise its CheckpointError, and none waits for it."""
-        outcome = _attempt(work)
-        for other in self.gather(outcome if isinstance(outcome, CheckpointError) else None):
-            if other is not None:
-                raise other
-        assert not isinstance(outcome, CheckpointError)
-        return outcome
-
-    def ask_first(self, question: Callable[[], T]) -> T:
-        """The answer of the first rank, or its CheckpointError."""
-        answer = [_attempt(question) if self.is_first else None]
-        dist.broadcast_object_list(answer, src=0, group=self.group)
-        if isinstance(answer[0], CheckpointError):
-            raise answer[0]
-        return answer[0]  # type: ignore[return-value]
-
-
-def _attempt(work: Callable[[], T]) -> T | CheckpointError:
-    try:
-        return work()
-    except CheckpointError as error:
-        return error
-    except OSError as error:
-        return CheckpointError(reason(error))
 
 
 def _holds_weights_only(path: Path) -> bool:

@@ -32,7 +32,7 @@ _RESET = "\x1b[0m"
 
 
 class Sink(Protocol):
-    """Where metrics go besides the log. A full disk is said and no reason to stop training: none raises OSError."""
+    """Where metrics go besides the log. A full disk is logged and does not stop training: no method raises OSError."""
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -285,9 +285,9 @@ def build_metrics(
     """Metrics as the section asks for.
 
     `start_time` names this start's TensorBoard folder, one for all ranks. `config` is the whole configuration, for W&B
-    to show. Only the logging rank writes files, or with
-    `metrics.save_for_all_ranks` every rank its own. `on_terminal` and `owns_progress_line` tell whether the log, and
-    whose progress, ends up on a terminal: a worker's own output is always a file.
+    to show. Only the logging rank writes files, or with `metrics.save_for_all_ranks` every rank its own. `on_terminal`
+    and `owns_progress_line` tell whether the log, and whose progress, ends up on a terminal: a worker's own output is
+    always a file.
     """
     sinks: list[Sink] = []
     folder = Path(dump_folder)

@@ -17,7 +17,7 @@ from torchtitan.components.runner import Runner
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.job_config import Validation
 from torchtitan.distributed.context_parallel import ContextSharder
-from torchtitan.distributed.utils import sum_over_world
+from torchtitan.distributed.utils import sum_over_world_
 
 
 class Validator:
@@ -61,7 +61,7 @@ class Validator:
                 break
             n_tokens += batch.tokens.numel()
             sum_and_count += self._sum_and_count(batch)
-        total, count = sum_over_world(sum_and_count).tolist()
+        total, count = sum_over_world_(sum_and_count).tolist()
         for part in self._runner.model_parts:
             part.train()
             for module in part.modules():  # what backward would have freed

@@ -8,7 +8,6 @@ Everything wrong with the TOML and the command line is reported at once. Rules a
 `python -m torchtitan.config.manager [arguments]` prints the resolved configuration as TOML, which can be run again.
 """
 
-import logging
 import os
 import re
 import sys
@@ -27,8 +26,7 @@ from torchtitan.config.errors import ConfigError, raise_all
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import Option, get_options, get_sections, nearest, shown
 from torchtitan.config.upstream import UPSTREAM_OPTIONS, no_effect_warning, refusal
-
-logger = logging.getLogger("torchtitan")
+from torchtitan.tools.logging import logger
 
 _CONFIG_FILE = "job.config_file"
 

@@ -117,7 +117,7 @@ def get_start_time() -> str:
     return name[0]
 
 
-def sum_over_world(values: Tensor) -> Tensor:
+def sum_over_world_(values: Tensor) -> Tensor:
     """Sum of a plain tensor over all ranks, in place."""
     dist.all_reduce(values)
     return values

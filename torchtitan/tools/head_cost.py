@@ -18,6 +18,9 @@ from functools import partial
 from torchtitan.components.loss.chunking import plan_chunks
 from torchtitan.models.llama3.flavors import llama3_flavors
 
+LARGE_SHARE = 0.05
+"""Of the device's memory: where logits take as much, the log says so."""
+
 _STATISTICS_BYTES = 3 * 4  # a token's maximum, sum and target logit, float32 (components/loss/fused_linear.py)
 
 
@@ -82,6 +85,24 @@ def get_fused_logits_bytes(
         is_sharded=is_sharded,
     )
     return chunks.num_buffers * chunks.rows * vocab_rows * bytes_per_logit
+
+
+def about_logits_memory(
+    *, num_tokens: int, vocab_rows: int, bytes_per_logit: int, compiled: bool, capacity: int
+) -> str | None:
+    """What the standard loss's logits take on this device and how to avoid it; None where it is little.
+
+    Eager cross entropy holds the logits, their float32 copy, softmax and gradient; compiled, the logits and their
+    gradient.
+    """
+    bytes_per_token = vocab_rows * (2 * bytes_per_logit if compiled else bytes_per_logit + 3 * 4)
+    needed = num_tokens * bytes_per_token
+    if needed < LARGE_SHARE * capacity:
+        return None
+    return (
+        f"The logits of each microbatch take about {needed / 2**30:.1f} GiB, {100 * needed / capacity:.0f}% of this "
+        "device's memory; --liger_kernel.enable_fused_linear_cross_entropy trains without them"
+    )
 
 
 DOCUMENTED = (("8B", 1, 8192), ("8B", 8, 8192), ("70B", 8, 8 * 8192), ("405B", 8, 2 * 8192))

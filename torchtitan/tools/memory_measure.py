@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.loss import CrossEntropyLoss, cross_entropy_sum
-from torchtitan.components.loss.chunking import rows_in_budget
+from torchtitan.components.loss.chunking import liger_chunk_mem_const, liger_chunk_rows, rows_in_budget
 from torchtitan.config.job_config import ActivationCheckpoint, JobConfig
 from torchtitan.distributed.parallel_dims import Mesh, ParallelDims
 from torchtitan.protocols.model import Decoder
@@ -246,10 +246,10 @@ def _get_fused_loss_use(config: JobConfig, dims: ParallelDims, weight_shape: tor
             budget_bytes=budget,
             is_sharded=dims.tp > 1,
         )
-    else:  # Liger rounds a chunk down to a power of two, and never takes less than its own
+    else:
         most = rows_in_budget(budget, vocab_rows=rows, bytes_per_logit=itemsize)
-        least = _power_of_two_from(-(-num_tokens // -(-rows // dim)))
-        logits = min(num_tokens, max(_power_of_two_from(most // 2 + 1), least)) * rows * itemsize
+        value = liger_chunk_mem_const(num_tokens=num_tokens, dim=dim, vocab_size=rows, max_rows=most)
+        logits = liger_chunk_rows(num_tokens, dim=dim, vocab_size=rows, chunk_mem_const=value) * rows * itemsize
     hidden = num_tokens * dim * itemsize
     gathered_hidden = hidden if dims.tp > 1 else 0
     d_weight = rows * dim * itemsize
@@ -271,11 +271,6 @@ def _get_loss_gap(config: JobConfig, dims: ParallelDims, tokens_shape: tuple[int
     if itemsize == torch.float32.itemsize:
         return 0  # the gradients are of the same size
     return math.prod(tokens_shape) * -(-_get_model_args(config).vocab_size // dims.tp) * itemsize
-
-
-def _power_of_two_from(number: int) -> int:
-    """The smallest power of two that is not below."""
-    return 1 << (number - 1).bit_length()
 
 
 def _trace_validation_loss(config: JobConfig, dims: ParallelDims, model: Decoder) -> int:

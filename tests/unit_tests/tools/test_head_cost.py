@@ -8,7 +8,12 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchtitan.components.loss import VocabShard, fused_linear_cross_entropy
-from torchtitan.tools.head_cost import get_documented_table, get_fused_logits_bytes, get_head_cost
+from torchtitan.tools.head_cost import (
+    about_logits_memory,
+    get_documented_table,
+    get_fused_logits_bytes,
+    get_head_cost,
+)
 from torchtitan.tools.memory_trace import MemoryTrace
 
 LLAMA_8B = {"vocab_size": 128256, "dim": 4096, "num_tokens": 8192}
@@ -73,3 +78,15 @@ def test_logits_are_the_buffers_that_the_loss_makes(budget_rows: int, num_ranks:
 def test_the_page_shows_this_table() -> None:
     page = Path(__file__).parents[3] / "docs" / "parallelism.md"
     assert get_documented_table() in page.read_text(), "python -m torchtitan.tools.head_cost prints the table"
+
+
+def test_logits_are_told_of_where_they_are_a_twentieth_of_the_memory() -> None:
+    """Llama 3 8B's, of 8192 tokens: 14 bytes a logit in bf16, 4 when compiled."""
+    sizes = {"num_tokens": 8192, "vocab_rows": 128256, "bytes_per_logit": 2}
+    eager, compiled = 8192 * 128256 * 14, 8192 * 128256 * 4
+    said = about_logits_memory(**sizes, compiled=False, capacity=80 << 30)
+    assert said is not None
+    assert said.startswith(f"The logits of each microbatch take about {eager / 2**30:.1f} GiB, 17% of this device's")
+    assert "--liger_kernel.enable_fused_linear_cross_entropy" in said
+    assert about_logits_memory(**sizes, compiled=True, capacity=20 * compiled) is not None
+    assert about_logits_memory(**sizes, compiled=True, capacity=20 * compiled + 20) is None

@@ -13,8 +13,6 @@ from torchtitan.config.job_config import LigerKernel
 from torchtitan.protocols.model import OutputHead
 from torchtitan.tools.logging import logger
 
-_LARGE_SHARE = 0.05
-
 
 class Loss(Protocol):
     """What the trainer calls; see the package's docstring for shapes and meaning."""
@@ -78,21 +76,3 @@ def _why_in_tree(implementation: str, *, device_type: str, tensor_parallel: bool
     if device_type != "cuda":
         return f"Liger-Kernel has no kernels for the {device_type}"
     return None
-
-
-def about_logits_memory(
-    *, num_tokens: int, vocab_rows: int, bytes_per_logit: int, compiled: bool, capacity: int
-) -> str | None:
-    """What the standard loss's logits take on this device and how to avoid it; None where it is little.
-
-    Eager cross entropy holds the logits, their float32 copy, softmax and gradient; compiled, the logits and their
-    gradient.
-    """
-    bytes_per_token = vocab_rows * (2 * bytes_per_logit if compiled else bytes_per_logit + 3 * 4)
-    needed = num_tokens * bytes_per_token
-    if needed < _LARGE_SHARE * capacity:
-        return None
-    return (
-        f"The logits of each microbatch take about {needed / 2**30:.1f} GiB, {100 * needed / capacity:.0f}% of this "
-        "device's memory; --liger_kernel.enable_fused_linear_cross_entropy trains without them"
-    )

@@ -74,3 +74,19 @@ def plan_slices(num_tokens: int, *, vocab_size: int, dim: int, bytes_per_logit: 
     group = equal_chunk_rows(num_tokens, max_tokens)
     num_words = max(1, (budget_bytes // group - 4 * dim) // bytes_per_logit)
     return Slices(group, equal_chunk_rows(vocab_size, num_words))
+
+
+def liger_chunk_rows(num_tokens: int, *, dim: int, vocab_size: int, chunk_mem_const: int) -> int:
+    """Rows of one chunk as Liger 0.8.3 and newer choose them."""
+    num_chunks_aimed = -(-vocab_size // (chunk_mem_const * dim))
+    rows = -(-num_tokens // num_chunks_aimed)
+    return min(1 << (rows - 1).bit_length(), num_tokens)
+
+
+def liger_chunk_mem_const(*, num_tokens: int, dim: int, vocab_size: int, max_rows: int) -> int:
+    """The value of Liger's knob that gives its largest chunk of at most `max_rows` rows; 1 where none does."""
+    largest = -(-vocab_size // dim)
+    for value in range(largest, 1, -1):
+        if liger_chunk_rows(num_tokens, dim=dim, vocab_size=vocab_size, chunk_mem_const=value) <= max_rows:
+            return value
+    return 1

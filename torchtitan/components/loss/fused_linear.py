@@ -1,6 +1,6 @@
 """In-tree fused linear cross entropy: the loss of hidden states without the (T, V) logits.
 
-Shapes: T tokens, D model dim, V vocabulary, Vp this rank's rows of it, C tokens of one chunk, n chunks.
+Shapes: T tokens, D model dim, V vocabulary, Vp this rank's rows of it, C tokens of one chunk, n ranks.
 
 For each chunk of tokens, all in the forward pass:
 
@@ -12,9 +12,10 @@ For each chunk of tokens, all in the forward pass:
 Three matrix products, 6 T Vp D operations, none recomputed. Backward hands out dH and dW, times the upstream
 gradient: on a GPU a kernel that returns at once when that is 1, so nothing waits for the host.
 
-Memory beside dH and dW, in bytes of bf16: standard cross entropy holds 2 T V of logits and 8 T V of float32 softmax
-and gradient; this holds 2 C Vp, where C comes from a memory budget (chunking.py). For Llama 3 8B and 8192 tokens
-that is 1002 MiB of one chunk instead of 12024 MiB. Each further chunk costs a read and a write of dW.
+Memory beside dH and dW, in bytes of bf16: standard cross entropy, run eagerly, holds 2 T V of logits and 8 T V or more
+of float32 softmax and gradient; this holds 2 C Vp, where C comes from a memory budget (chunking.py). For Llama 3 8B and
+8192 tokens that is 1002 MiB of one chunk instead of 10958 (docs/performance.md). Each further chunk costs a read and a
+write of dW.
 
 A budget of less than 1024 rows makes chunks so small that a GPU spends its time on dW; then the first D tokens are
 computed in dW's own memory (in_place.py). Below 400 rows even a fourth product costs less: what is left goes over
@@ -94,7 +95,7 @@ def fused_linear_cross_entropy(
     accum_dtype: torch.dtype | None = None,
     shard: VocabShard | None = None,
 ) -> Tensor:
-    """`scale * sum of cross entropies` of `hidden @ weight.T`, float32, without materialising those logits.
+    """`scale * sum of cross entropies` of `hidden @ weight.T`, () float32, without materialising those logits.
 
     Args:
         scale: a number, or a 0-dim tensor on the device, which is not read by the host.

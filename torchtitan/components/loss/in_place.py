@@ -1,6 +1,6 @@
 """The first tokens of the fused loss under a tight budget: their logits lie in the memory of the weight gradient.
 
-Shapes: A tokens, at most D; D model dim; V vocabulary; W a slice of the vocabulary.
+Shapes: A tokens, at most D; D model dim; V vocabulary; R rows of a slice of the weight gradient.
 
 The weight gradient dW (V, D) is not needed before its first product, and until then has room for D tokens' logits,
 transposed:
@@ -50,7 +50,7 @@ def fill_in_place(
         torch.mm(logits.t(), weight, out=d_hidden)
     slice_rows = budget_bytes // (num_tokens * logits.element_size())
     slice_rows = max(ALIGNMENT, slice_rows - slice_rows % ALIGNMENT)
-    copy = logits.new_empty(min(slice_rows, len(logits)), num_tokens)  # (W, A)
+    copy = logits.new_empty(min(slice_rows, len(logits)), num_tokens)  # (R, A)
     for rows in (slice(first, first + slice_rows) for first in range(0, len(logits), slice_rows)):
         gradient = copy[: len(logits[rows])].copy_(logits[rows])
         torch.mm(gradient, hidden, out=whole[rows])

@@ -14,7 +14,7 @@ from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 from torch import Tensor
 
-from torchtitan.components.loss.chunking import rows_in_budget
+from torchtitan.components.loss.chunking import liger_chunk_mem_const, rows_in_budget
 from torchtitan.components.loss.cross_entropy import IGNORE_INDEX
 from torchtitan.config.errors import LigerTooOldError
 from torchtitan.protocols.model import OutputHead
@@ -63,7 +63,7 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             accum_dtype=self.accum_dtype,
-            chunk_mem_const=chunk_mem_const(
+            chunk_mem_const=liger_chunk_mem_const(
                 num_tokens=hidden.shape[0],
                 dim=weight.shape[1],
                 vocab_size=weight.shape[0],
@@ -73,22 +73,6 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
             ),
         )
         return mean * share
-
-
-def liger_chunk_rows(num_tokens: int, *, dim: int, vocab_size: int, chunk_mem_const: int) -> int:
-    """Rows of one chunk as Liger 0.8.3 and newer choose them."""
-    num_chunks_aimed = -(-vocab_size // (chunk_mem_const * dim))
-    rows = -(-num_tokens // num_chunks_aimed)
-    return min(1 << (rows - 1).bit_length(), num_tokens)
-
-
-def chunk_mem_const(*, num_tokens: int, dim: int, vocab_size: int, max_rows: int) -> int:
-    """The value of Liger's knob that gives its largest chunk of at most `max_rows` rows; 1 where none does."""
-    largest = -(-vocab_size // dim)
-    for value in range(largest, 1, -1):
-        if liger_chunk_rows(num_tokens, dim=dim, vocab_size=vocab_size, chunk_mem_const=value) <= max_rows:
-            return value
-    return 1
 
 
 def _check_version() -> None:

@@ -105,7 +105,7 @@ def write_gradient_(
 
 
 def column_statistics(
-    logits: Tensor,  # (V, C), a row for each word: of tokens in columns
+    logits: Tensor,  # (V, C), a row for each word of the vocabulary, a column for each token
     labels: Tensor,  # (C,) int64
 ) -> Tensor:  # (n, 3, C) float32, of n parts of the vocabulary
     """`row_statistics` of transposed logits."""

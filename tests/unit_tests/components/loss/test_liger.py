@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("liger_kernel")
 from torchtitan.components.loss import IGNORE_INDEX, CrossEntropyLoss
-from torchtitan.components.loss.liger import LigerFusedLinearLoss, chunk_mem_const, liger_chunk_rows
+from torchtitan.components.loss.chunking import liger_chunk_mem_const, liger_chunk_rows
+from torchtitan.components.loss.liger import LigerFusedLinearLoss
 from torchtitan.config.errors import ConfigError
 from torchtitan.models.llama3.model.model import OutputHead
 
@@ -39,7 +40,7 @@ def test_equals_the_standard_loss(ignored: int, accum_dtype: torch.dtype | None)
 @pytest.mark.parametrize("max_rows", [1, 256, 1024, 4186, 10**6])
 def test_the_chunk_is_the_largest_that_liger_can_make_within_the_budget(num_tokens: int, max_rows: int) -> None:
     sizes = {"dim": 4096, "vocab_size": 128256}
-    value = chunk_mem_const(num_tokens=num_tokens, max_rows=max_rows, **sizes)
+    value = liger_chunk_mem_const(num_tokens=num_tokens, max_rows=max_rows, **sizes)
     rows = liger_chunk_rows(num_tokens, chunk_mem_const=value, **sizes)
     possible = [liger_chunk_rows(num_tokens, chunk_mem_const=c, **sizes) for c in range(1, 33)]
     assert rows == max((r for r in possible if r <= max_rows), default=min(possible))
@@ -60,7 +61,7 @@ def test_our_account_of_liger_s_chunks_is_liger_s_own(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ops, "liger_cross_entropy_kernel", Launches())
     labels = torch.randint(VOCAB, (1, 50), generator=torch.Generator().manual_seed(1))
     run(LigerFusedLinearLoss(budget_bytes=4 * VOCAB * 20), labels, torch.tensor(0.01))
-    value = chunk_mem_const(num_tokens=50, dim=DIM, vocab_size=VOCAB, max_rows=20)
+    value = liger_chunk_mem_const(num_tokens=50, dim=DIM, vocab_size=VOCAB, max_rows=20)
     assert chunks[0] == liger_chunk_rows(50, dim=DIM, vocab_size=VOCAB, chunk_mem_const=value) == 16
 
 

@@ -45,7 +45,7 @@ def parallelize_llama(
     if activation_checkpoint.mode != "none":
         keep_cpu_attention = training.compile and parallel_dims.tp > 1 and mesh.device_type == "cpu"
         apply_ac(model, activation_checkpoint, kept_products=KEPT_PRODUCTS, keep_cpu_attention=keep_cpu_attention)
-        logger.info("Applied %s activation checkpointing to the model", activation_checkpoint.mode)
+        logger.info(f"Applied {activation_checkpoint.mode} activation checkpointing to the model")
     if training.compile:
         apply_compile(model)
         logger.info("Compiling each TransformerBlock with torch.compile")
