@@ -1,7 +1,8 @@
-"""What every test shares: the GPU marker, one CPU thread, a logger that pytest can capture."""
+"""What every test shares: the GPU marker, one CPU thread, Ctrl-C, a logger that pytest can capture."""
 
 import logging
 import os
+import signal
 from pathlib import Path
 
 if not Path("/dev/nvidia0").exists():
@@ -13,6 +14,8 @@ import torch
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # many small tensors on few cores: threads cost more than they give
+    # A shell has its background jobs ignore SIGINT; the processes that tests start and stop would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
