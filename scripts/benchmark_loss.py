@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +287,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
     sizes = list(dict.fromkeys(row["tokens"] for row in rows))
     figure, panels = plt.subplots(1, len(sizes), figsize=(4.2 * len(sizes) + 1, 4.6), sharey=True, squeeze=False)
-    markers = dict(zip(dict.fromkeys(_family(row["name"]) for row in rows), "osD^vP*X", strict=False))
+    markers = dict(zip(dict.fromkeys(_family(row["name"]) for row in rows), cycle("osD^vP*X"), strict=False))
     for axes, size in zip(panels[0], sizes, strict=True):
         for family, marker in markers.items():
             curve = [row for row in rows if row["tokens"] == size and _family(row["name"]) == family]
@@ -329,17 +330,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_loss"))
     args = parser.parse_args()
 
+    if not implementations(args):
+        parser.error(f"no row's name holds {' or '.join(args.only)}")
     device_name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     title = f"{device_name}, torch {torch.__version__}, {args.dtype}, V={args.vocab}, D={args.dim}"
     print(title)
     args.out.mkdir(parents=True, exist_ok=True)
+    about = {"device": device_name, "torch": torch.__version__}
+    about |= {name: getattr(args, name) for name in ("dtype", "vocab", "dim", "ignored", "seed")}
     rows: list[dict[str, Any]] = []
     with (args.out / "results.jsonl").open("w") as results:
         for num_tokens in args.tokens:
             new = measure(num_tokens, args)
-            print_table(new)
+            if new:  # not out of memory with all of them
+                print_table(new)
             rows += new
-            results.writelines(json.dumps({"device": device_name, "seed": args.seed, **row}) + "\n" for row in new)
+            results.writelines(json.dumps({**about, **row}) + "\n" for row in new)
     plot(rows, args.out / "benchmark_loss.png", title)
 
 

@@ -5,7 +5,8 @@
 A step: collect the microbatches of the global batch; count its valid tokens over all ranks; for each microbatch
 hidden states -> loss(hidden, output, labels, scale) -> backward; clip; optimizer. `scale` is 1 / valid tokens, and the
 only division there is: FSDP sums, gradient accumulation sums, so that the result is the mean over the whole batch
-whatever the number of ignored labels on each rank. Between two log steps the host waits for no step but the one before.
+whatever the number of ignored labels on each rank. Between two log steps the host waits for no step but the one before
+(save in Liger's loss, which reads the number of valid tokens).
 """
 
 import datetime
@@ -196,7 +197,8 @@ class Trainer:
             f"Trainer is initialized with local batch size {config.training.local_batch_size}, "
             f"global batch size {self.num_microbatches * config.training.local_batch_size * self.parallel_dims.dp}, "
             f"gradient accumulation steps {self.num_microbatches}, sequence length {config.training.seq_len}, "
-            f"total steps {config.training.steps} (warmup {config.lr_scheduler.warmup_steps}), seed {self.seed}"
+            f"total steps {config.training.steps} "
+            f"(warmup {min(config.lr_scheduler.warmup_steps, config.training.steps)}), seed {self.seed}"
         )
 
     def train(self) -> None:

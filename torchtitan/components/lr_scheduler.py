@@ -33,7 +33,7 @@ def lr_factor(
     first_decay_step = steps + 1 - decay_steps
     if step < first_decay_step:
         return 1.0
-    progress = min(1.0, (step + 1 - first_decay_step) / decay_steps)
+    progress = min(1.0, (step + 1 - first_decay_step) / max(decay_steps, 1))  # a resume may be beyond a shortened run
     if decay_type == "linear":
         remaining = 1 - progress
     elif decay_type == "sqrt":

@@ -92,10 +92,10 @@ def about_logits_memory(
 ) -> str | None:
     """What the standard loss's logits take on this device and how to avoid it; None where it is little.
 
-    Eager cross entropy holds the logits, their float32 copy, softmax and gradient; compiled, the logits and their
-    gradient.
+    Eager cross entropy holds 12 bytes a logit at its peak, in bf16 and in float32 (docs/performance.md); compiled, the
+    logits and their gradient.
     """
-    bytes_per_token = vocab_rows * (2 * bytes_per_logit if compiled else bytes_per_logit + 3 * 4)
+    bytes_per_token = vocab_rows * (2 * bytes_per_logit if compiled else 12)
     needed = num_tokens * bytes_per_token
     if needed < LARGE_SHARE * capacity:
         return None

@@ -57,6 +57,13 @@ def test_lr_of_every_step_is_the_hand_computed_one(options, expected):
     assert lrs(10, **options) == pytest.approx(expected, abs=1e-12)
 
 
+def test_a_run_that_was_shortened_below_its_step_has_the_last_rate():
+    """Also where there is no decay: warm-up takes all steps."""
+    assert lr_factor(
+        4, steps=2, warmup_steps=2, decay_steps=0, decay_type="linear", min_lr_factor=0.1
+    ) == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize("decay_type", ["linear", "sqrt", "cosine"])
 def test_last_step_still_moves_the_weights_and_the_virtual_one_after_it_would_not(decay_type):
     phases = {"steps": 10, "warmup_steps": 0, "decay_steps": 10, "decay_type": decay_type, "min_lr_factor": 0.0}

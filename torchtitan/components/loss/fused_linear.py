@@ -98,13 +98,17 @@ def fused_linear_cross_entropy(
     """`scale * sum of cross entropies` of `hidden @ weight.T`, () float32, without materialising those logits.
 
     Args:
-        scale: a number, or a 0-dim tensor on the device, which is not read by the host.
+        scale: a number, or a 0-dim tensor on the device, which is not read by the host. It gets no gradient. In float16
+            a loss scaler's factor belongs into it: the gradients are rounded with `scale` inside.
         budget_bytes: memory for the logits of one chunk.
         accum_dtype: dtype of the weight gradient's sum over chunks; None is the weight's own.
         shard: which rows of the vocabulary `weight` holds; None means all. Each rank of its group must pass the same
             hidden states and labels; the hidden gradient is this rank's partial sum.
 
-    Tokens labelled -100 are ignored; if all are, the loss is 0 and so are the gradients.
+    Tokens labelled -100 are ignored; if all are, the loss is 0 and so are the gradients. Any other label outside the
+    vocabulary makes the loss infinite: to raise an error, the host would have to wait for the device.
+
+    There is one backward, and no second derivative; torch.func's transforms do not know the function.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
@@ -116,9 +120,18 @@ def fused_linear_cross_entropy(
         )
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
-    scale = torch.as_tensor(scale, dtype=torch.float32, device=hidden.device)
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+    if isinstance(scale, Tensor):
+        scale = scale.to(hidden.device, torch.float32)
+    else:
+        scale = torch.full((), scale, device=hidden.device)
+    if scale.ndim != 0:
+        raise ValueError(f"scale must be a number or a 0-dim tensor, got the shape {tuple(scale.shape)}")
+    if not torch.is_grad_enabled():  # a parameter asks for its gradient all the same
+        hidden, weight = hidden.detach(), weight.detach()
     # a copy only where the hidden states are not contiguous
-    hidden, labels = hidden.flatten(0, -2).contiguous(), labels.flatten().contiguous()
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]).contiguous(), labels.reshape(-1)
     options = _Options(budget_bytes, accum_dtype or weight.dtype, shard)
     return _FusedLinearCrossEntropy.apply(hidden, weight, labels, scale, options)
 
@@ -160,6 +173,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        if torch.is_grad_enabled():  # by create_graph=True: what was computed in forward has no graph
+            raise RuntimeError("the fused linear cross entropy has no second derivative: leave create_graph off")
         d_hidden, d_weight = ctx.saved_tensors
         for gradient in (d_hidden, d_weight):
             if gradient is not None:
@@ -296,7 +311,7 @@ def _multiply_(gradient: Tensor, factor: Tensor) -> None:
         from torchtitan.components.loss import softmax_gradient_triton
 
         softmax_gradient_triton.multiply_unless_one_(gradient, factor)
-        # Triton's store is invisible to autograd: count it, so that a second backward is refused, not wrong
-        torch.autograd.graph.increment_version(gradient)
     elif factor != 1:
         gradient.mul_(factor)
+    # The gradient is given away: count that as a change, so that a second backward is refused, and does not change it.
+    torch.autograd.graph.increment_version(gradient)

@@ -30,7 +30,8 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
     """`LigerFusedLinearCrossEntropyLoss` on `output.weight`, with chunks of at most `budget_bytes` of logits.
 
     Liger rounds a chunk to a power of two rows and needs no less than its own default chunk; a smaller budget
-    than that has no effect. Its forward reads the number of valid tokens on the host once per call.
+    than that has no effect. On the host, its forward reads the number of valid tokens once per call, and its backward
+    whether the incoming gradient is 1.
 
     Raises:
         ImportError: liger-kernel is older than `MIN_VERSION`.

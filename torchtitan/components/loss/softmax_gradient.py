@@ -47,21 +47,21 @@ def row_statistics(
     *,
     start: int = 0,
 ) -> Tensor:  # (3, C) float32
-    """Per row: the maximum, the sum of exp(x - maximum), and the target's logit (0 where another rank holds it)."""
+    """Per row: the maximum, the sum of exp(x - maximum), and the target's logit (-inf where another rank holds it)."""
     if logits.is_cuda and logits.shape[1] > 0:
         from torchtitan.components.loss import softmax_gradient_triton
 
         return softmax_gradient_triton.row_statistics(logits, labels, start=start)
-    statistics = logits.new_zeros(3, logits.shape[0], dtype=torch.float32)
+    statistics = logits.new_full((3, logits.shape[0]), float("-inf"), dtype=torch.float32)
     if logits.shape[1] == 0:  # more ranks than rows of the vocabulary
-        statistics[0] = float("-inf")
+        statistics[1] = 0
         return statistics
     for rows in _blocks(logits):
         x = logits[rows].float()
         statistics[0, rows] = x.amax(dim=1)
         statistics[1, rows] = (x - statistics[0, rows].unsqueeze(1)).exp_().sum(dim=1)
         column, is_local = _target_column(labels[rows], start, x.shape[1])
-        statistics[2, rows] = torch.where(is_local, x.gather(1, column.unsqueeze(1)).squeeze(1), 0.0)
+        statistics[2, rows] = torch.where(is_local, x.gather(1, column.unsqueeze(1)).squeeze(1), float("-inf"))
     return statistics
 
 
@@ -73,7 +73,7 @@ def combine_statistics(
     part_max, part_sum, part_target = statistics.unbind(1)  # (n, C) each
     row_max = part_max.amax(dim=0)
     lse = (part_sum * (part_max - row_max).exp()).sum(dim=0).log() + row_max
-    return lse, torch.where(labels == IGNORE_INDEX, 0.0, lse - part_target.sum(dim=0))
+    return lse, torch.where(labels == IGNORE_INDEX, 0.0, lse - part_target.amax(dim=0))
 
 
 def write_gradient_(

@@ -152,7 +152,8 @@ def _loss_and_gradient_kernel(
         _store_row_zeros(row, num_columns, BLOCK)
     else:
         # read before any program's thread overwrites it: the reductions of the first pass come between
-        target_logit = tl.load(row + target).to(tl.float32)
+        is_word = (target >= 0) & (target < num_columns)
+        target_logit = tl.load(row + target, mask=is_word, other=-float("inf")).to(tl.float32)
         row_max, row_sum = _row_max_and_sum(row, num_columns, BLOCK)
         lse2 = row_max + tl.log2(row_sum)
         tl.store(losses + index, lse2 / _LOG2E - target_logit)
@@ -165,7 +166,7 @@ def _statistics_kernel(logits, labels, statistics, row_stride, num_rows, num_col
     row = logits + index * row_stride
     column = tl.load(labels + index) - start
     is_local = (column >= 0) & (column < num_columns)
-    target_logit = tl.load(row + column, mask=is_local, other=0.0).to(tl.float32)
+    target_logit = tl.load(row + column, mask=is_local, other=-float("inf")).to(tl.float32)
     row_max, row_sum = _row_max_and_sum(row, num_columns, BLOCK)
     tl.store(statistics + index, row_max / _LOG2E)
     tl.store(statistics + num_rows + index, row_sum)
@@ -211,12 +212,13 @@ def _column_statistics_kernel(
         x = tl.load(logits + rows[:, None] * row_stride + columns[None, :], mask=mask, other=-float("inf"))
         x = x.to(tl.float32) * _LOG2E
         new_max = tl.maximum(column_max, tl.max(x, axis=0))
-        safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)  # a tile beyond the last row
+        safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)  # of columns beyond the last
         column_sum = column_sum * tl.exp2(column_max - safe_max) + tl.sum(tl.exp2(x - safe_max[None, :]), axis=0)
         column_max = new_max
     target = tl.load(labels + columns, mask=is_column, other=-1)
     is_here = (target >= first_row) & (target < tl.minimum(first_row + rows_per_part, num_rows))
-    target_logit = tl.load(logits + target * row_stride + columns, mask=is_here, other=0.0).to(tl.float32)
+    place = logits + target * row_stride + columns
+    target_logit = tl.load(place, mask=is_here, other=-float("inf")).to(tl.float32)
     out = statistics + part * 3 * num_columns + columns
     tl.store(out, column_max / _LOG2E, mask=is_column)
     tl.store(out + num_columns, column_sum, mask=is_column)

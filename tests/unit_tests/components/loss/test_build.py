@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 import pytest
+import torch
 import triton
 
 from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, build_loss
@@ -44,6 +45,21 @@ def test_without_the_flag_it_is_the_standard_loss(caplog):
     assert type(build(on=False)) is CrossEntropyLoss and not caplog.messages
     assert type(build(on=False, compile=True)) is CrossEntropyLoss
     assert caplog.messages == ["Compiling the loss function with torch.compile"]
+
+
+def test_the_section_s_budget_and_dtype_reach_the_loss(monkeypatch):
+    given: list[dict[str, object]] = []
+    for name in ("build.FusedLinearCrossEntropyLoss", "liger.LigerFusedLinearLoss"):
+        monkeypatch.setattr(f"torchtitan.components.loss.{name}", lambda **options: given.append(options))
+    for implementation in ("native", "liger"):
+        section = LigerKernel(
+            enable_fused_linear_cross_entropy=True,
+            implementation=implementation,
+            logits_memory_budget_mib=3,
+            weight_grad_accum_dtype="float32",
+        )
+        build_loss(section, device_type="cuda", tensor_parallel=False, compile=False)
+    assert given == 2 * [{"budget_bytes": 3 * 2**20, "accum_dtype": torch.float32}]
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])

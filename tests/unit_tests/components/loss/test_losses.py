@@ -1,6 +1,7 @@
 """Loss, hidden gradient and weight gradient of every loss against float64, over the edge cases."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torchtitan.components.loss import (
     IGNORE_INDEX,
     CrossEntropyLoss,
     FusedLinearCrossEntropyLoss,
+    fused_linear,
     fused_linear_cross_entropy,
 )
 from torchtitan.components.loss.softmax_gradient import combine_statistics, row_statistics
@@ -149,6 +151,62 @@ def test_no_grad_gives_the_same_loss(name: str) -> None:
     torch.testing.assert_close(loss.double(), oracle(hidden, weight, labels).loss, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_grad_mode_only_the_loss_is_computed(
+    mode: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a gradient was computed")
+
+    for function in ("loss_and_gradient_", "write_gradient_"):
+        monkeypatch.setattr(fused_linear, function, refuse)
+    weight = torch.nn.Parameter(torch.randn(VOCAB, DIM))  # which asks for its gradient whatever the mode
+    with mode():
+        fused_linear_cross_entropy(torch.randn(9, DIM), weight, torch.randint(VOCAB, (9,)))
+
+
+def test_no_tokens_have_no_loss_and_zero_gradients() -> None:
+    hidden, weight = torch.randn(0, DIM, requires_grad=True), torch.randn(VOCAB, DIM, requires_grad=True)
+    loss = fused_linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss == 0 and weight.grad is not None and not weight.grad.any()
+
+
+def test_one_token_needs_no_batch_and_hidden_states_may_be_transposed() -> None:
+    hidden, weight, labels = torch.randn(DIM, 9).t(), torch.randn(VOCAB, DIM), torch.randint(VOCAB, (9,))
+    losses = F.cross_entropy(hidden @ weight.t(), labels, reduction="none")
+    torch.testing.assert_close(fused_linear_cross_entropy(hidden, weight, labels), losses.sum())
+    torch.testing.assert_close(fused_linear_cross_entropy(hidden[2], weight, labels[2]), losses[2])
+
+
+@pytest.mark.parametrize("label", [-1, -101, VOCAB, VOCAB + 50])
+def test_a_label_outside_the_vocabulary_makes_the_loss_infinite(label: int) -> None:
+    """The host does not wait for the device to raise an error; but no other token's loss is made of it either."""
+    labels = torch.tensor([3, label, 5])
+    for num_rows in (1, 3):
+        loss = fused_linear_cross_entropy(
+            torch.randn(3, DIM), torch.randn(VOCAB, DIM), labels, budget_bytes=num_rows * BYTES
+        )
+        assert loss == float("inf")
+
+
+def test_a_second_backward_is_refused_and_changes_nothing() -> None:
+    hidden, weight = torch.randn(9, DIM, requires_grad=True), torch.randn(VOCAB, DIM, requires_grad=True)
+    loss = fused_linear_cross_entropy(hidden, weight, torch.randint(VOCAB, (9,)))
+    gradients = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    before = [gradient.clone() for gradient in gradients]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(2 * loss, (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, before, strict=True))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    hidden, weight = torch.randn(9, DIM, requires_grad=True), torch.randn(VOCAB, DIM)
+    loss = fused_linear_cross_entropy(hidden, weight, torch.randint(VOCAB, (9,)))
+    with pytest.raises(RuntimeError, match="no second derivative: leave create_graph off"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
 def test_a_frozen_weight_or_hidden_state_gets_no_gradient() -> None:
     hidden, weight, labels = torch.randn(9, DIM), torch.randn(VOCAB, DIM), torch.randint(VOCAB, (9,))
     truth = oracle(hidden, weight, labels)
@@ -203,3 +261,10 @@ def test_shapes_that_do_not_fit_are_refused(
 def test_dtypes_that_differ_are_refused() -> None:
     with pytest.raises(ValueError, match="one dtype"):
         fused_linear_cross_entropy(torch.randn(2, 3), torch.randn(5, 3).bfloat16(), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"labels must be int64, got torch\.int32"):
+        fused_linear_cross_entropy(torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1], dtype=torch.int32))
+
+
+def test_a_scale_for_each_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="scale must be a number or a 0-dim tensor"):
+        fused_linear_cross_entropy(torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1]), scale=torch.ones(2))

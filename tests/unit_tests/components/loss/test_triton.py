@@ -122,8 +122,8 @@ def test_nothing_waits_for_the_gpu() -> None:
     hidden = torch.randn(512, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(1000, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(1000, (512,), device="cuda")
-    scale, factor = torch.tensor(0.01, device="cuda"), torch.tensor(3.0, device="cuda")
-    for accum_dtype in (None, torch.float32):
+    factor = torch.tensor(3.0, device="cuda")
+    for accum_dtype, scale in ((None, 0.01), (torch.float32, torch.tensor(0.01, device="cuda"))):
         for debug_mode in ("default", "error"):  # the first round compiles the kernels
             torch.cuda.set_sync_debug_mode(debug_mode)
             try:
@@ -143,3 +143,21 @@ def test_a_second_backward_is_refused_not_wrong() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("label", [-1, -101, 10, 13])
+def test_a_label_outside_the_vocabulary_reads_no_other_row(label: int) -> None:
+    """Ten logits of 0 between rows of other values: the loss is infinite, and not made of the neighbours."""
+    logits = torch.tensor([777.0, 0.0, 1000.0], device=DEVICE).unsqueeze(1).repeat(1, 10)
+    labels, scale = torch.tensor([0, label, 0], device=DEVICE), torch.tensor(1.0, device=DEVICE)
+    statistics = {
+        "rows": softmax_gradient_triton.row_statistics(logits, labels, start=0).unsqueeze(0),
+        "columns": softmax_gradient_triton.column_statistics(logits.t().contiguous(), labels),
+    }
+    losses = {name: softmax_gradient.combine_statistics(parts, labels)[1] for name, parts in statistics.items()}
+    losses["in one pass"] = torch.empty(3, device=DEVICE)
+    softmax_gradient_triton.loss_and_gradient_(logits, labels, scale, losses["in one pass"])
+    for name, found in losses.items():
+        torch.testing.assert_close(
+            found.cpu(), torch.tensor([10.0, float("inf"), 10.0]).log(), msg=name, rtol=1e-4, atol=1e-4
+        )

@@ -1,5 +1,7 @@
-"""The in-tree loss with the vocabulary sharded unevenly, some ranks holding fewer rows than others, or none."""
+"""Both losses with the vocabulary sharded unevenly, some ranks holding fewer rows than others, or none."""
 
+from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.components.loss import IGNORE_INDEX, VocabShard, fused_linear_cross_entropy
+from torchtitan.components.loss.cross_entropy import _sharded_sum
 
 
 class Case(NamedTuple):
@@ -48,15 +51,44 @@ def on_one_rank(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return loss.detach(), hidden.grad, rows.grad
 
 
-def on_each_rank(cases: list[Case]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    return [on_one_rank(case) for case in cases]
+def standard_on_one_rank(case: Case) -> tuple[Tensor, Tensor]:
+    """The sum of the losses, and the gradient of this rank's logits, which are so large that exp() overflows."""
+    hidden, weight, labels = make_problem(case)
+    logits = 100 * (hidden @ weight.t()).detach()
+    rank, rows_per_rank = dist.get_rank(), -(-case.vocab_size // case.world_size)
+    start = min(rank * rows_per_rank, case.vocab_size)
+    mine = logits[:, start : start + rows_per_rank].clone().requires_grad_()
+    assert dist.group.WORLD is not None
+    loss = _sharded_sum(mine, labels, start, dist.group.WORLD)
+    loss.backward()
+    return loss.detach(), mine.grad
+
+
+def on_each_rank(cases: list[Case]) -> dict[str, list[tuple[Tensor, ...]]]:
+    return {
+        "fused": [on_one_rank(case) for case in cases],
+        "standard": [standard_on_one_rank(case) for case in cases],
+    }
+
+
+@cache
+def run(world_size: int) -> list[dict[str, list[tuple[Tensor, ...]]]]:
+    return run_processes(on_each_rank, world_size, cases_of(world_size))
+
+
+def cases_of(world_size: int) -> list[Case]:
+    return [case for case in CASES if case.world_size == world_size]
+
+
+def results(world_size: int, loss: str) -> Iterator[tuple[Case, tuple[tuple[Tensor, ...], ...]]]:
+    """Each case, with what every rank found."""
+    by_rank = [rank[loss] for rank in run(world_size)]
+    yield from zip(cases_of(world_size), zip(*by_rank, strict=True), strict=True)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_loss_and_gradients_equal_float64(world_size: int) -> None:
-    cases = [case for case in CASES if case.world_size == world_size]
-    by_rank = run_processes(on_each_rank, world_size, cases)
-    for case, parts in zip(cases, zip(*by_rank, strict=True), strict=True):
+    for case, parts in results(world_size, "fused"):
         hidden, weight, labels = (t.detach().double() if t.is_floating_point() else t for t in make_problem(case))
         hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
         expected = 0.5 * F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -66,3 +98,16 @@ def test_loss_and_gradients_equal_float64(world_size: int) -> None:
             torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=0)
         torch.testing.assert_close(sum(d_hidden).double(), hidden.grad, rtol=0, atol=1e-5)
         torch.testing.assert_close(torch.cat(d_weight).double(), weight.grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_standard_loss_and_its_gradient_equal_float64(world_size: int) -> None:
+    for case, parts in results(world_size, "standard"):
+        hidden, weight, labels = make_problem(case)
+        logits = (100 * (hidden @ weight.t())).detach().double().requires_grad_()
+        expected = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        expected.backward()
+        losses, d_logits = zip(*parts, strict=True)
+        for loss in losses:
+            torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(torch.cat(d_logits, dim=1).double(), logits.grad, rtol=0, atol=1e-4)
