@@ -228,7 +228,8 @@ class Trainer:
                 stop = self.train_step(batches)
                 last_step = self.step == config.training.steps
                 if stop or last_step or self.checkpointer.is_due(self.step):
-                    stop |= self._check_flags(self._flags.take(), self.step)  # what is not finite must not be saved
+                    stop |= self._check_flags(self._flags.take(), self.step)
+                    self._check_weights()  # what is not finite must not be saved
                 self.checkpointer.maybe_save(self.step, last_step=last_step)
                 self.validator.maybe_validate(self.step)
                 profile_step()
@@ -305,7 +306,11 @@ class Trainer:
         loss_avg = utils.dist_sum(local_loss, self.mesh["dp"]).item()
         loss_max = utils.dist_max(local_loss / share.clamp(min=1e-12), self.mesh["dp"]).item()
         if not math.isfinite(loss_avg) or not math.isfinite(grad_norm.item()):
-            raise NonFiniteError(self.step, f"the loss is {loss_avg} and the gradient norm {grad_norm.item()}")
+            raise NonFiniteError(
+                self.step,
+                f"the loss is {loss_avg} and the gradient norm {grad_norm.item()};"
+                " the weights are left as they were before",
+            )
         self.metrics.log(
             self.step,
             loss_avg=loss_avg,
@@ -319,8 +324,14 @@ class Trainer:
         """Whether to stop, by the flags of a step."""
         all_finite, stop = flags or (True, False)
         if not all_finite:
-            raise NonFiniteError(step, "the gradient norm is inf or nan")
+            raise NonFiniteError(step, "the gradient norm is inf or nan; the weights are left as they were before")
         return bool(stop)
+
+    def _check_weights(self) -> None:
+        """Finite gradients too can ruin the weights, by a learning rate that is far too high."""
+        weights = [p.detach() for part in self.runner.model_parts for p in part.parameters()]
+        if not math.isfinite(utils.get_total_norm(weights).item()):
+            raise NonFiniteError(self.step, "the optimizer has made weights that are inf or nan; they are not saved")
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
         self._stop_requested = True
@@ -409,6 +420,11 @@ def _explain(error: Exception, config: JobConfig | None, trainer: Trainer | None
         return error.report()
     if not last_words.is_of_lost_rank(error):
         last_words.leave(f"{type(error).__name__}: {str(error).partition(' If reserved but')[0]}")
+    if "DefaultCPUAllocator: can't allocate memory" in str(error):
+        return (
+            f"OutOfMemoryError: the machine's memory does not suffice: {error}. Use a smaller training.local_batch_size"
+            " or training.seq_len, a smaller model.flavor, or a GPU"
+        )
     if isinstance(error, torch.OutOfMemoryError):
         assert config is not None, "nothing was allocated before there were options"
         if trainer is None and dist.is_initialized():

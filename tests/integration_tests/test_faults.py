@@ -348,6 +348,15 @@ def spoil_one_gradient() -> None:
     tell_what_changes_from(SPIKE, first=spoil)
 
 
+def test_weights_that_the_optimizer_ruined_are_not_saved(tmp_path):
+    """The first step's gradient is finite, and its learning rate turns the weights into infinities."""
+    options = "--training.steps 1 --checkpoint.enable_checkpoint --optimizer.lr 1e38 --lr_scheduler.warmup_steps 0"
+    life = train(tmp_path / "run", f"{options} --optimizer.weight_decay 1e10", status=1)
+    (message,) = errors(life)
+    assert message.startswith("ERROR - NonFiniteError: at step 1 the optimizer has made weights that are inf or nan")
+    assert checkpoints(life.folder) == []
+
+
 def test_run_that_diverged_goes_on_from_its_last_checkpoint_with_other_values(tmp_path, undisturbed):
     folder = tmp_path / "run"
     life = Life(folder, SAVING)

@@ -62,3 +62,14 @@ def test_weights_that_do_not_fit_are_answered_with_what_would_free_memory(
     )
     assert "--liger_kernel.enable_fused_linear_cross_entropy" in message
     assert not dist.is_initialized()
+
+
+def test_a_machine_s_memory_that_does_not_suffice_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(train, "Trainer", lambda config: torch.empty(1 << 60))
+    monkeypatch.setattr(train, "end_with_launcher", lambda: None)
+    monkeypatch.setattr(train, "init_logger", lambda: None)
+    assert train.main(OPTIONS) == 1
+    assert caplog.messages[-1].startswith("OutOfMemoryError: the machine's memory does not suffice: ")
+    assert "training.local_batch_size" in caplog.messages[-1]

@@ -71,7 +71,7 @@ class FusedLossWithPipelineError(ConfigError, RuntimeError):
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or the gradient became inf or nan; the optimizer did not take the step."""
+    """The loss, the gradient or the weights became inf or nan; nothing of that is saved."""
 
     def __init__(self, step: int, what: str) -> None:
         super().__init__(what)
@@ -80,7 +80,7 @@ class NonFiniteError(ArithmeticError):
     def report(self) -> str:
         """What the user reads."""
         return (
-            f"NonFiniteError: at step {self.step} {self}; the weights are left as they were before. "
+            f"NonFiniteError: at step {self.step} {self}. "
             "Usual causes: a learning rate that is too high (optimizer.lr, lr_scheduler.warmup_steps), or bad data. "
             "Continue from the last checkpoint with other values."
         )
