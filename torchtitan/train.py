@@ -213,7 +213,12 @@ class Trainer:
         self.checkpointer.load()
         batches = self._batches()
         first_step = self.step + 1
-        logger.info(f"Training starts at step {first_step}")
+        if first_step <= config.training.steps:
+            logger.info(f"Training starts at step {first_step}")
+        else:
+            logger.info(
+                f"Nothing is left to train: step {self.step} is done, of training.steps={config.training.steps}"
+            )
         with maybe_profile(
             config.profiling,
             config.job.dump_folder,

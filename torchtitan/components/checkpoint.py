@@ -44,6 +44,7 @@ from torchtitan.components.checkpoint_storage import (
     read_metadata,
     reason,
 )
+from torchtitan.components.dataloader import DataloaderStateError
 from torchtitan.components.hf_checkpoint import HuggingFaceFormat
 from torchtitan.config.errors import CheckpointError
 from torchtitan.config.job_config import Checkpoint
@@ -168,6 +169,7 @@ class CheckpointManager:
             save(state, storage_writer=writer(path), planner=planner, process_group=self._ranks.group)
             if self._ranks.is_first:
                 read_metadata(path)  # finds the files of all ranks, unless the folder is not one that all share
+                self._folder.note_excluded(path, self._config.exclude_from_loading)
                 self._folder.publish(path, step)
         except (Exception, CheckpointException) as error:
             failure = reason(error)
@@ -227,7 +229,8 @@ class CheckpointManager:
             self._ranks.together(partial(self._hugging_face.load, path, self._weights()))
             logger.info(f"Loaded the model from Hugging Face safetensors in {path}")
         else:
-            self._load(Path(config.initial_load_path), () if config.initial_load_model_only else STATES)
+            names = () if config.initial_load_model_only else STATES
+            self._load(Path(config.initial_load_path), names, excluded=config.exclude_from_loading)
         return True
 
     def _choose_step(self) -> int | None:
@@ -254,16 +257,35 @@ class CheckpointManager:
         try:
             if step >= self._steps and self._ranks.ask_first(lambda: _holds_weights_only(path)):
                 # Nothing is left to train, so the weights are not needed either.
+                if self._config.last_save_in_hf and not self._ranks.ask_first(lambda: HuggingFaceFormat.is_at(path)):
+                    self._ranks.ask_first(lambda: self._convert_to_hf(step))  # the run was killed while it did
+                    self._ranks.ask_first(lambda: self._remove_old(step))
                 train_state = self._states["train_state"]
                 train_state.load_state_dict({**train_state.state_dict(), "step": step})
                 logger.info(f"The run is complete: {path} holds the weights after its last step")
+            elif step == 0:  # a seed checkpoint
+                self._load(path, (), excluded=())
             else:
-                self._load(path, STATES if step else ())
+                self._load_own(path)
         except UnusableCheckpointError as error:
             older = self._ranks.ask_first(lambda: self._find_usable(before=step))
             if older is None:
                 raise
             raise CheckpointError(f"{error}. To continue from step {older}: --checkpoint.load_step {older}") from error
+
+    def _load_own(self, path: Path) -> None:
+        """Leave out what exclude_from_loading says, unless the run that saved this has obeyed the same option already:
+        a run that is started again, by torchrun or by the same command, continues.
+        """
+        excluded = self._config.exclude_from_loading
+        if excluded and excluded == self._ranks.ask_first(lambda: self._folder.excluded_before(path)):
+            try:
+                return self._load(path, STATES, excluded=())
+            except DataloaderStateError:  # the layout has changed once more
+                if "dataloader" not in excluded:
+                    raise
+                excluded = ["dataloader"]
+        return self._load(path, STATES, excluded=excluded)
 
     def _find_usable(self, *, before: int) -> int | None:
         for step in reversed([step for step in self._folder.steps() if step < before]):
@@ -272,13 +294,11 @@ class CheckpointManager:
                     return step
         return None
 
-    def _load(self, path: Path, names: Iterable[str]) -> None:
-        """Load the weights and the named states, but for those that the config excludes."""
+    def _load(self, path: Path, names: Iterable[str], *, excluded: Iterable[str]) -> None:
+        """Load the weights and the named states, but for those excluded."""
         began = time.monotonic()
-        excluded = set(self._config.exclude_from_loading)
-        if "train_state" in excluded:
-            excluded.add("rng")
-        names = [name for name in names if name not in excluded]
+        left_out = set(excluded) | ({"rng"} if "train_state" in excluded else set())
+        names = [name for name in names if name not in left_out]
         if self._ranks.ask_first(lambda: HuggingFaceFormat.is_at(path)):
             raise UnusableCheckpointError(
                 f"{path} holds Hugging Face safetensors, only weights; a new run can start from them"

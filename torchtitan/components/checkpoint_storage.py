@@ -12,7 +12,7 @@ import shutil
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +35,10 @@ STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
 
 _DIGEST = ".metadata.sha256"
 """A flipped bit in .metadata could otherwise load wrong values: only the data files have checksums of their own."""
+
+
+_EXCLUDED = "excluded_from_loading.txt"
+"""In a checkpoint: what its run had been told to leave out of the one that it began from."""
 
 
 class UnusableCheckpointError(CheckpointError):
@@ -73,6 +77,14 @@ class CheckpointFolder:
         others = (name for name in self._names() if not name.endswith(f".incomplete-{self._run}"))
         return [self.path / name for name in sorted(others) if re.fullmatch(r"step-\d+\.incomplete-.*", name)]
 
+    def note_excluded(self, path: Path, names: Sequence[str]) -> None:
+        if names:
+            (path / _EXCLUDED).write_text("\n".join(names))
+
+    def excluded_before(self, path: Path) -> list[str]:
+        file = path / _EXCLUDED
+        return file.read_text().split() if file.exists() else []
+
     def publish(self, source: Path, step: int) -> None:
         """Make `source` the checkpoint of `step`, now that it is written."""
         for file in source.iterdir():
@@ -94,6 +106,8 @@ class CheckpointFolder:
     def remove(self, incomplete: Iterable[Path]) -> None:
         """What cannot be removed is left over for the next time."""
         for path in incomplete:
+            if path.is_symlink():  # to other storage, where the files stay
+                path.unlink()
             shutil.rmtree(path, ignore_errors=True)
 
     def _set_aside(self, path: Path) -> Path:

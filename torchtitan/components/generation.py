@@ -48,7 +48,7 @@ class Sampling:
         logits: Tensor,  # (V,)
         generator: torch.Generator | None = None,
     ) -> Tensor:  # () int64
-        if self.temperature == 0:
+        if self.temperature < torch.finfo(torch.float32).tiny:  # as good as 0, and 0 where float32 divides by it
             return logits.argmax()
         return torch.multinomial(self.get_probabilities(logits), 1, generator=generator).squeeze(0)
 
@@ -61,6 +61,7 @@ class Sampling:
         probabilities = scaled.softmax(0)
         if self.top_p < 1:
             before = probabilities.cumsum(0) - probabilities  # of the more probable tokens
+            before[0] = -1  # the most probable one stays, however small top_p is
             probabilities = probabilities.masked_fill(before >= self.top_p, 0)
             probabilities = probabilities / probabilities.sum()
         return torch.zeros_like(logits).scatter(0, ids, probabilities)

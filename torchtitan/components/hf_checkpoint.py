@@ -28,7 +28,12 @@ BYTES_PER_FILE = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # In transformers' config.json, what decides the shapes and the maths; an export may lack some or add others.
-SHAPE_KEYS = (
+MODEL_KEYS = (
+    "model_type",
+    "hidden_act",
+    "attention_bias",
+    "mlp_bias",
+    "head_dim",
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -39,6 +44,9 @@ SHAPE_KEYS = (
     "rope_theta",
     "rope_type",
     "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
 )
 
 
@@ -83,9 +91,11 @@ class HuggingFaceFormat:
         config = {**self._adapter.to_hf_config(), **self._token_ids}
         config["torch_dtype"] = str(next(iter(dtypes.values()))).removeprefix("torch.")
         _write_json(target / "config.json", config)
-        if self._tokenizer_path is not None:
-            is_folder = self._tokenizer_path.is_dir()
-            _copy_files(TOKENIZER_FILES, self._tokenizer_path if is_folder else self._tokenizer_path.parent, target)
+        if self._tokenizer_path is not None and self._tokenizer_path.is_dir():
+            _copy_files(TOKENIZER_FILES, self._tokenizer_path, target)
+        elif self._tokenizer_path is not None:  # a file of any name
+            _copy_files(TOKENIZER_FILES, self._tokenizer_path.parent, target)
+            shutil.copyfile(self._tokenizer_path, target / "tokenizer.json")
 
     def convert_back(self, source: Path, target: Path, shapes: Mapping[str, torch.Size]) -> None:
         """Write the weights of the folder at `source`, in their dtypes, to a new checkpoint of ours.
@@ -151,8 +161,8 @@ class HuggingFaceFormat:
             return  # the shapes of the weights still have to fit
         theirs = _flatten_rope(read_json(path / "config.json"))
         ours = _flatten_rope(self._adapter.to_hf_config())
-        for key in SHAPE_KEYS:
-            if key in theirs and theirs[key] != ours.get(key):
+        for key in MODEL_KEYS:
+            if theirs.get(key) is not None and theirs[key] != ours.get(key):
                 raise CheckpointError(
                     f"{path / 'config.json'}: {key} is {theirs[key]!r}, and {ours.get(key)!r} in this model"
                 )

@@ -185,6 +185,12 @@ def _about_heads(config: JobConfig) -> Iterator[str]:
             f"{_show(config, 'parallelism.tensor_parallel_degree')} does not divide n_heads={model.n_heads} and"
             f" n_kv_heads={model.n_kv_heads} of {_named(config)}; use {either(_divisors(shared))}"
         )
+    tp = config.parallelism.tensor_parallel_degree
+    if (tp - 1) * math.ceil(model.vocab_size / tp) >= model.vocab_size:
+        yield (
+            f"{_show(config, 'parallelism.tensor_parallel_degree')} leaves a rank without words of the"
+            f" {model.vocab_size} of {_named(config)}; use a smaller degree"
+        )
 
 
 def _about_pipeline(config: JobConfig) -> Iterator[str]:
@@ -212,6 +218,12 @@ def _about_zero_bubble(config: JobConfig) -> Iterator[str]:
             f"{schedule} apart, and misses those of weights that are gathered anew between:"
             " parallelism.fsdp_reshard_after_forward=always does not work with it; use default or never"
         )
+    checkpointing = config.activation_checkpoint
+    if checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op":
+        yield (
+            f"{schedule} apart, which blocks that are recomputed by op allow only once; use activation_checkpoint.mode"
+            " full or none, or a number as activation_checkpoint.selective_ac_option"
+        )
 
 
 def _about_stage_modules(parts: list[list[str]], n_layers: int) -> Iterator[str]:
@@ -220,6 +232,8 @@ def _about_stage_modules(parts: list[list[str]], n_layers: int) -> Iterator[str]
     named = [name for part in parts for name in part]
     if unknown := [name for name in named if name not in modules]:
         yield f"{option} names {unknown[0]!r}, which the model does not have; {_known(unknown[0], modules)}"
+    elif not all(parts):
+        yield f"{option} has a part without modules; give each part some, or leave the part out"
     elif missing := [name for name in modules if name not in named]:
         yield f"{option} leaves out {', '.join(missing)}; each module belongs to one part"
     elif [name for part in parts for name in sorted(part, key=modules.index)] != modules:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.checkpoint import CheckpointManager, build_checkpoint_manager
+from torchtitan.components.dataloader import DataloaderStateError
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.optimizer import build_optimizer
-from torchtitan.config.errors import CheckpointError
 from torchtitan.config.job_config import ActivationCheckpoint, Checkpoint, LRScheduler, Optimizer, Parallelism, Training
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.init import init_parameters
@@ -50,7 +50,7 @@ class Numbers:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["dp_world_size"] != self.dp_world_size:
-            raise CheckpointError(f"read by {state_dict['dp_world_size']} ranks: exclude_from_loading dataloader")
+            raise DataloaderStateError(f"read by {state_dict['dp_world_size']} ranks: exclude_from_loading dataloader")
         self.position = json.loads(state_dict[f"dp_rank_{self.dp_rank}"])
 
 

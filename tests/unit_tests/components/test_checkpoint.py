@@ -174,6 +174,33 @@ def test_excluded_states_are_not_loaded(tmp_path):
     assert torch.equal(resumed.full_state()["norm.weight"], run.full_state()["norm.weight"])
 
 
+@pytest.mark.parametrize("is_restart", [True, False])
+def test_what_is_excluded_once_is_not_excluded_again_when_the_run_is_started_again(tmp_path, is_restart):
+    build_run(tmp_path / "source").train(4)
+    source = {"initial_load_path": str(tmp_path / "source/checkpoint/step-4"), "initial_load_model_only": False}
+    options = {**source, "exclude_from_loading": ["dataloader", "train_state"]}
+    run = build_run(tmp_path / "run", **options)
+    run.checkpointer.load()
+    assert (run.step, run.data.position) == (0, 0)
+    run.train(2)
+    again = build_run(tmp_path / "run", is_restart=is_restart, **options)
+    again.checkpointer.load()
+    assert (again.step, again.data.position) == (2, 2)
+    # another choice is obeyed
+    other = build_run(tmp_path / "run", **{**options, "exclude_from_loading": ["dataloader"]})
+    other.checkpointer.load()
+    assert (other.step, other.data.position) == (2, 0)
+
+
+def test_a_position_that_cannot_be_carried_over_is_excluded_again(tmp_path):
+    excluded = {"exclude_from_loading": ["dataloader"]}
+    build_run(tmp_path, **excluded).train(2)
+    run = build_run(tmp_path, **excluded)
+    run.data.dp_world_size = 2
+    run.checkpointer.load()
+    assert (run.step, run.data.position) == (2, 0)
+
+
 @pytest.mark.parametrize("enable_checkpoint", [True, False])
 def test_initial_load_takes_the_weights_only(tmp_path, enable_checkpoint):
     source = build_run(tmp_path / "source")
@@ -251,6 +278,16 @@ def test_complete_run_that_is_started_again_has_nothing_to_do(tmp_path, in_hf, c
     run = build_run(tmp_path, steps=3, last_save_in_hf=in_hf)
     assert run.checkpointer.load()
     assert run.step == 3
+    assert "The run is complete" in caplog.text
+
+
+def test_a_run_that_was_killed_in_its_last_conversion_makes_up_for_it(tmp_path, caplog):
+    build_run(tmp_path, steps=3).train(3)
+    run = build_run(tmp_path, steps=3, last_save_in_hf=True)
+    (folder(run) / "step-3.incomplete-dead").mkdir()
+    assert run.checkpointer.load()
+    assert (folder(run) / "step-3/model.safetensors").exists()
+    assert names(run) == ["step-2", "step-3"]
     assert "The run is complete" in caplog.text
 
 

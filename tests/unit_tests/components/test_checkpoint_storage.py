@@ -47,6 +47,16 @@ def die_while_saving(dump_folder: Path, point: str, mode: str) -> None:
     run.checkpointer.close()
 
 
+def test_an_old_checkpoint_that_was_moved_to_other_storage_is_only_unlinked(tmp_path):
+    run = build_run(tmp_path, keep_latest_k=2)
+    run.train(4)
+    (folder(run) / "step-2").rename(tmp_path / "archive")
+    (folder(run) / "step-2").symlink_to(tmp_path / "archive")
+    run.train(6)
+    assert names(run) == ["step-4", "step-6"]
+    assert (tmp_path / "archive/.metadata").exists()
+
+
 def test_run_killed_while_saving_goes_on_from_a_whole_checkpoint(tmp_path, caplog):
     untouched = build_run(tmp_path / "untouched")
     expected = untouched.train(9, save=False)

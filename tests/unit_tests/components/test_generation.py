@@ -156,6 +156,7 @@ LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log() + 5  # probabilities, whatever
         ({"top_k": 3, "top_p": 0.5}, [0, 4 / 7, 0, 3 / 7]),
         ({"temperature": 0.5, "top_p": 0.6}, [0, 16 / 25, 0, 9 / 25]),
         ({"temperature": 1e-30}, [0, 1, 0, 0]),
+        ({"top_p": 1e-300}, [0, 1, 0, 0]),  # 0 in float32
     ],
 )
 def test_probabilities_equal_those_by_hand(options, expected):
@@ -169,6 +170,10 @@ def test_tokens_are_drawn_by_their_probabilities():
     counts = torch.bincount(torch.stack([sampling.choose(LOGITS, generator) for _ in range(2000)]), minlength=4)
     torch.testing.assert_close(counts / 2000, sampling.get_probabilities(LOGITS), atol=0.04, rtol=0)
     assert counts[0] == 0
+
+
+def test_a_temperature_that_is_0_in_float32_is_the_most_probable_token():
+    assert Sampling(temperature=1e-46).choose(LOGITS) == Sampling(temperature=0).choose(LOGITS)
 
 
 def test_temperature_0_is_the_most_probable_token():

@@ -36,6 +36,20 @@ def test_hugging_face_round_trip_is_bit_exact(tmp_path, bytes_per_file, monkeypa
     assert_same({k: other.full_state()[k] for k in weights}, {k: run.full_state()[k] for k in weights})
 
 
+@pytest.mark.parametrize("beside", ["another tokenizer", None])
+def test_the_tokenizer_of_an_export_is_the_file_that_was_named(tmp_path, beside):
+    export = build_run(tmp_path, steps=1)
+    export.train(1)
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok/mine.json").write_text("mine")
+    if beside is not None:
+        (tmp_path / "tok/tokenizer.json").write_text(beside)
+    adapter = Llama3StateDictAdapter(MODEL)
+    hugging_face = hf_checkpoint.HuggingFaceFormat(adapter, tokenizer_path=tmp_path / "tok/mine.json")
+    hugging_face.convert(folder(export) / "step-1", tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.json").read_text() == "mine"
+
+
 def test_transformers_loads_the_export_and_computes_the_same_logits(tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -83,9 +97,17 @@ def test_bad_hugging_face_folders_are_explained(tmp_path):
 
     (tmp_path / "empty").mkdir()
     config = json.loads((path / "config.json").read_bytes())
-    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(CheckpointError, match=r"config.json: num_hidden_layers is 3, and 2 in this model"):
-        load()
+    scaled = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}}
+    for change, message in (
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3, and 2"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2', and 'llama'"),
+        ({"attention_bias": True}, "attention_bias is True, and False"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and 'silu'"),
+        (scaled, "rope_type is 'llama3', and 'default'"),
+    ):
+        (path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(CheckpointError, match=f"config.json: {message} in this model"):
+            load()
     (path / "config.json").unlink()
     damage(path / "model.safetensors", "cut")
     with pytest.raises(CheckpointError, match="model.safetensors"):

@@ -1,6 +1,7 @@
 """Every rule across options: what breaks it, what the message says, and the neighbour that does not break it."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.errors import FusedLossWithPipelineError, LigerNotInstalledError
 from torchtitan.config.manager import resolve
 from torchtitan.config.validate import validate
+from torchtitan.models.llama3.model.args import TransformerModelArgs
 
 TRAIN_CONFIGS = Path(__file__).parents[3] / "torchtitan" / "models"
 FUSED = "--liger_kernel.enable_fused_linear_cross_entropy"
@@ -150,6 +152,12 @@ def test_the_defaults_are_valid():
         ),
         (
             2,
+            f"{PP} 2 {SCHEDULE} ZBVZeroBubble --activation_checkpoint.mode selective"
+            " --activation_checkpoint.selective_ac_option op",
+            ["ZBVZeroBubble", "recomputed by op", "activation_checkpoint.mode full or none"],
+        ),
+        (
+            2,
             f"{PP} 2 {SCHEDULE} InterleavedZeroBubble --training.compile",
             ["InterleavedZeroBubble", "training.compile"],
         ),
@@ -207,6 +215,21 @@ def test_a_broken_rule_names_the_options_and_a_way_out(world_size, argv, parts):
 )
 def test_what_the_rules_allow(world_size, argv):
     check(argv, world_size=world_size)
+
+
+def test_every_part_of_a_pipeline_needs_modules(tmp_path):
+    parts = [[name for half in HALVES for name in half.split(",")], []]
+    (tmp_path / "run.toml").write_text(f"[parallelism]\nmodule_fqns_per_model_part = {json.dumps(parts)}\n")
+    with pytest.raises(ConfigError, match="module_fqns_per_model_part has a part without modules"):
+        check(f"{PP} 2 --job.config_file {tmp_path / 'run.toml'}", world_size=2)
+
+
+def test_every_tensor_parallel_rank_needs_words(monkeypatch):
+    small = TransformerModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=4, ffn_hidden_dim=64, vocab_size=5)
+    monkeypatch.setattr("torchtitan.config.validate.get_model_args", lambda config: small)
+    with pytest.raises(ConfigError, match="tensor_parallel_degree=4 leaves a rank without words of the 5 of"):
+        check(f"{TP} 4", world_size=4)
+    check(f"{TP} 2", world_size=2)
 
 
 def test_several_broken_rules_are_reported_together():

@@ -125,6 +125,9 @@ def test_norm_keeps_its_digits_over_many_elements() -> None:
     try:
         grad = torch.randn(5_000_000, generator=torch.Generator().manual_seed(0))
         assert get_total_norm([grad]).item() == pytest.approx(grad.double().norm().item(), rel=1e-6)
+        # a few large elements, then many small ones, each of which is lost in the sum of all before
+        uneven = torch.cat([torch.full((10,), 1.0), torch.full((60_000,), 1e-3)])
+        assert get_total_norm([uneven]).item() == pytest.approx(uneven.double().norm().item(), rel=1e-6)
     finally:
         dist.destroy_process_group()
 
