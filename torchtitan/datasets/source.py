@@ -5,6 +5,7 @@ file, a MiB of JSON lines, a row group of Parquet, a file on the hub. Files and 
 and hub.py; order, ranks and resuming in documents.py.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -35,16 +36,24 @@ class Source(Protocol):
 
 
 def get_text(row: Any, text: Text) -> str:
-    """The text of a row; ValueError says what is wrong with the row, the caller adds where it is."""
+    """The text of a row, "" for null; ValueError says what is wrong with the row, the caller adds where it is."""
+    value: Any
     if callable(text):
-        return text(row)
-    if not isinstance(row, Mapping):
+        value, place = text(row), "as its text"
+    elif not isinstance(row, Mapping):
         raise ValueError(f"is {_describe(row)}, not an object with the text in {text!r}")
-    if text not in row:
+    elif text not in row:
         raise ValueError(f"has no field {text!r} (it has {', '.join(map(repr, row)) or 'none'})")
-    value = row[text]
+    else:
+        value, place = row[text], f"in {text!r}"
+    if value is None:
+        return ""
     if not isinstance(value, str):
-        raise ValueError(f"holds {_describe(value)} in {text!r}, not a text")
+        raise ValueError(f"holds {_describe(value)} {place}, not a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON lets through: no tokenizer takes it
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
     return value
 
 

@@ -60,7 +60,7 @@ def test_text_that_is_not_utf8_is_read(tmp_path):
 def test_json_lines_in_pieces_of_any_size_are_the_same_rows(piece_bytes, tmp_path, documents, monkeypatch):
     monkeypatch.setattr(JsonLinesFiles, "piece_bytes", piece_bytes)
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in documents]
-    lines[7:7] = ["", "   ", '{"text": ""}']  # no documents
+    lines[7:7] = ["", "   ", '{"text": ""}', '{"text": null}']  # no documents
     (tmp_path / "a.jsonl").write_text("\n".join(lines))  # without a last line end
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "with a BOM"}\r\n{"text": "and CRLF"}\r\n')
     assert read_all(open_path(tmp_path, "text")) == [*documents, "with a BOM", "and CRLF"]
@@ -75,7 +75,7 @@ def test_json_lines_in_pieces_of_any_size_are_the_same_rows(piece_bytes, tmp_pat
         ('[{"text": "a"}]', r"is an array, not an object"),
         ("3", r"is a number, not an object"),
         ('{"body": "a", "id": 3}', r"has no field 'text' \(it has 'body', 'id'\)"),
-        ('{"text": null}', r"holds null in 'text', not a text"),
+        ('{"text": false}', r"holds a boolean in 'text', not a text"),
     ],
 )
 def test_bad_line_is_named(line, problem, tmp_path, monkeypatch):
@@ -115,6 +115,11 @@ def test_text_can_be_another_field_or_a_function(tmp_path, write_parquet):
     assert read_all(open_path(tmp_path / "a.parquet", lambda row: f"{row['id']} {row['body']}")) == ["0 one", "1 two"]
 
 
+def test_null_in_parquet_is_no_document(tmp_path, write_parquet):
+    write_parquet(tmp_path / "a.parquet", ["a", None, "", *"bcdef", None])
+    assert read_all(open_path(tmp_path, "text")) == list("abcdef")
+
+
 def test_parquet_faults_are_named(tmp_path, write_parquet):
     write_parquet(tmp_path / "other.parquet", ["a"], column="body")
     with pytest.raises(DatasetError, match=r"other.parquet has no column 'text', but body, id$"):
@@ -122,9 +127,8 @@ def test_parquet_faults_are_named(tmp_path, write_parquet):
     (tmp_path / "damaged.parquet").write_bytes((tmp_path / "other.parquet").read_bytes()[:-20])
     with pytest.raises(DatasetError, match=r"damaged.parquet is damaged or not Parquet: "):
         open_path(tmp_path / "damaged.parquet", "text")
-    write_parquet(tmp_path / "null.parquet", ["a"] * 7 + [None])
-    with pytest.raises(DatasetError, match=r"null.parquet, row 2 of row group 1: holds null in 'text'"):
-        read_all(open_path(tmp_path / "null.parquet", "text"))
+    with pytest.raises(DatasetError, match=r"other.parquet, row 1 of row group 0: holds a number as its text"):
+        read_all(open_path(tmp_path / "other.parquet", lambda row: row["id"]))
     write_parquet(tmp_path / "none.parquet", [])
     with pytest.raises(DatasetError, match=r"none.parquet is empty: its Parquet files hold no row"):
         open_path(tmp_path / "none.parquet", "text")
