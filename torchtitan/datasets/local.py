@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 from torchtitan.config.errors import DatasetError
 from torchtitan.datasets.hub import HuggingFaceStream
@@ -207,6 +207,16 @@ class TextFiles(_PiecedFiles):
             yield text
 
 
+def _parse(line: bytes) -> Any:
+    """The row that a line of JSON holds; ValueError, also as UnicodeDecodeError, says what is wrong with the line."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg} at character {error.pos + 1}") from None
+    except RecursionError:
+        raise ValueError("is JSON that is nested too deep to be read") from None
+
+
 class JsonLinesFiles(_PiecedFiles):
     """Each line is a row and its text a document. Blank lines are passed over."""
 
@@ -230,11 +240,8 @@ class JsonLinesFiles(_PiecedFiles):
         for line in data.split(b"\n"):
             if line and not line.isspace():
                 try:
-                    document = get_text(json.loads(line), self._text)
-                except json.JSONDecodeError as error:
-                    problem = f"is not JSON: {error.msg} at character {error.pos + 1}"
-                    raise DatasetError(self._explain(path, offset, problem)) from None
-                except ValueError as error:  # also UnicodeDecodeError
+                    document = get_text(_parse(line), self._text)
+                except ValueError as error:
                     raise DatasetError(self._explain(path, offset, str(error))) from None
                 if document:
                     yield document

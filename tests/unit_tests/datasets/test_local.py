@@ -71,6 +71,7 @@ def test_json_lines_in_pieces_of_any_size_are_the_same_rows(piece_bytes, tmp_pat
     [
         ("not json", r"is not JSON: Expecting value at character 1"),
         ('{"text": "cut of', r"is not JSON: Unterminated string"),
+        ('{"text": ' + "[" * 100_000, r"is JSON that is nested too deep to be read"),
         ('"only a text"', r"is a text, not an object with the text in 'text'"),
         ('[{"text": "a"}]', r"is an array, not an object"),
         ("3", r"is a number, not an object"),
