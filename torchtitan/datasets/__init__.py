@@ -14,12 +14,13 @@ components/dataloader.py puts them together and reads ahead of the step.
 
 from torchtitan.datasets.documents import DocumentStream, Position
 from torchtitan.datasets.hub import HuggingFaceStream
-from torchtitan.datasets.local import JsonLinesFiles, ParquetFiles, TextFiles, open_path
+from torchtitan.datasets.local import CompressedJsonLinesFiles, JsonLinesFiles, ParquetFiles, TextFiles, open_path
 from torchtitan.datasets.packing import Cursor, pack
 from torchtitan.datasets.registry import open_dataset, register_dataset
 from torchtitan.datasets.source import Source, Text
 
 __all__ = [
+    "CompressedJsonLinesFiles",
     "Cursor",
     "DocumentStream",
     "HuggingFaceStream",

@@ -4,8 +4,7 @@ Only its public interface of shards is used. A position is a shard and a number 
 means the same in every version of `datasets`. The package is imported when a dataset is opened.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config.errors import DatasetError
@@ -36,16 +35,6 @@ class HuggingFaceStream:
         return cls(
             lambda: _datasets().load_dataset(path, config, split=split, streaming=True),
             name=f"{path}/{config} ({split}) of the Hugging Face hub",
-            text=text,
-        )
-
-    @classmethod
-    def of_json(cls, files: Sequence[Path], *, name: str, fingerprint: str, text: Text) -> "HuggingFaceStream":
-        paths = [str(file) for file in files]
-        return cls(
-            lambda: _datasets().load_dataset("json", data_files=paths, split="train", streaming=True),
-            name=name,
-            fingerprint=fingerprint,
             text=text,
         )
 

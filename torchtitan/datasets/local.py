@@ -2,12 +2,15 @@
 
 Nothing is indexed, converted or copied: text and JSON lines are read in byte ranges that are moved to
 the next line's start, Parquet by row group, so a run over a TB starts as fast as one over a MB.
-Compressed JSON lines cannot be read from the middle; hub.py streams them.
+Compressed JSON lines cannot be read from the middle: each file is unpacked from its start, as it is read.
 """
 
+import gzip
 import hashlib
+import io
 import json
 import os
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 from torchtitan.config.errors import DatasetError
-from torchtitan.datasets.hub import HuggingFaceStream
 from torchtitan.datasets.source import Source, Text, get_text
 from torchtitan.tools.logging import logger
 
@@ -41,6 +43,7 @@ JSON_PIECE_BYTES = 2**20
 CHECKED_BYTES = 64 * 2**20
 """So much of JSON lines is parsed before the run starts, so that a bad line there costs no training."""
 CUT_SEARCH_BYTES = 4096
+UNPACKED_BYTES = 64 * 2**10
 
 
 def open_path(path: str | Path, text: Text) -> Source:
@@ -79,12 +82,7 @@ def open_path(path: str | Path, text: Text) -> Source:
         case "JSON lines":
             return JsonLinesFiles(files, root=root, text=text)
         case "compressed JSON lines":
-            return HuggingFaceStream.of_json(
-                files,
-                name=f"{root}: {_count(files, 'file')} of {kind}",
-                fingerprint=_fingerprint(files, [file.stat().st_size for file in files], root=root),
-                text=text,
-            )
+            return CompressedJsonLinesFiles(files, root=root, text=text)
         case _:
             return TextFiles(files, root=root)
 
@@ -242,19 +240,83 @@ class JsonLinesFiles(_PiecedFiles):
                 try:
                     document = get_text(_parse(line), self._text)
                 except ValueError as error:
-                    raise DatasetError(self._explain(path, offset, str(error))) from None
+                    raise DatasetError(_explain(path, _line_number(path, offset), str(error), self._text)) from None
                 if document:
                     yield document
             offset += len(line) + 1
 
-    def _explain(self, path: Path, offset: int, problem: str) -> str:
-        field = self._text if isinstance(self._text, str) else "field"
-        with path.open("rb") as file:
-            number = 1
-            while offset > 0 and (block := file.read(min(offset, JSON_PIECE_BYTES))):
-                number += block.count(b"\n")
-                offset -= len(block)
-        return f'{path}, line {number}: {problem}. Each line must be an object such as {{"{field}": "..."}}'
+
+class CompressedJsonLinesFiles(_Files):
+    """JSON lines in .gz or .zst. Each file is a shard, unpacked line by line as it is read."""
+
+    kind = "compressed JSON lines"
+    min_shards_per_rank = 1  # better some ranks get a file more than all unpack everything
+
+    def __init__(self, files: Sequence[Path], *, root: Path, text: Text) -> None:
+        super().__init__(files, root=root)
+        self._text = text
+        num_checked = 0
+        for shard in range(len(self)):
+            for number, line in self._read_lines(shard):
+                self._get_text(shard, number, line)
+                num_checked += len(line)
+                if num_checked >= CHECKED_BYTES:
+                    return
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, shard: int) -> Iterator[str]:
+        for number, line in self._read_lines(shard):
+            if document := self._get_text(shard, number, line):
+                yield document
+
+    def _read_lines(self, shard: int) -> Iterator[tuple[int, bytes]]:
+        """Lines that are not blank, with their numbers."""
+        number = 0
+        with self._open(shard) as file, _unpack(file, self._files[shard]) as unpacked:
+            while True:
+                try:
+                    line = unpacked.readline()
+                except (OSError, EOFError, zlib.error) as error:
+                    place, problem = f"{self._files[shard]}, after line {number}", " ".join(str(error).split())
+                    raise DatasetError(
+                        f"{place}: cannot be unpacked: {problem}; the file is damaged or not whole: get it anew"
+                    ) from error
+                if not line:
+                    return
+                number += 1
+                if not line.isspace():
+                    yield number, line.removesuffix(b"\n")
+
+    def _get_text(self, shard: int, number: int, line: bytes) -> str:
+        try:
+            return get_text(_parse(line), self._text)
+        except ValueError as error:
+            raise DatasetError(_explain(self._files[shard], number, str(error), self._text)) from None
+
+
+def _unpack(file: BinaryIO, path: Path) -> io.BufferedIOBase:
+    if _ends(path, (".gz",)):
+        return gzip.GzipFile(fileobj=file)
+    import pyarrow  # has Zstandard, which Python has from 3.14 on
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), UNPACKED_BYTES)
+
+
+def _line_number(path: Path, offset: int) -> int:
+    """Of the line that begins at byte `offset`."""
+    number = 1
+    with path.open("rb") as file:
+        while offset > 0 and (block := file.read(min(offset, JSON_PIECE_BYTES))):
+            number += block.count(b"\n")
+            offset -= len(block)
+    return number
+
+
+def _explain(path: Path, line_number: int, problem: str, text: Text) -> str:
+    field = text if isinstance(text, str) else "field"
+    return f'{path}, line {line_number}: {problem}. Each line must be an object such as {{"{field}": "..."}}'
 
 
 class ParquetFiles(_Files):

@@ -38,12 +38,29 @@ def write(tmp_path: Path) -> Write:
                     (folder / f"{i}.jsonl").write_text(lines)
                 case "parquet":
                     write_parquet(folder / f"{i}.parquet", part)
-                case "jsonl.gz":
-                    with gzip.open(folder / f"{i}.jsonl.gz", "wt") as file:
-                        file.write(lines)
+                case "jsonl.gz" | "jsonl.zst":
+                    (folder / f"{i}.{kind}").write_bytes(compress(lines.encode(), kind))
         return folder
 
     return write
+
+
+@pytest.fixture(name="compress")
+def _compress() -> Callable[[bytes, str], bytes]:
+    return compress
+
+
+def compress(data: bytes, kind: str) -> bytes:
+    """As the suffix `kind` says; as it is, where that is no compressed one."""
+    if kind.endswith(".gz"):
+        return gzip.compress(data)
+    if kind.endswith(".zst"):
+        pa = pytest.importorskip("pyarrow")
+        packed = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(packed, "zstd") as file:
+            file.write(data)
+        return packed.getvalue().to_pybytes()
+    return data
 
 
 @pytest.fixture(name="write_parquet")

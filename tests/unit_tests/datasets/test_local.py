@@ -3,12 +3,14 @@
 import gzip
 import json
 import re
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from torchtitan.config.errors import DatasetError
-from torchtitan.datasets.local import JsonLinesFiles, ParquetFiles, TextFiles, open_path
+from torchtitan.datasets.local import CompressedJsonLinesFiles, JsonLinesFiles, ParquetFiles, TextFiles, open_path
 from torchtitan.datasets.source import Source
 
 
@@ -21,10 +23,8 @@ def write_rows(path: Path, rows: list[object]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "jsonl.gz"])
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "jsonl.gz", "jsonl.zst"])
 def test_every_document_is_read_once(kind, write, documents):
-    if kind == "jsonl.gz":
-        pytest.importorskip("datasets")
     source = open_path(write(kind, documents), "text")
     assert sorted(read_all(source)) == sorted(documents)
     assert read_all(source) == read_all(source)
@@ -79,11 +79,12 @@ def test_json_lines_in_pieces_of_any_size_are_the_same_rows(piece_bytes, tmp_pat
         ('{"text": false}', r"holds a boolean in 'text', not a text"),
     ],
 )
-def test_bad_line_is_named(line, problem, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_bad_line_is_named(kind, line, problem, tmp_path, compress, monkeypatch):
     monkeypatch.setattr(JsonLinesFiles, "piece_bytes", 100)
-    path = write_rows(tmp_path / "a.jsonl", [{"text": "fine"}] * 30)
-    with path.open("a") as file:
-        file.write(f'\n{line}\n{{"text": "fine"}}\n')
+    path = tmp_path / f"a.{kind}"
+    fine = '{"text": "fine"}\n'
+    path.write_bytes(compress(f"{fine * 30}\n{line}\n{fine}".encode(), kind))
     where = (
         rf"^{re.escape(str(path))}, line 32: {problem}.*\. Each line must be an object such as {{\"text\": \"...\"}}$"
     )
@@ -97,13 +98,44 @@ def test_bad_bytes_in_json_are_named(tmp_path):
         open_path(tmp_path, "text")
 
 
-def test_bad_line_far_down_is_found_when_it_is_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_bad_line_far_down_is_found_when_it_is_read(kind, tmp_path, compress, monkeypatch):
     monkeypatch.setattr(JsonLinesFiles, "piece_bytes", 100)
     monkeypatch.setattr("torchtitan.datasets.local.CHECKED_BYTES", 200)
-    path = write_rows(tmp_path / "a.jsonl", [{"text": "fine"}] * 100 + [3])
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(compress(b'{"text": "fine"}\n' * 100 + b"3\n", kind))
     source = open_path(path, "text")
-    with pytest.raises(DatasetError, match=r"a\.jsonl, line 101: is a number"):
+    with pytest.raises(DatasetError, match=rf"a\.{kind}, line 101: is a number"):
         read_all(source)
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
+def test_compressed_file_is_unpacked_as_it_is_read_and_its_damage_named(kind, tmp_path, compress, monkeypatch):
+    monkeypatch.setattr("torchtitan.datasets.local.CHECKED_BYTES", 100)
+    noise = np.random.default_rng(0).bytes(2**18).hex()
+    rows = [{"text": noise[i : i + 64]} for i in range(0, len(noise), 64)]
+    packed = compress(write_rows(tmp_path / "rows", rows).read_bytes(), kind)
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(packed[:-9])
+    source = open_path(path, "text")
+    assert list(islice(source.read(0), 2000)) == [row["text"] for row in rows[:2000]]
+    advice = "the file is damaged or not whole: get it anew"
+    for damaged in (packed[:-9], packed[: len(packed) // 2], packed + b"more"):
+        path.write_bytes(damaged)
+        with pytest.raises(DatasetError, match=rf"/a\.{kind}, after line [1-9]\d+: cannot be unpacked: .*; {advice}$"):
+            read_all(open_path(path, "text"))
+    path.write_bytes(b"of no such format")
+    with pytest.raises(DatasetError, match=rf"/a\.{kind}, after line 0: cannot be unpacked: .*; {advice}$"):
+        open_path(path, "text")
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
+def test_compressed_file_may_have_several_parts_and_none(kind, tmp_path, compress):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(b"".join(compress(part, kind) for part in (b'{"text": "a"}\n{"te', b"", b'xt": "b"}\n\n')))
+    (tmp_path / f"b.{kind}").write_bytes(compress(b"", kind))
+    assert read_all(open_path(tmp_path, "text")) == ["a", "b"]
+    assert read_all(open_path(tmp_path / f"b.{kind}", "text")) == []  # which documents.py reports
 
 
 def test_text_can_be_another_field_or_a_function(tmp_path, write_parquet):
@@ -173,7 +205,7 @@ def test_file_without_suffix_is_text(tmp_path):
     assert read_all(open_path(tmp_path / "enwik8", "text")) == ["text"]
 
 
-@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "jsonl.gz"])
 def test_file_that_disappears_or_is_cut_is_named(kind, write, documents):
     folder = write(kind, documents)
     source = open_path(folder, "text")
@@ -201,8 +233,6 @@ def test_what_is_appended_is_not_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
 def test_fingerprint_tells_other_data(kind, write, documents, tmp_path):
-    if kind == "jsonl.gz":
-        pytest.importorskip("datasets")
     folder = write(kind, documents)
     before = open_path(folder, "text").fingerprint
     moved = folder.rename(tmp_path / "moved")
@@ -218,9 +248,18 @@ def test_fingerprint_tells_other_data(kind, write, documents, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux shows them")
 def test_no_source_keeps_files_open(write, documents):
     """A run may read 100,000 files."""
-    for kind, cls in (("text", TextFiles), ("jsonl", JsonLinesFiles), ("parquet", ParquetFiles)):
-        source = open_path(write(kind, documents), "text")
-        assert isinstance(source, cls)
+    kinds = {
+        "text": TextFiles,
+        "jsonl": JsonLinesFiles,
+        "jsonl.gz": CompressedJsonLinesFiles,
+        "jsonl.zst": CompressedJsonLinesFiles,
+        "parquet": ParquetFiles,
+    }
+    for kind, cls in kinds.items():
+        folder = write(kind, documents)
         num_open = len(list(Path("/proc/self/fd").iterdir()))
+        source = open_path(folder, "text")
+        assert isinstance(source, cls)
         read_all(source)
+        next(source.read(0))
         assert len(list(Path("/proc/self/fd").iterdir())) == num_open
