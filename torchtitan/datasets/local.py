@@ -92,16 +92,39 @@ def _find_files(root: Path) -> list[Path]:
         return [root]
     if not root.exists():
         raise DatasetError(f"{root} does not exist; dataset_path takes a file or a folder on this machine")
+    if not root.is_dir():
+        raise DatasetError(
+            f"{root} is neither a file nor a folder: data is read more than once, as a pipe or a device cannot be;"
+            " write it to a file"
+        )
     try:
-        with os.scandir(root):
-            pass  # rglob would pass over a folder that may not be read
+        names = [path.name for path in root.iterdir()]  # the walk would pass over a folder that may not be read
     except OSError as error:
         raise DatasetError(f"{root} cannot be read: {error.strerror}; check its permissions") from None
-    paths = [path for path in root.rglob("*") if not any(p.startswith(".") for p in path.relative_to(root).parts)]
-    files = sorted(path for path in paths if path.is_file())
+    files = sorted(path for path in _walk(root) if path.is_file())
+    if not files and names and all(map(_is_hidden, names)):
+        raise DatasetError(f"{root} holds hidden files only ({names[0]}), which are passed over; rename them")
     if not files:
         raise DatasetError(f"{root} is an empty folder; dataset_path takes {KNOWN}")
     return files
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """What is in a folder and its subfolders, hidden ones left out. Links are followed, but never round in a loop."""
+    visited = set(root.resolve().parents)
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real_folder = Path(folder).resolve()
+        if real_folder in visited:
+            subfolders.clear()
+            continue
+        visited.add(real_folder)
+        # Sorted, so that of two ways to a folder it is always the same that gives its files their names.
+        subfolders[:] = sorted(name for name in subfolders if not _is_hidden(name))
+        yield from (Path(folder, name) for name in names if not _is_hidden(name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _ends(file: Path, suffixes: tuple[str, ...]) -> bool:

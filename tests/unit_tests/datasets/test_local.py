@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 from itertools import islice
 from pathlib import Path
@@ -178,6 +179,13 @@ def test_path_faults_are_named(tmp_path, write_parquet):
     folder = tmp_path / "folder"
     folder.mkdir()
     assert error(folder).startswith(f"{folder} is an empty folder; dataset_path takes text (.txt, ")
+    (folder / ".a.jsonl").write_text('{"text": "a"}')
+    assert error(folder) == f"{folder} holds hidden files only (.a.jsonl), which are passed over; rename them"
+    os.mkfifo(tmp_path / "pipe")
+    assert error(tmp_path / "pipe") == (
+        f"{tmp_path}/pipe is neither a file nor a folder: data is read more than once, as a pipe or a device cannot be;"
+        " write it to a file"
+    )
     (folder / "a.zip").write_text("a")
     assert error(folder).startswith(f"{folder} holds no file of a known kind, but .zip; dataset_path takes text")
     assert error(folder / "a.zip").startswith(f"{folder}/a.zip holds no file of a known kind, but .zip")
@@ -188,6 +196,27 @@ def test_path_faults_are_named(tmp_path, write_parquet):
     assert re.search(
         "holds both (Parquet and JSON lines|JSON lines and Parquet); give a folder with one", error(folder)
     )
+
+
+def test_links_are_followed_and_no_folder_is_read_twice(tmp_path):
+    data, folder = tmp_path / "data", tmp_path / "folder"
+    (data / "deep").mkdir(parents=True)
+    folder.mkdir()
+    write_rows(data / "a.jsonl", [{"text": "a"}])
+    write_rows(data / "deep" / "b.jsonl", [{"text": "b"}])
+    (folder / "to_data").symlink_to(data)
+    (folder / "to_file.jsonl").symlink_to(write_rows(tmp_path / "c.jsonl", [{"text": "c"}]))
+    (folder / "to_nothing.jsonl").symlink_to(tmp_path / "nothing")
+    assert read_all(open_path(folder, "text")) == ["a", "b", "c"]
+    (data / "deep" / "back").symlink_to(folder)
+    (data / "deep" / "self").symlink_to(".")
+    (folder / "to_data_again").symlink_to(data)
+    assert read_all(open_path(folder, "text")) == ["a", "b", "c"]
+    root = tmp_path / "root"
+    root.symlink_to(data / "deep")
+    (data / "deep" / "up").symlink_to(data)  # which would bring in what is beside the root
+    (data / "deep" / "back").unlink()
+    assert read_all(open_path(root, "text")) == ["b"]
 
 
 def test_larger_of_rows_and_text_is_the_data(tmp_path, caplog):
