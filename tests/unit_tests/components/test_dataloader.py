@@ -27,17 +27,18 @@ from torchtitan.components.dataloader import (
     build_validation_dataloader,
 )
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.tokenizer import build_tokenizer
+from torchtitan.components.tokenizer import Tokenizer, build_tokenizer
 from torchtitan.config.errors import ConfigError, DatasetError
 
 Loader = TrainingDataLoader | ValidationDataLoader
 
+TOKENIZER = Path("tests/assets/tokenizer")
 DOCUMENTS = [f"document {i}: " + "naïve 例 🌍 x\n" * (i % 7) + f"end {i}" for i in range(50)]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer("tests/assets/tokenizer")
+    return build_tokenizer(TOKENIZER)
 
 
 @pytest.fixture
@@ -208,9 +209,36 @@ def test_other_data_is_an_error(build, path):
     state = build().state_dict()
     (Path(path) / "new.jsonl").write_text('{"text": "more"}\n')
     with pytest.raises(
-        DataloaderStateError, match=r"not one in .*: 4 files of JSON lines, .*exclude_from_loading, or give"
+        DataloaderStateError, match=r"not one in .*: 4 files .* of another size, .*exclude_from_loading, or give"
     ):
         build().load_state_dict(state)
+
+
+def test_other_tokenizer_is_an_error(build, tokenizer, tmp_path_factory):
+    """A cursor counts tokens."""
+    state = build().state_dict()
+    other = json.loads((TOKENIZER / "tokenizer.json").read_text())
+    other["model"]["merges"] = other["model"]["merges"][:-1]
+    file = tmp_path_factory.mktemp("other") / "tokenizer.json"
+    file.write_text(json.dumps(other))
+    one_merge_fewer = build_tokenizer(file)
+    assert one_merge_fewer.vocab_size == tokenizer.vocab_size
+    for changed in (one_merge_fewer, Tokenizer(tokenizer._backend, bos_id=None, eos_id=tokenizer.eos_id)):
+        with pytest.raises(DataloaderStateError, match=r"another tokenizer, .*exclude_from_loading, or set model\.tok"):
+            build(tokenizer=changed).load_state_dict(state)
+
+
+def test_tokenizer_may_be_moved_and_may_be_missing_in_an_old_state(build, tmp_path_factory):
+    first = build()
+    take(first, 4)
+    (saved,) = first.state_dict().values()
+    old = {key: value for key, value in json.loads(saved).items() if key != "tokenizer"}
+    copy = tmp_path_factory.mktemp("moved") / "tokenizer.json"
+    copy.write_text(json.dumps(json.loads((TOKENIZER / "tokenizer.json").read_text()), indent=1))
+    for state in (saved, json.dumps(old)):
+        resumed = build(tokenizer=build_tokenizer(copy))
+        resumed.load_state_dict({"dp_rank_0": state})
+        assert resumed.state_dict() == first.state_dict()
 
 
 def test_ranks_share_the_documents(build, tokenizer):
