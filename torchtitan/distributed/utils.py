@@ -159,8 +159,8 @@ def get_total_norm(grads: list[Tensor]) -> Tensor:
 
 
 def _square(tensors: list[Tensor]) -> Tensor:
-    """Sum of the squares of all elements. On a CPU in float64: torch adds them up one by one there, and in float32 would
-    be 1e-5 off after some ten thousand of them.
+    """Sum of the squares of all elements. On a CPU in float64: torch adds them up one by one there, and in float32 is
+    1e-5 off after some ten thousand of them.
     """
     dtype = torch.float64 if tensors[0].device.type == "cpu" else torch.float32
     return torch.stack(torch._foreach_norm(tensors, 2, dtype)).square().sum()
