@@ -36,7 +36,8 @@ CONFIG_FILE="./torchtitan/models/llama3/train_configs/debug_model.toml" ./run_tr
 | no value | `--training.seed None`, where None is allowed |
 
 What is unknown, of the wrong type or out of range stops the run before anything starts, with one message that names
-the option, what was given, what is allowed, and the nearest name.
+the option, what was given, what is allowed, and the nearest name. Integers go up to 2**63 - 1, numbers are finite, text
+is UTF-8. A text that begins with dashes is given in one word, `--job.description=...`.
 
 ```bash
 python -m torchtitan.config.manager --training.compile    # prints the resolved configuration, as TOML
@@ -49,9 +50,9 @@ What the first command prints can be saved and run again. Each run saves the sam
 UPSTREAM = """\
 ## Options that only upstream torchtitan has
 
-TOML files written for upstream (mid-2025) run unedited. The options in this table are accepted and named in one
-warning, because they have no effect here; where a value is given, any other value asks for something that this
-package does not do, and is refused.
+TOML files written for upstream (mid-2025) run unedited. The options in this table are accepted and have no effect here;
+those that are not at upstream's default are named in one warning. Where a value is given, any other value asks for
+something that this package does not do, and is refused.
 
 | option | accepted |
 |---|---|

@@ -1,11 +1,13 @@
 """Every option of a run: one dataclass per TOML [section], one doc line per field.
 
 A field is a name, a type, a default and the string under it. The type carries the range
-(`PositiveInt`) or the choices (`Literal`); schema.py reads all four for the command line,
-`--help` and docs/configuration.md. Rules across fields live in validate.py.
+(`PositiveInt`), the choices (`Literal`) or that it is a path (`FilePath`); schema.py reads all four for the command
+line, `--help` and docs/configuration.md. Rules across fields live in validate.py.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 
@@ -23,11 +25,13 @@ class Range:
 PositiveInt = Annotated[int, Range(min=1)]
 NonNegativeInt = Annotated[int, Range(min=0)]
 PositiveIntOrAuto = Annotated[int, Range(min=1, also=(-1,))]
-PositiveFloat = Annotated[float, Range(above=0)]
+PositiveFloatOrInf = Annotated[float, Range(above=0, also=(math.inf,))]
 NonNegativeFloat = Annotated[float, Range(min=0)]
 Fraction = Annotated[float, Range(min=0, max=1)]
 Decay = Annotated[float, Range(min=0, below=1)]
-Seed = Annotated[int, Range(min=0, max=2**63 - 1)]
+# torch counts time-outs in nanoseconds, in 64 bits.
+Seconds = Annotated[int, Range(min=1, max=10**9)]
+FilePath = Annotated[str, Path]
 PipelineSchedule = Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"]
 
 
@@ -35,10 +39,10 @@ PipelineSchedule = Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroB
 class Job:
     """What this run is and where its files go."""
 
-    config_file: str | None = None
+    config_file: FilePath | None = None
     """TOML file with the run's options; the command line overrides it."""
 
-    dump_folder: str = "./outputs"
+    dump_folder: FilePath = "./outputs"
     """Folder for checkpoints, metrics, traces and the resolved configuration."""
 
     description: str = "default job"
@@ -104,8 +108,9 @@ class Model:
     flavor: str = "debugmodel"
     """Size of the model: a key of the family's flavours."""
 
-    tokenizer_path: str = "./tests/assets/tokenizer"
-    """Folder that holds a tokenizer.json (or the path of the file itself)."""
+    tokenizer_path: FilePath = "./tests/assets/tokenizer"
+    """Folder that holds a tokenizer.json (or the path of the file itself), in the working directory or else in the
+    repository."""
 
     use_scaled_rope: bool = False
     """Scale the rotary frequencies as Llama 3.1 does for long contexts."""
@@ -161,7 +166,7 @@ class Training:
     dataset: str = "python_stdlib"
     """Name of a registered dataset (python_stdlib, c4, ...); with dataset_path, how to read that path."""
 
-    dataset_path: str | None = None
+    dataset_path: FilePath | None = None
     """Local file or folder to read instead: text, JSON lines or Parquet."""
 
     local_batch_size: PositiveInt = 8
@@ -174,8 +179,8 @@ class Training:
     seq_len: PositiveInt = 2048
     """Tokens per sequence."""
 
-    max_norm: PositiveFloat = 1.0
-    """Gradients are clipped to this global 2-norm."""
+    max_norm: PositiveFloatOrInf = 1.0
+    """Gradients are clipped to this global 2-norm; inf leaves them as they are."""
 
     steps: PositiveInt = 10000
     """Optimizer steps of the run."""
@@ -198,7 +203,7 @@ class Training:
     gc_debug: bool = False
     """Collect at every step with gc's debugging on, to find reference cycles that hold tensors."""
 
-    seed: Seed | None = None
+    seed: NonNegativeInt | None = None
     """Seed of initialisation and data order; None draws one (it is logged, and the same on all ranks)."""
 
     deterministic: bool = False
@@ -229,9 +234,6 @@ class Parallelism:
 
     context_parallel_degree: PositiveInt = 1
     """Ranks over which each sequence is split."""
-
-    context_parallel_rotate_method: Literal["allgather"] = "allgather"
-    """How keys and values reach the other context-parallel ranks."""
 
     pipeline_parallel_degree: PositiveInt = 1
     """Groups of ranks that each hold a range of the layers."""
@@ -268,7 +270,7 @@ class Checkpoint:
     interval: PositiveInt = 500
     """Steps between two checkpoints."""
 
-    initial_load_path: str | None = None
+    initial_load_path: FilePath | None = None
     """Checkpoint to start from when the run has none of its own."""
 
     initial_load_model_only: bool = True
@@ -339,10 +341,10 @@ class LigerKernel:
 class Comm:
     """Time-outs and tracing of collectives."""
 
-    init_timeout_seconds: PositiveInt = 300
+    init_timeout_seconds: Seconds = 300
     """Time-out of collectives until the first step is done."""
 
-    train_timeout_seconds: PositiveInt = 100
+    train_timeout_seconds: Seconds = 100
     """Time-out of collectives from the second step on."""
 
     trace_buf_size: NonNegativeInt = 20000
@@ -362,7 +364,7 @@ class Validation:
     dataset: str = "python_stdlib_validation"
     """Name of a registered dataset; with dataset_path, how to read that path."""
 
-    dataset_path: str | None = None
+    dataset_path: FilePath | None = None
     """Local file or folder to read instead: text, JSON lines or Parquet."""
 
     local_batch_size: PositiveInt = 8

@@ -1,6 +1,7 @@
 """From defaults, a TOML file and the command line to a JobConfig; the later wins.
 
 Command line: `--section.option value` or `--section.option=value`, with `-` and `_` alike; the last of several wins.
+A `--` alone, as other programs use it between their options and those of a run, is passed over.
 Booleans: `--x.flag`, `--x.no-flag`, `--x.flag True|False`, `--x.flag=true|false`. Lists: one token, comma-separated
 (`a,b`; "" is the empty list); lists of lists: one token or several (`a,b c,d`). Optional values may be `None`.
 
@@ -15,8 +16,10 @@ import textwrap
 import tomllib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,10 @@ import tomli_w
 from torchtitan.config.errors import ConfigError, raise_all
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import Option, get_options, get_sections, nearest, shown
-from torchtitan.config.upstream import UPSTREAM_OPTIONS, no_effect_warning, refusal
+from torchtitan.config.upstream import UPSTREAM_OPTIONS, is_worth_a_warning, no_effect_warning, refusal
 from torchtitan.tools.logging import logger
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 _CONFIG_FILE = "job.config_file"
 
 
@@ -37,11 +41,12 @@ class ConfigManager:
     def parse_args(self, argv: Sequence[str], *, warn: bool = True) -> JobConfig:
         """The configuration that the arguments, without the program's name, stand for.
 
-        Warns, once, about options that have no effect. `--help` prints the options and raises SystemExit.
+        Warns, once, about options that have no effect. `--help [section ...]` prints the options and raises SystemExit.
         Raises ConfigError with every mistake that was found.
         """
-        if {"--help", "-h"} & set(argv):
-            _print(help_text([word for word in argv if word in get_sections()]))
+        if asked := [i for i, word in enumerate(argv) if word in ("--help", "-h")]:
+            words = takewhile(lambda word: not word.startswith("-"), argv[asked[0] + 1 :])
+            _print(help_text([_section_of(word) for word in words]))
             raise SystemExit(0)
         config, no_effect = resolve(argv)
         if no_effect and warn:
@@ -59,11 +64,13 @@ class _Setting:
     problem: str | None = None
 
     def error(self) -> ConfigError:
-        return ConfigError(f"{self.given}: {self.problem}")
+        # Other bytes than UTF-8 are lone surrogates in it, which neither a log nor a terminal takes.
+        text = f"{self.given}: {self.problem}".encode(errors="surrogateescape")
+        return ConfigError(text.decode(errors="backslashreplace"))
 
 
 def resolve(argv: Sequence[str]) -> tuple[JobConfig, list[str]]:
-    """The configuration, and the names of the given options that have no effect; ConfigError if anything is wrong."""
+    """The configuration, and the names of the options that ask in vain; ConfigError if anything is wrong."""
     settings = list(_read_command_line(argv))
     config_files = [setting.value for setting in settings if setting.name == _CONFIG_FILE and not setting.problem]
     if config_files and config_files[-1] is not None:
@@ -78,7 +85,16 @@ def resolve(argv: Sequence[str]) -> tuple[JobConfig, list[str]]:
     for setting in used.values():
         section, field = setting.name.split(".")
         setattr(getattr(config, section), field, setting.value)
-    return config, [setting.name for setting in foreign]
+    config.model.tokenizer_path = _find_tokenizer(config.model.tokenizer_path)
+    return config, [setting.name for setting in foreign if is_worth_a_warning(setting.name, setting.value)]
+
+
+def _find_tokenizer(path: str) -> str:
+    """A path that is not there from the working directory may be from the repository: its TOML files run anywhere."""
+    with suppress(OSError):  # of a path that cannot be looked at, preflight.py tells
+        if not Path(path).exists() and (REPOSITORY / path).exists():
+            return str(REPOSITORY / path)
+    return path
 
 
 def to_toml(config: JobConfig) -> str:
@@ -119,13 +135,15 @@ def _read_command_line(argv: Sequence[str]) -> Iterator[_Setting]:
     tokens = deque(argv)
     while tokens:
         token = tokens.popleft()
+        if token == "--":
+            continue
         if not token.startswith("--"):
-            yield _Setting("", token, problem=_about_stray(token))
+            yield _about_stray(token, tokens)
             continue
         flag, equals, text = token.partition("=")
         name = flag[2:].replace("-", "_")
         option, negated = _find(name)
-        values = [text] if equals else [] if negated else _take_values(tokens, option)
+        values = [text] if equals else _take_values(tokens, option)
         given = token if equals else " ".join([token, *(value or '""' for value in values)])
         if option is None:
             yield _Setting("", given, problem=_about_unknown(name, "--"))
@@ -134,7 +152,9 @@ def _read_command_line(argv: Sequence[str]) -> Iterator[_Setting]:
         elif negated:
             yield _Setting(option.name, given, problem=f"takes no value; there is {option.flag} True or False")
         elif not values:
-            yield _Setting(option.name, given, problem=f"needs a value, {option.allowed()}")
+            yield _Setting(
+                option.name, given, problem=f"needs a value, {option.allowed()}{_maybe_meant(tokens, option)}"
+            )
         else:
             yield _read(option, given, option.parse, " ".join(values))
 
@@ -146,6 +166,19 @@ def _take_values(tokens: deque[str], option: Option | None) -> list[str]:
     while tokens and not tokens[0].startswith("--") and (several or not values):
         values.append(tokens.popleft())
     return values
+
+
+def _maybe_meant(tokens: deque[str], option: Option) -> str:
+    """How to give the token that follows as the value of a text; it is removed if it is like no option."""
+    if option.base is not str or not tokens:
+        return ""
+    token = tokens[0]
+    name = token[2:].partition("=")[0].replace("-", "_")
+    if _find(name)[0]:
+        return ""
+    if not nearest(name, get_options()):
+        tokens.popleft()
+    return f"; one that begins with -- is written {option.flag}={token}"
 
 
 def _find(name: str) -> tuple[Option | None, bool]:
@@ -187,6 +220,10 @@ def _load_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}, line {line}, column {column}: not valid TOML: {what}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: byte {error.start} is not UTF-8") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: cannot be read: arrays or tables are nested too deep") from None
+    except ValueError as error:  # of an integer with more digits than Python reads
+        raise ConfigError(f"{path}: cannot be read: {str(error).partition(';')[0]}") from None
     except OSError as error:
         others = get_close_matches(path.name, [other.name for other in path.parent.glob("*.toml")], n=1)
         hint = f"; did you mean {path.parent / others[0]}?" if others else f" (looked in {Path.cwd()})"
@@ -220,10 +257,23 @@ def _about_unknown_section(section: str) -> str:
     return f"unknown section; there are {', '.join(get_sections())}"
 
 
-def _about_stray(token: str) -> str:
-    option, _ = _find(token.partition("=")[0].replace("-", "_"))
-    hint = f"; did you mean --{token}?" if option else ""
-    return f"unexpected argument: options are --section.option value, and a list is one value, a,b,c{hint}"
+def _about_stray(token: str, tokens: deque[str]) -> _Setting:
+    """What is wrong with an argument without `--`; where it names an option, its values are removed from `tokens`."""
+    word = token.lstrip("-")
+    name, equals, _ = word.partition("=")
+    option, _ = _find(name.replace("-", "_"))
+    values = _take_values(tokens, option) if option and not equals else []
+    hint = f"; did you mean --{word}?" if option else ""
+    problem = f"unexpected argument: options are --section.option value, and a list is one value, a,b,c{hint}"
+    return _Setting("", " ".join([token, *values]), problem=problem)
+
+
+def _section_of(word: str) -> str:
+    """The section that a word after --help names; ConfigError if it is none."""
+    section = word.partition(".")[0].replace("-", "_")
+    if section not in get_sections():
+        raise ConfigError(f"--help {word}: {_about_unknown_section(section)}")
+    return section
 
 
 def _print(text: str) -> None:

@@ -7,18 +7,21 @@ and its documentation, which is the string under the field. Nearest names for a 
 import ast
 import inspect
 import json
+import math
 import types
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import SequenceMatcher
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torchtitan.config import job_config
 from torchtitan.config.job_config import JobConfig, Range
 
 _BOOLEANS = {"true": True, "false": False}
+_MAX_INT = 2**63 - 1  # what tensors and checkpoints hold
 _TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
@@ -33,6 +36,7 @@ class Option:
     range: Range | None = None
     choices: tuple[str, ...] = ()
     optional: bool = False
+    is_path: bool = False
 
     @property
     def flag(self) -> str:
@@ -42,6 +46,8 @@ class Option:
         """What a value may be, in words: `an integer >= 1, or -1`."""
         if self.choices:
             what = either(self.choices)
+        elif self.is_path:
+            what = "a path"
         elif self.base == list[str]:
             what = "a list of texts (a,b,c on the command line)"
         elif self.base == list[list[str]]:
@@ -59,6 +65,12 @@ class Option:
                 value = float(value)
         if not _is_a(value, self.base) or not self._in_bounds(value):
             raise ValueError(f"must be {self.allowed()}{self._meant(value)}")
+        if type(value) is int and value > _MAX_INT:
+            raise ValueError(f"must be {self.allowed()}; the largest is 2**63 - 1")
+        if type(value) is float and not math.isfinite(value) and not (self.range and value in self.range.also):
+            raise ValueError(f"must be {self.allowed()}, and finite")
+        if not _is_utf8(value):
+            raise ValueError(f"must be {self.allowed()}; these bytes are not UTF-8")
         return value
 
     def parse(self, text: str) -> Any:
@@ -78,10 +90,14 @@ class Option:
         return self.check(value)
 
     def _in_bounds(self, value: Any) -> bool:
-        return (not self.choices or value in self.choices) and (self.range is None or _within(value, self.range))
+        return (
+            (not self.choices or value in self.choices)
+            and (self.range is None or _within(value, self.range))
+            and (not self.is_path or ("\0" not in value and value != ""))
+        )
 
     def _meant(self, value: object) -> str:
-        names = nearest(str(value), self.choices) if self.choices else []
+        names = nearest(value, self.choices) if isinstance(value, str) else []
         return f"; did you mean {names[0]}?" if names else ""
 
 
@@ -97,7 +113,8 @@ def option_of(name: str, annotation: Any, default: Any, doc: str = "") -> Option
     choices: tuple[str, ...] = ()
     if get_origin(annotation) is Literal:
         annotation, choices = str, get_args(annotation)
-    return Option(name, annotation, default, doc, limits, choices, optional)
+    is_path = limits is Path
+    return Option(name, annotation, default, doc, None if is_path else limits, choices, optional, is_path)
 
 
 @cache
@@ -164,6 +181,13 @@ def _is_a(value: object, base: Any) -> bool:
     return type(value) is base  # not isinstance: True is no integer
 
 
+def _is_utf8(value: object) -> bool:
+    """False for text with lone surrogates: as them Python reads other bytes on the command line, and it writes none."""
+    if isinstance(value, list):
+        return all(map(_is_utf8, value))
+    return not isinstance(value, str) or not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _within(value: float, limits: Range) -> bool:
     return value in limits.also or (
         (limits.min is None or value >= limits.min)
@@ -179,9 +203,19 @@ def _bounds(limits: Range) -> str:
     return " " + ", or ".join([bounds, *(f"{value}" for value in limits.also)])
 
 
+def meant_or_known(name: str, names: Iterable[str]) -> str:
+    """What to say of a name that is none of these: the nearest, else all."""
+    names = list(names)
+    meant = nearest(name, names)
+    return f"did you mean {either(meant)}?" if meant else f"known are {', '.join(names)}"
+
+
 def shown(value: object) -> str:
     """A value as users write it, shortened: text in quotes, true and false in small letters."""
-    text = "None" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        text = "None" if value is None else json.dumps(value, default=str, ensure_ascii=False)
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes; tables in tables in tables
+        text = "..."
     return text if len(text) <= 80 else f"{text[:76]} ..."
 
 

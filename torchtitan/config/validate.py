@@ -5,7 +5,7 @@ configuration, looks at the machine (preflight.py does) or imports torch.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from torchtitan.config.errors import (
     ConfigError,
@@ -15,7 +15,7 @@ from torchtitan.config.errors import (
     raise_all,
 )
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.schema import either, nearest
+from torchtitan.config.schema import either, meant_or_known
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_split import ONE_STAGE, TWO_STAGES
 from torchtitan.protocols.train_spec import ModelArgs, get_model_names, get_train_spec
@@ -96,14 +96,14 @@ def _about_model(config: JobConfig) -> Iterator[str]:
     if config.model.name in names:
         flavors = get_train_spec(config.model.name).flavors
         if config.model.flavor not in flavors:
-            yield f"{_show(config, 'model.flavor')} is unknown; {_known(config.model.flavor, flavors)}"
+            yield f"{_show(config, 'model.flavor')} is unknown; {meant_or_known(config.model.flavor, flavors)}"
     elif not config.experimental.custom_import:  # which may register the model later
-        yield f"{_show(config, 'model.name')} is unknown; {_known(config.model.name, names)}"
+        yield f"{_show(config, 'model.name')} is unknown; {meant_or_known(config.model.name, names)}"
 
 
 def _about_activation_checkpoint(config: JobConfig) -> Iterator[str]:
     option = config.activation_checkpoint.selective_ac_option
-    if option != "op" and not (option.isdecimal() and int(option) > 0):
+    if option != "op" and not (option.isdecimal() and len(option) < 19 and int(option) > 0):
         yield f"{_show(config, 'activation_checkpoint.selective_ac_option')} must be op or a positive integer"
 
 
@@ -146,7 +146,10 @@ def _about_checkpoint(config: JobConfig, world_size: int) -> Iterator[str]:
         yield f"checkpoint.create_seed_checkpoint runs on one process, not on {world_size}; start it with NGPU=1"
     for state in checkpoint.exclude_from_loading:
         if state not in _CHECKPOINT_STATES:
-            yield f"checkpoint.exclude_from_loading has {state!r}, which is none; {_known(state, _CHECKPOINT_STATES)}"
+            yield (
+                f"checkpoint.exclude_from_loading has {state!r}, which is none;"
+                f" {meant_or_known(state, _CHECKPOINT_STATES)}"
+            )
 
 
 def _about_batch(config: JobConfig, dims: ParallelDims) -> Iterator[str]:
@@ -231,7 +234,7 @@ def _about_stage_modules(parts: list[list[str]], n_layers: int) -> Iterator[str]
     modules = ["tok_embeddings", *(f"layers.{i}" for i in range(n_layers)), "norm", "output"]
     named = [name for part in parts for name in part]
     if unknown := [name for name in named if name not in modules]:
-        yield f"{option} names {unknown[0]!r}, which the model does not have; {_known(unknown[0], modules)}"
+        yield f"{option} names {unknown[0]!r}, which the model does not have; {meant_or_known(unknown[0], modules)}"
     elif not all(parts):
         yield f"{option} has a part without modules; give each part some, or leave the part out"
     elif missing := [name for name in modules if name not in named]:
@@ -305,11 +308,6 @@ def _show(config: JobConfig, name: str) -> str:
 
 def _named(config: JobConfig) -> str:
     return f"{config.model.name} {config.model.flavor}"
-
-
-def _known(name: str, names: Iterable[str]) -> str:
-    meant = nearest(name, names)
-    return f"did you mean {either(meant)}?" if meant else f"known are {', '.join(names)}"
 
 
 def _divisors(number: int) -> list[int]:

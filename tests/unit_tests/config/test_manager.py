@@ -1,6 +1,7 @@
 """Every way to give an option, and every way to get it wrong."""
 
 import logging
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,11 @@ from torchtitan.config.manager import ConfigManager, main, to_toml, write_resolv
 ROOT = Path(__file__).parents[3]
 
 parse = ConfigManager().parse_args
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture
@@ -85,6 +91,9 @@ def test_the_documented_flag_and_its_opposite(flag):
         (["--training.dataset_path", "None"], "training.dataset_path", None),
         (["--job.description=a=b --c"], "job.description", "a=b --c"),
         (["--job.description", ""], "job.description", ""),
+        (["--", "--training.seq_len", "64"], "training.seq_len", 64),
+        (["--training.steps", str(2**63 - 1)], "training.steps", 2**63 - 1),
+        (["--training.max_norm", "inf"], "training.max_norm", math.inf),
     ],
 )  # fmt: skip
 def test_values(argv, name, value):
@@ -164,7 +173,23 @@ def test_toml_values(toml):
         (["--checkpoint.keep_latest_k", "1"], ["--checkpoint.keep_latest_k 1", "an integer >= 2, or 0"]),
         (["--training.seed", "x"], ["an integer >= 0", "or None"]),
         (["--training.max_norm", "0"], ["--training.max_norm 0", "a number > 0"]),
-        (["--training.max_norm", "nan"], ["a number > 0"]),
+        (["--training.max_norm", "nan"], ["a number > 0, or inf"]),
+        (["--optimizer.lr", "inf"], ["--optimizer.lr inf", "a number >= 0, and finite"]),
+        (["--optimizer.eps", "1e400"], ["--optimizer.eps 1e400", "a number >= 0, and finite"]),
+        (["--optimizer.weight_decay", "nan"], ["a number >= 0"]),
+        (["--fault_tolerance.fragment_update_alpha", "nan"], ["a number, and finite"]),
+        (["--training.steps", str(2**63)], ["an integer >= 1; the largest is 2**63 - 1"]),
+        (["--training.seed", str(2**63)], ["an integer >= 0, or None; the largest is 2**63 - 1"]),
+        (["--comm.init_timeout_seconds", str(10**10)], ["an integer >= 1 and <= 1000000000"]),
+        (["--job.description", "bad\udcff"], ["--job.description bad\\xff", "must be text; these bytes are not UTF-8"]),
+        (["--checkpoint.exclude_from_loading", "a,\udcff"], ["a,\\xff", "these bytes are not UTF-8"]),
+        (["--job.\udcff", "1"], ["--job.\\xff 1", "unknown option"]),
+        (["--job.config_file", ""], ['--job.config_file ""', "must be a path, or None"]),
+        (["--job.dump_folder", ""], ['--job.dump_folder ""', "must be a path"]),
+        (["--model.tokenizer_path="], ["--model.tokenizer_path=", "must be a path"]),
+        (["--training.dataset_path", ""], ["must be a path, or None"]),
+        (["--validation.dataset_path", ""], ["must be a path, or None"]),
+        (["--checkpoint.initial_load_path", ""], ["must be a path, or None"]),
         (["--optimizer.beta1", "1"], ["--optimizer.beta1 1", "a number >= 0 and < 1"]),
         (["--lr_scheduler.decay_ratio", "1.5"], ["a number >= 0 and <= 1, or None"]),
         (["--lr_scheduler.decay_type", "cosin"], ["linear, sqrt or cosine", "did you mean cosine?"]),
@@ -173,11 +198,13 @@ def test_toml_values(toml):
         (["--training.compile="], ["--training.compile=", "true or false"]),
         (["--training.compile", "1"], ["--training.compile 1", "true or false"]),
         (["--training.no-compile=True"], ["--training.no-compile=True", "--training.compile True or False"]),
-        (["--training.no-compile", "True"], ["True: unexpected argument"]),
+        (["--training.no-compile", "True"], ["--training.no-compile True: takes no value; there is"]),
         (["--checkpoint.exclude_from_loading", "a", "b"], ["b: unexpected argument", "a,b,c"]),
         (["training.compile=True"], ["training.compile=True", "did you mean --training.compile=True?"]),
         (["stray"], ["stray: unexpected argument"]),
         (["-x"], ["-x: unexpected argument"]),
+        (["-training.steps", "5"], ["-training.steps 5: unexpected argument", "did you mean --training.steps?"]),
+        (["training.steps", "5"], ["training.steps 5: unexpected argument", "did you mean --training.steps?"]),
         (["--training.seqlen", "64"], ["--training.seqlen 64", "did you mean --training.seq_len?"]),
         (["--training.no-seq_len"], ["--training.no-seq_len: unknown option"]),
         (["--trainign.seq_len=64"], ["--trainign.seq_len=64", "did you mean --training.seq_len?"]),
@@ -189,7 +216,9 @@ def test_toml_values(toml):
         (["--training.batch_size", "1"], ["--training.local_batch_size or --training.global_batch_size?"]),
         (["--checkpoint.xyz", "1"], ["--checkpoint.xyz 1", "[checkpoint] has enable_checkpoint, folder, interval"]),
         (["--qqqq.xyz", "1"], ["--qqqq.xyz 1", "unknown section", "job, profiling, metrics, model"]),
-        (["--"], ["--: unknown"]),
+        (["--job.description", "--weird"], ["needs a value", "begins with -- is written --job.description=--weird"]),
+        (["--help", "trainin"], ["--help trainin", "did you mean [training]?"]),
+        (["--job.config_file", "x.toml", "--help", "training", "qqqq"], ["--help qqqq", "there are job, profiling"]),
         (["--job.config_file"], ["--job.config_file", "needs a value"]),
     ],
 )  # fmt: skip
@@ -218,6 +247,12 @@ def test_mistakes_on_the_command_line(argv, parts):
         ("[training]\ncompile = 1", ["training.compile = 1", "true or false"]),
         ('[training]\ncompile = "true"', ['training.compile = "true"', "true or false"]),
         ("[activation_checkpoint]\nselective_ac_option = 2", ["selective_ac_option = 2", "text"]),
+        ("[optimizer]\nlr = inf", ["optimizer.lr = Infinity", "a number >= 0, and finite"]),
+        (f"[training]\nsteps = 0x{'f' * 5000}", ["training.steps = ...", "the largest is 2**63 - 1"]),
+        (f"[training]\nsteps = {'9' * 5000}", ["cannot be read", "value has 5000 digits"]),
+        (f"[training]\nsteps = {'[' * 5000}{']' * 5000}", ["cannot be read", "nested too deep"]),
+        (f"[{'.'.join(['training'] * 5000)}]\na = 1", ["training.training = ...", "unknown option"]),
+        ('[job]\ndump_folder = "a\\u0000"', ["job.dump_folder", "must be a path"]),
         ("[optimizer]\nlr = nan", ["optimizer.lr = NaN", "a number >= 0"]),
         ('[optimizer]\nname = "adamw"', ['optimizer.name = "adamw"', "Adam or AdamW", "did you mean AdamW?"]),
         ('[checkpoint]\nexclude_from_loading = "a"', ["a list of texts"]),
@@ -278,6 +313,25 @@ def test_all_mistakes_are_reported_together(toml):
         assert part in line
 
 
+def test_a_value_that_is_like_an_option_is_told_as_both():
+    first, second = message(["--job.description", "--compile"]).split("\n")[1:]
+    assert first.endswith("one that begins with -- is written --job.description=--compile")
+    assert second.endswith("did you mean --training.compile?")
+    assert message(["--job.description", "--training.compile"]).endswith("needs a value, text")
+
+
+def test_a_tokenizer_is_looked_for_in_the_working_directory_and_then_in_the_repository(tmp_path, monkeypatch):
+    default = JobConfig().model.tokenizer_path
+    monkeypatch.chdir(tmp_path)
+    elsewhere = parse([])
+    assert elsewhere.model.tokenizer_path == str(ROOT / default)
+    assert parse(["--model.tokenizer_path", "nowhere"]).model.tokenizer_path == "nowhere"
+    write_resolved(elsewhere, tmp_path / "resolved.toml")
+    (tmp_path / default).mkdir(parents=True)
+    assert parse([]).model.tokenizer_path == default
+    assert parse(["--job.config_file", "resolved.toml"]).model == elsewhere.model
+
+
 def test_a_mistake_in_the_file_is_one_even_if_overridden(toml):
     assert "training.steps" in message([*toml("[training]\nsteps = 0"), "--training.steps", "5"])
 
@@ -329,6 +383,12 @@ def test_help_for_one_section(capsys):
     text = capsys.readouterr().out
     assert "--liger_kernel.implementation (auto, liger or native" in text
     assert "--training.seq_len" not in text
+    with pytest.raises(SystemExit):
+        parse(["--job.config_file", "training", "--help", "comm.trace_buf_size", "job"])
+    text = capsys.readouterr().out
+    assert "[comm]" in text
+    assert "[job]" in text
+    assert "[training]" not in text
 
 
 def test_a_run_warns_and_a_check_does_not(caplog):

@@ -141,13 +141,6 @@ def test_a_folder_that_may_not_be_read_is_not_called_empty(refused, tmp_path, mo
     assert text == f"DatasetError: training.dataset_path={tmp_path} cannot be read: Permission denied"
 
 
-@pytest.mark.parametrize("section", ["training", "validation"])
-def test_an_empty_dataset_path_is_not_the_current_folder(refused, section):
-    assert refused(f"--{section}.dataset_path", "", "--validation.enabled") == (
-        f'DatasetError: {section}.dataset_path="" names no file or folder; leave it out for {section}.dataset itself'
-    )
-
-
 def test_a_module_that_is_not_there(refused):
     text = refused("--experimental.custom_import", "no_such_module")
     assert text.startswith("ConfigError: experimental.custom_import=no_such_module: there is no such module")

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from torchtitan.config import ConfigError
 from torchtitan.config.manager import ConfigManager, resolve
@@ -12,7 +13,6 @@ from torchtitan.config.upstream import UPSTREAM_OPTIONS
 from torchtitan.config.validate import validate
 
 ASSETS = Path(__file__).parents[2] / "assets" / "upstream"
-FLOAT8 = ["enable_fsdp_float8_all_gather", "precompute_float8_dynamic_scale_for_fsdp", "filter_fqns"]
 
 
 @pytest.mark.parametrize("name", ["debug_model", "llama3_8b"])
@@ -26,27 +26,32 @@ def test_upstreams_debug_model_keeps_its_values():
     assert (config.training.steps, config.lr_scheduler.decay_ratio, config.training.dataset) == (10, 0.8, "c4_test")
     assert config.activation_checkpoint.selective_ac_option == "2"
     assert not config.checkpoint.last_save_model_only
-    assert no_effect == [
-        "job.use_for_integration_test",
-        "model.converters",
-        "model.print_after_conversion",
-        *(f"float8.{field}" for field in FLOAT8),
-    ]
+    assert no_effect == ["job.use_for_integration_test", "float8.filter_fqns"]
 
 
 def test_upstreams_8b_keeps_its_values():
     config, no_effect = resolve(["--job.config_file", str(ASSETS / "llama3_8b.toml")])
     assert (config.model.flavor, config.training.seq_len, config.training.local_batch_size) == ("8B", 8192, 1)
     assert config.activation_checkpoint.selective_ac_option == "op"
-    assert no_effect == ["model.converters", *(f"float8.{field}" for field in FLOAT8)]
+    assert no_effect == ["float8.filter_fqns"]
 
 
 def test_one_warning_names_every_option_without_effect(caplog):
     with caplog.at_level(logging.WARNING, logger="torchtitan"):
-        ConfigManager().parse_args(["--float8.no-emulate", "--mx.filter_fqns", "output", "--model.converters", ""])
-    (text,) = caplog.messages
-    for name in ("float8.emulate", "mx.filter_fqns", "model.converters", "no effect"):
-        assert name in text
+        ConfigManager().parse_args(["--float8.emulate", "--mx.filter_fqns", "wq", "--model.converters", ""])
+    assert caplog.messages == [
+        "Options of upstream torchtitan that have no effect here: float8.emulate, mx.filter_fqns"
+    ]
+
+
+@pytest.mark.parametrize("name", UPSTREAM_OPTIONS)
+def test_upstreams_defaults_are_not_worth_a_warning(tmp_path, name):
+    option = UPSTREAM_OPTIONS[name].option
+    assert option.check(option.default) == option.default
+    if option.default is not None:  # which TOML lacks
+        section, field = name.split(".")
+        (tmp_path / "run.toml").write_text(tomli_w.dumps({section: {field: option.default}}))
+        assert resolve(["--job.config_file", str(tmp_path / "run.toml")])[1] == []
 
 
 @pytest.mark.parametrize(
@@ -57,6 +62,7 @@ def test_one_warning_names_every_option_without_effect(caplog):
         (["--memory_estimation.enabled"], ["--memory_estimation.enabled", "only false"]),
         (["--optimizer.early_step_in_backward=true"], ["early_step_in_backward=true", "clipped"]),
         (["--parallelism.enable_compiled_autograd"], ["training.compile"]),
+        (["--parallelism.context_parallel_rotate_method", "alltoall"], ['only "allgather"', "around a ring"]),
         (["--parallelism.expert_parallel_degree", "2"], ["only 1", "experts"]),
         (["--parallelism.pipeline_parallel_split_points", "layers.2"], ["parallelism.module_fqns_per_model_part"]),
         (["--parallelism.pipeline_parallel_schedule_csv", "a.csv"], ["parallelism.pipeline_parallel_schedule"]),
@@ -77,7 +83,7 @@ def test_the_value_that_is_used_decides(tmp_path):
     argv = ["--job.config_file", str(tmp_path / "run.toml")]
     with pytest.raises(ConfigError, match=r'run.toml: model.converters = \["float8"\]: '):
         resolve(argv)
-    assert resolve([*argv, "--model.converters", ""])[1] == ["model.converters"]
+    assert resolve([*argv, "--model.converters", ""])[1] == []
 
 
 def test_no_option_is_both_ours_and_foreign():
