@@ -18,9 +18,11 @@ from pathlib import Path
 
 from torchtitan.config.custom_import import check_custom_import
 from torchtitan.config.errors import CheckpointError, ConfigError, DatasetError, TokenizerError, raise_all
-from torchtitan.config.job_config import JobConfig
-from torchtitan.config.manager import ConfigManager
+from torchtitan.config.job_config import JobConfig, Training, Validation
+from torchtitan.config.manager import REPOSITORY, ConfigManager
+from torchtitan.config.schema import either, meant_or_known
 from torchtitan.config.validate import check_vocab_size, validate
+from torchtitan.datasets import get_dataset_names, open_dataset
 
 
 def check_machine(config: JobConfig) -> None:
@@ -33,6 +35,7 @@ def check_machine(config: JobConfig) -> None:
             *_about_custom_import(config),
             *_about_tokenizer(config),
             *_about_datasets(config),
+            *_about_metrics(config),
             *_about_initial_checkpoint(config),
         ]
     )
@@ -47,7 +50,7 @@ def check_writable(folder: Path, *, given: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"{given} cannot be written: {error.strerror}") from None
+        raise ConfigError(f"{given} cannot be written: {error.strerror}; name another folder") from None
 
 
 def get_vocab_size(tokenizer_json: Path) -> int:
@@ -67,14 +70,18 @@ def _about_custom_import(config: JobConfig) -> Iterator[ConfigError]:
 
 def _about_tokenizer(config: JobConfig) -> Iterator[ConfigError]:
     path = Path(config.model.tokenizer_path)
-    given = f"model.tokenizer_path={path}"
+    given, advice = f"model.tokenizer_path={path}", "it takes a tokenizer.json or the folder that holds one"
     try:
         file = path / "tokenizer.json" if path.is_dir() else path
-        if file.is_file():
-            check_vocab_size(config, get_vocab_size(file))
+        if not path.exists():
+            yield TokenizerError(f"{given} {_is_absent(path, Path.cwd(), REPOSITORY)}; {advice}")
+        elif not file.is_file():
+            what = "has no tokenizer.json" if path.is_dir() else "is neither a file nor a folder"
+            yield TokenizerError(f"{given} {what}; {advice}")
+        elif file.suffix == ".model":
+            yield TokenizerError(f"{given} is a tokenizer of another format; {advice}")
         else:
-            what = "has no tokenizer.json" if path.is_dir() else "does not exist"
-            yield TokenizerError(f"{given} {what}; it must be a folder with a tokenizer.json, or the path of that file")
+            check_vocab_size(config, get_vocab_size(file))
     except TokenizerError as error:
         yield error
     except OSError as error:
@@ -83,29 +90,65 @@ def _about_tokenizer(config: JobConfig) -> Iterator[ConfigError]:
         yield TokenizerError(f"{given}: {file.name} is not in the format of Hugging Face's tokenizer.json")
 
 
+def _is_absent(path: Path, *looked_in: Path) -> str:
+    """That it does not exist, and where a relative one was looked for."""
+    return "does not exist" + ("" if path.is_absolute() else f" in {either(dict.fromkeys(looked_in))}")
+
+
 def _about_datasets(config: JobConfig) -> Iterator[ConfigError]:
-    paths = {"training": config.training.dataset_path}
+    sections: dict[str, Training | Validation] = {"training": config.training}
     if config.validation.enabled:
-        paths["validation"] = config.validation.dataset_path
-    for section, name in paths.items():
-        option = f"{section}.dataset_path"
-        try:
-            if name == "":  # which is the current folder to Path
-                yield DatasetError(f'{option}="" names no file or folder; leave it out for {section}.dataset itself')
-            elif name is not None and not Path(name).exists():
-                yield DatasetError(f"{option}={name} does not exist")
-            elif name is not None and not _has_data(Path(name)):
-                yield DatasetError(f"{option}={name} is empty")
-        except OSError as error:
-            yield DatasetError(f"{option}={name} cannot be read: {error.strerror}")
+        sections["validation"] = config.validation
+    for section, options in sections.items():
+        names, given = get_dataset_names(), f"{section}.dataset={options.dataset}"
+        if options.dataset not in names:
+            if not config.experimental.custom_import:  # which may register the dataset later
+                yield DatasetError(f"{given} is unknown; {meant_or_known(options.dataset, names)}")
+        elif options.dataset == "c4_test" and options.dataset_path is None:
+            yield from _about_opening(given, options.dataset)
+        if options.dataset_path is not None:
+            yield from _about_dataset_path(f"{section}.dataset_path={options.dataset_path}", Path(options.dataset_path))
+
+
+def _about_opening(given: str, name: str) -> Iterator[ConfigError]:
+    try:
+        open_dataset(name)
+    except DatasetError as error:
+        yield DatasetError(f"{given}: {error}")
+
+
+def _about_dataset_path(given: str, path: Path) -> Iterator[ConfigError]:
+    advice = "it takes a file or a folder on this machine, of text, JSON lines or Parquet"
+    try:
+        if not path.exists():
+            yield DatasetError(f"{given} {_is_absent(path, Path.cwd())}; {advice}")
+        elif not path.is_file() and not path.is_dir():
+            yield DatasetError(f"{given} is neither a file nor a folder; {advice}")
+        elif not _has_data(path):
+            yield DatasetError(f"{given} is empty")
+    except OSError as error:
+        yield DatasetError(f"{given} cannot be read: {error.strerror}")
 
 
 def _has_data(path: Path) -> bool:
     if path.is_file():
         return path.stat().st_size > 0
     with os.scandir(path):
-        pass  # rglob would pass over a folder that may not be read
-    return any(file.is_file() and file.stat().st_size for file in path.rglob("*"))
+        pass  # os.walk would pass over a folder that may not be read
+    seen = set()
+    for folder, subfolders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # links may lead round in a circle
+            subfolders.clear()
+        elif any(file.is_file() and file.stat().st_size for file in (Path(folder, name) for name in names)):
+            return True
+        seen.add(real)
+    return False
+
+
+def _about_metrics(config: JobConfig) -> Iterator[ConfigError]:
+    if config.metrics.enable_wandb and find_spec("wandb") is None:
+        yield ConfigError("metrics.enable_wandb needs the package wandb: pip install wandb")
 
 
 def _about_initial_checkpoint(config: JobConfig) -> Iterator[ConfigError]:
@@ -116,7 +159,7 @@ def _about_initial_checkpoint(config: JobConfig) -> Iterator[ConfigError]:
     given = f"checkpoint.initial_load_path={path}"
     try:
         if path is not None and not Path(path).exists():
-            yield CheckpointError(f"{given} does not exist")
+            yield CheckpointError(f"{given} {_is_absent(Path(path), Path.cwd())}; it takes the folder of a checkpoint")
     except OSError as error:
         yield CheckpointError(f"{given} cannot be read: {error.strerror}")
 

@@ -16,7 +16,7 @@ from torchtitan.datasets.documents import DocumentStream, Position
 from torchtitan.datasets.hub import HuggingFaceStream
 from torchtitan.datasets.local import CompressedJsonLinesFiles, JsonLinesFiles, ParquetFiles, TextFiles, open_path
 from torchtitan.datasets.packing import Cursor, pack
-from torchtitan.datasets.registry import open_dataset, register_dataset
+from torchtitan.datasets.registry import get_dataset_names, open_dataset, register_dataset
 from torchtitan.datasets.source import Source, Text
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Source",
     "Text",
     "TextFiles",
+    "get_dataset_names",
     "open_dataset",
     "open_path",
     "pack",

@@ -56,6 +56,11 @@ def register_dataset(name: str, open: Callable[[Text], Source], *, text: Text = 
     _DATASETS[name] = Dataset(open, text)
 
 
+def get_dataset_names() -> list[str]:
+    """The names that are registered by now."""
+    return list(_DATASETS)
+
+
 def standard_library_files() -> list[Path]:
     """The running Python's standard library, sorted; without its tests and what was installed into it."""
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}

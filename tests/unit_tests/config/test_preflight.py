@@ -12,6 +12,7 @@ import pytest
 from torchtitan.config.preflight import get_vocab_size, main
 
 ROOT = Path(__file__).parents[3]
+DATASET_ADVICE = "it takes a file or a folder on this machine, of text, JSON lines or Parquet"
 
 
 def write_tokenizer(folder: Path, num_tokens: int, num_added: int = 0) -> Path:
@@ -75,12 +76,16 @@ def test_tokenizer_missing_broken_or_too_large(refused, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     (tmp_path / "other.json").write_text("[1]")
+    (tmp_path / "tokenizer.model").touch()
+    os.mkfifo(tmp_path / "pipe")
     large = write_tokenizer(tmp_path / "large", 1999, num_added=2)
     for path, part in {
         "nowhere": "does not exist",
         "empty": "has no tokenizer.json",
         "broken": "not in the format",
         "other.json": "other.json is not in the format",
+        "tokenizer.model": "is a tokenizer of another format; it takes a tokenizer.json or the folder that holds one",
+        "pipe": "is neither a file nor a folder",
     }.items():
         text = refused("--model.tokenizer_path", str(tmp_path / path))
         assert text.startswith(f"TokenizerError: model.tokenizer_path={tmp_path / path}")
@@ -106,22 +111,79 @@ def test_dataset_missing_or_empty(refused, valid, tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "empty.txt").touch()
-    for path, part in {"nowhere": "does not exist", "empty.txt": "is empty", "folder": "is empty"}.items():
+    os.mkfifo(tmp_path / "pipe")
+    for path, part in {
+        "nowhere": f"does not exist; {DATASET_ADVICE}",
+        "pipe": f"is neither a file nor a folder; {DATASET_ADVICE}",
+        "empty.txt": "is empty",
+        "folder": "is empty",
+    }.items():
         text = refused("--training.dataset_path", str(tmp_path / path))
         assert text == f"DatasetError: training.dataset_path={tmp_path / path} {part}"
     text = refused("--validation.enabled", "--validation.dataset_path", str(tmp_path / "nowhere"))
-    assert text == f"DatasetError: validation.dataset_path={tmp_path / 'nowhere'} does not exist"
+    assert text == f"DatasetError: validation.dataset_path={tmp_path / 'nowhere'} does not exist; {DATASET_ADVICE}"
     assert main(["--nproc", "1", "--", *valid, "--validation.dataset_path", str(tmp_path / "nowhere")]) == 0
     (tmp_path / "folder" / "data.txt").write_text("text")
     assert main(["--nproc", "1", "--", *valid, "--training.dataset_path", str(tmp_path / "folder")]) == 0
 
 
+def test_data_behind_links_to_folders_counts(refused, valid, tmp_path):
+    for folder in ("data", "top"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "top/to_data").symlink_to(tmp_path / "data")
+    for circle in ("first", "second"):
+        (tmp_path / "top" / circle).symlink_to(tmp_path / "top")
+    argv = ["--training.dataset_path", str(tmp_path / "top")]
+    assert refused(*argv).endswith(" is empty")
+    (tmp_path / "data/data.txt").write_text("text")
+    assert main(["--nproc", "1", "--", *valid, *argv]) == 0
+
+
+def test_where_a_relative_path_was_looked_for_is_said(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = f"dataset_path=no/data does not exist in {tmp_path}; {DATASET_ADVICE}"
+    assert refused("--training.dataset_path", "no/data") == f"DatasetError: training.{given}"
+    text = refused("--model.tokenizer_path", "nowhere")
+    assert f"model.tokenizer_path=nowhere does not exist in {tmp_path} or {ROOT}; it takes" in text
+
+
+def test_a_dataset_that_is_not_registered(refused, valid, tmp_path):
+    text = refused("--training.dataset", "python_stdlb")
+    assert text == "DatasetError: training.dataset=python_stdlb is unknown; did you mean python_stdlib?"
+    text = refused("--validation.enabled", "--validation.dataset", "qqqq")
+    assert text.startswith("DatasetError: validation.dataset=qqqq is unknown; known are python_stdlib, ")
+    (tmp_path / "data.txt").write_text("text")
+    path = ["--training.dataset_path", str(tmp_path / "data.txt")]
+    assert "training.dataset=qqqq is unknown" in refused("--training.dataset", "qqqq", *path)
+    # the one may not be read, the other may be registered later
+    assert main(["--nproc", "1", "--", *valid, "--validation.dataset", "qqqq"]) == 0
+    custom = ["--experimental.custom_import", "torchtitan.models"]
+    assert main(["--nproc", "1", "--", *valid, "--training.dataset", "qqqq", *custom]) == 0
+
+
+def test_c4_test_needs_a_path(refused, valid, tmp_path):
+    text = refused("--training.dataset", "c4_test")
+    assert text.startswith("DatasetError: training.dataset=c4_test: c4_test, a small sample of C4, is not part")
+    (tmp_path / "c4.jsonl").write_text('{"text": "text"}')
+    argv = ["--training.dataset", "c4_test", "--training.dataset_path", str(tmp_path / "c4.jsonl")]
+    assert main(["--nproc", "1", "--", *valid, *argv]) == 0
+
+
+def test_weights_and_biases_must_be_installed(refused, monkeypatch):
+    monkeypatch.setattr("torchtitan.config.preflight.find_spec", lambda name: None)
+    assert refused("--metrics.enable_wandb") == (
+        "ConfigError: metrics.enable_wandb needs the package wandb: pip install wandb"
+    )
+
+
 def test_initial_checkpoint_missing(refused, valid, tmp_path):
     nowhere = str(tmp_path / "nowhere")
     argv = ["--checkpoint.initial_load_path", nowhere]
-    assert refused(*argv) == f"CheckpointError: checkpoint.initial_load_path={nowhere} does not exist"
+    given = f"checkpoint.initial_load_path={nowhere}"
+    told = f"CheckpointError: {given} does not exist; it takes the folder of a checkpoint"
+    assert refused(*argv) == told
     (tmp_path / "out" / "puts" / "checkpoint" / "step-5").mkdir(parents=True)
-    assert refused(*argv) == f"CheckpointError: checkpoint.initial_load_path={nowhere} does not exist"
+    assert refused(*argv) == told
     # a run that continues from its own checkpoint does not read it
     assert main(["--nproc", "1", "--", *valid, *argv, "--checkpoint.enable_checkpoint"]) == 0
 
@@ -151,6 +213,7 @@ def test_output_folder_that_cannot_be_written(refused, tmp_path, below):
     (tmp_path / "file").touch()
     text = refused("--job.dump_folder", f"{tmp_path}/file{below}")
     assert text.startswith(f"ConfigError: job.dump_folder={tmp_path}/file{below} cannot be written: ")
+    assert text.endswith("; name another folder")
 
 
 def test_faults_of_the_machine_are_reported_together(refused, tmp_path):
@@ -163,7 +226,7 @@ def test_faults_of_the_machine_are_reported_together(refused, tmp_path):
 def test_no_torch_is_imported(valid):
     code = (
         "import sys; from torchtitan.config.preflight import main; status = main(sys.argv[1:]);"
-        "assert status == 0; assert 'torch' not in sys.modules and 'tokenizers' not in sys.modules"
+        "assert status == 0; assert not {'torch', 'datasets', 'pyarrow'} & sys.modules.keys()"
     )
     argv = ["--nproc", "2", "--", *valid, "--parallelism.tensor_parallel_degree", "2"]
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False, cwd=ROOT)
