@@ -18,34 +18,41 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from torchtitan.config.errors import ConfigError
+from torchtitan.config.errors import ConfigError, raise_all
+from torchtitan.config.job_config import NonNegativeInt, PositiveInt, Range
 from torchtitan.config.preflight import check_writable
 from torchtitan.config.preflight import main as preflight
-from torchtitan.config.schema import either
+from torchtitan.config.schema import either, option_of
 from torchtitan.tools.terminal import ProgressTerminal, send_progress
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-# torchrun's flags that are taken out of the arguments; the rest are options of the run.
-_TORCHRUN_FLAGS = (
-    "node_rank",
-    "rdzv_backend",
-    "rdzv_endpoint",
-    "rdzv_id",
-    "rdzv_conf",
-    "master_addr",
-    "master_port",
-    "local_addr",
-    "max_restarts",
-    "monitor_interval",
-    "log_dir",
-    "redirects",
-    "tee",
-    "numa_binding",
-)
+# The flags that are taken out of the arguments, all but the first torchrun's; the rest are options of the run.
+FLAGS: dict[str, Any] = {
+    "num_gpus": NonNegativeInt,  # of this machine, where that is known
+    "nproc_per_node": PositiveInt,
+    "nnodes": str,
+    "node_rank": NonNegativeInt,
+    "rdzv_backend": str,
+    "rdzv_endpoint": str,
+    "rdzv_id": str,
+    "rdzv_conf": str,
+    "standalone": bool,
+    "master_addr": str,
+    "master_port": Annotated[int, Range(min=0, max=2**16 - 1)],
+    "local_addr": str,
+    "max_restarts": NonNegativeInt,
+    "monitor_interval": Annotated[float, Range(above=0, max=10**9)],
+    "log_dir": str,
+    "local_ranks_filter": str,
+    "redirects": str,
+    "tee": str,
+    "numa_binding": Literal["node", "socket", "exclusive", "core-complex"],
+}
+_DEFAULTS = {"nproc_per_node": "1", "nnodes": "1", "local_ranks_filter": "0"}
 
 # A worker that is asked to stop may finish its step and save a checkpoint first.
 _SHUTDOWN_TIMEOUT_S = 600
@@ -53,12 +60,11 @@ _SHUTDOWN_TIMEOUT_S = 600
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the options, run the workers to their end, return the exit status."""
-    launcher, options = split_arguments(sys.argv[1:] if argv is None else argv)
-    flags = vars(launcher)
-    checked = {"nproc": launcher.nproc_per_node, "nnodes": launcher.nnodes.partition(":")[0]}
-    if "num_gpus" in flags:
-        checked["num_gpus"] = flags.pop("num_gpus")
     try:
+        launcher, options = split_arguments(sys.argv[1:] if argv is None else argv)
+        checked = {"nproc": launcher.nproc_per_node, "nnodes": launcher.nnodes.partition(":")[0]}
+        if "num_gpus" in launcher:
+            checked["num_gpus"] = launcher.num_gpus
         status = preflight([f"--{name}={value}" for name, value in checked.items()] + ["--", *options])
         if status != 0:
             return status
@@ -70,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # For the workers, whose own output is a file: this one's progress line is shown.
             os.environ["TORCHTITAN_PROGRESS_RANK"] = launcher.local_ranks_filter.partition(",")[0]
         with tempfile.TemporaryDirectory(prefix="torchtitan_", ignore_cleanup_errors=True) as log_dir:
+            flags = {name: value for name, value in vars(launcher).items() if name not in ("num_gpus", "standalone")}
             return run_workers({"log_dir": log_dir, **flags}, options)
     except ConfigError as error:
         print(error.report(), file=sys.stderr)
@@ -83,37 +90,56 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """torchrun's flags, and the options of the run."""
-    usage = "torchtitan [--nproc_per_node N] [torchrun's flags for several machines] [--section.option value ...]"
-    parser = argparse.ArgumentParser("torchtitan", usage=usage, allow_abbrev=False, add_help=False)
-    parser.add_argument("--num_gpus", type=int, default=argparse.SUPPRESS)  # of this machine, where that is known
-    parser.add_argument("--nproc_per_node", "--nproc-per-node", type=int, default=1)
-    parser.add_argument("--nnodes", type=_num_nodes, default="1")
-    parser.add_argument("--local_ranks_filter", "--local-ranks-filter", default="0")
-    for flag in _TORCHRUN_FLAGS:
-        parser.add_argument(*{f"--{flag}", f"--{flag.replace('_', '-')}"}, dest=flag, default=argparse.SUPPRESS)
-    return parser.parse_known_args(argv)
+    """torchrun's flags, and the options of the run. Raises ConfigError for flags with values that they cannot have."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+    for name, annotation in FLAGS.items():
+        # A flag at the end or before another one gets `const`, so that nothing is left for argparse itself to report.
+        const = "True" if annotation is bool else None
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, nargs="?", const=const)
+    given, options = parser.parse_known_args([word for word in argv if word != "--"])
+    texts = _DEFAULTS | vars(given)
+
+    flags, errors = argparse.Namespace(), []
+    for name, text in texts.items():
+        option = option_of(name, FLAGS[name], None)
+        try:
+            if text is None:
+                raise ValueError(f"needs a value, {option.allowed()}")
+            setattr(flags, name, option.parse(text))
+            if name == "nnodes" and not _is_num_nodes(text):
+                raise ValueError("must be a number of machines, or a range of it such as 2:4")
+        except ValueError as error:
+            words = [option.flag] if text is None else [option.flag, text or '""']
+            errors.append(ConfigError(f"{' '.join(words)}: {error}"))
+    raise_all(errors)
+    return flags, options
 
 
-def _num_nodes(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of machines, or a range of it such as 2:4")
-    return text
+def _is_num_nodes(text: str) -> bool:
+    found = re.fullmatch(r"([1-9]\d{0,5})(?::([1-9]\d{0,5}))?", text, re.ASCII)
+    return found is not None and int(found[1]) <= int(found[2] or found[1])
 
 
 def _check_flags(launcher: argparse.Namespace) -> None:
     """Raise ConfigError for what torchrun would take and show nothing, or end in a traceback."""
+    problems = []
     shown, num_ranks = launcher.local_ranks_filter, launcher.nproc_per_node
     try:
         known = all(int(rank) in range(num_ranks) for rank in shown.split(","))
     except ValueError:
         known = False
     if not known:
-        raise ConfigError(
-            f"--local_ranks_filter {shown} (LOG_RANK of run_train.sh): must be ranks of this machine, separated by"
-            f" commas, each of them {either(range(num_ranks))}"
+        problems.append(
+            f"LOG_RANK={shown} (the flag --local_ranks_filter): must be ranks of this machine, separated by commas,"
+            f" each of them {either(range(num_ranks))}"
         )
-    log_dir = vars(launcher).get("log_dir", os.devnull)
+    given = vars(launcher)
+    if given.get("standalone") and launcher.nnodes not in ("1", "1:1"):  # on one machine every run is so
+        problems.append(f"--standalone is for one machine, and --nnodes is {launcher.nnodes}; leave one of them out")
+    if "numa_binding" in given and given.get("num_gpus") == 0:
+        problems.append("--numa_binding binds processes to the cores near their GPUs; leave it out on CPU")
+    raise_all([ConfigError(problem) for problem in problems])
+    log_dir = given.get("log_dir", os.devnull)
     if log_dir != os.devnull:  # which torchrun knows how to take
         check_writable(Path(log_dir), given=f"--log_dir {log_dir}")
 

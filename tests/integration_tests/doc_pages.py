@@ -20,7 +20,7 @@ from torchtitan.config.errors import ConfigError
 from torchtitan.config.manager import resolve
 from torchtitan.config.schema import get_options, get_sections
 from torchtitan.config.upstream import UPSTREAM_OPTIONS
-from torchtitan.launch import split_arguments
+from torchtitan.launch import FLAGS, split_arguments
 
 REPO = Path(__file__).parents[2]
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -361,13 +361,5 @@ def _flags_of(source: Path) -> frozenset[str]:
 @cache
 def _all_flags() -> frozenset[str]:
     """Those of every script of ours, of the launcher and of torchrun."""
-    launcher = vars(split_arguments([])[0]).keys() | set(_torchrun_flags())
     scripts = [flag for script in (REPO / "scripts").glob("*.py") for flag in _flags_of(script)]
-    return frozenset({f"--{flag}" for flag in launcher} | set(scripts) | _OTHERS_FLAGS)
-
-
-def _torchrun_flags() -> list[str]:
-    source = (REPO / "torchtitan/launch.py").read_text(encoding="utf-8")
-    found = re.search(r"_TORCHRUN_FLAGS = \((.*?)\)", source, re.DOTALL)
-    assert found
-    return re.findall(r'"(\w+)"', found[1])
+    return frozenset({f"--{flag}" for flag in FLAGS} | set(scripts) | _OTHERS_FLAGS)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan import launch
+
 REPO = Path(__file__).parents[2]
 
 # The behaviour comes in the environment; every worker leaves its process id and its arguments.
@@ -110,7 +112,8 @@ def wait_until(condition, what: str, seconds: float = 60) -> None:
 
 def test_workers_get_the_options_and_nothing_of_the_launchers(repo: Path) -> None:
     options = ["--training.steps", "3", "--training.compile", "False"]
-    result = run(repo, "succeed", "--nnodes=1", "--max-restarts", "2", *options, NGPU="2", LOG_RANK="1")
+    flags = ["--nnodes=1", "--max-restarts", "2", "--standalone"]
+    result = run(repo, "succeed", *flags, "--", *options, NGPU="2", LOG_RANK="1")
     assert result.returncode == 0, result.stderr
     config_file = repo / "torchtitan/models/llama3/train_configs/debug_model.toml"
     assert worker(repo, 0)["argv"] == ["--job.config_file", str(config_file), *options]
@@ -131,6 +134,28 @@ def test_a_mistake_costs_one_message_and_no_start(repo: Path) -> None:
     assert not (repo / "worker0.json").exists()
 
 
+def test_it_runs_from_any_folder(repo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    result = subprocess.run(
+        [repo / "run_train.sh"],
+        cwd=folder,
+        env=environment(repo, "succeed"),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert worker(folder, 0)["WORLD_SIZE"] == "1"
+
+
+def test_bytes_that_are_not_utf8_are_a_mistake_too(repo: Path) -> None:
+    result = run(repo, "succeed", "--job.description", "bad\udcff")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "ConfigError: --job.description bad\\xff: must be text; these bytes are not UTF-8\n"
+
+
 def test_ngpu_must_be_a_number(repo: Path) -> None:
     result = run(repo, "succeed", NGPU="two")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
@@ -142,7 +167,7 @@ def test_log_rank_must_be_ranks_of_this_machine(repo: Path, log_rank: str) -> No
     result = run(repo, "succeed", NGPU="2", LOG_RANK=log_rank)
     assert result.returncode == 1
     assert result.stderr == (
-        f"ConfigError: --local_ranks_filter {log_rank} (LOG_RANK of run_train.sh): must be ranks of this machine,"
+        f"ConfigError: LOG_RANK={log_rank} (the flag --local_ranks_filter): must be ranks of this machine,"
         " separated by commas, each of them 0 or 1\n"
     )
 
@@ -151,7 +176,34 @@ def test_a_log_dir_must_be_writable(repo: Path) -> None:
     (repo / "file").touch()
     result = run(repo, "succeed", "--log_dir", "file/logs")
     assert result.returncode == 1
-    assert result.stderr == "ConfigError: --log_dir file/logs cannot be written: Not a directory\n"
+    assert result.stderr == "ConfigError: --log_dir file/logs cannot be written: Not a directory; name another folder\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--max_restarts abc", "--max_restarts abc: must be an integer >= 0"),
+        ("--max-restarts", "--max_restarts: needs a value, an integer >= 0"),
+        ("--master_port 70000", "--master_port 70000: must be an integer >= 0 and <= 65535"),
+        ("--monitor_interval abc", "--monitor_interval abc: must be a number > 0 and <= 1000000000"),
+        ("--node-rank=-1", "--node_rank -1: must be an integer >= 0"),
+        ("--numa_binding sockets", "must be node, socket, exclusive or core-complex; did you mean socket?"),
+        ("--numa_binding node", "--numa_binding binds processes to the cores near their GPUs; leave it out on CPU"),
+        ("--nnodes 0", "--nnodes 0: must be a number of machines, or a range of it such as 2:4"),
+        ("--nnodes 4:2", "--nnodes 4:2: must be a number of machines, or a range of it such as 2:4"),
+        ("--standalone --nnodes 2", "--standalone is for one machine, and --nnodes is 2; leave one of them out"),
+        ("--max_restarts abc --node_rank abc", "2 mistakes:"),
+    ],
+)
+def test_a_mistake_in_torchruns_flags_is_one_of_the_options(
+    flags: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(launch, "run_workers", lambda *_: pytest.fail("workers were started"))
+    assert launch.main(["--num_gpus", "0", "--job.dump_folder", str(tmp_path), *flags.split()]) == 1
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert errors.startswith("ConfigError: ")
+    assert told in errors.splitlines()[0]
 
 
 def test_what_torchrun_refuses_is_said_in_one_line(repo: Path) -> None:
