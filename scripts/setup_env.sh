@@ -49,7 +49,11 @@ _fill_venv() {
     constraints=(--constraint "$root/scripts/constraints.txt")
     # Which torch suits a GPU depends on its driver, so there it is only pyproject.toml's range.
     if [ "$(count_gpus)" -eq 0 ]; then constraints+=(--constraint "$root/scripts/constraints-cpu.txt"); fi
-    mapfile -t wanted < <("$venv/bin/python" "$root/scripts/check_env.py" --list liger dev)
+    if ! wanted="$("$venv/bin/python" "$root/scripts/check_env.py" --list liger dev)"; then
+        echo "$root/pyproject.toml does not say what to install." >&2
+        return 1
+    fi
+    mapfile -t wanted <<<"$wanted"
     "$venv/bin/python" -m pip install --disable-pip-version-check "${constraints[@]}" "${wanted[@]}" >&2 || return 1
     _venv_recipe "$root" >"$venv/.recipe"
     rm -f "$venv/.unfinished"

@@ -422,6 +422,14 @@ class TestEnvironment:
         assert (status, len(installs)) == (0, 1)
         assert own.exists()
 
+    def test_requirements_that_cannot_be_read_are_told_and_nothing_is_installed(self, bare: Path) -> None:
+        (bare / "pyproject.toml").write_text("[project")
+        (bare / "pip.log").touch()
+        result = run(bare, "succeed", "--help")
+        assert result.returncode == 1
+        assert f"{bare}/pyproject.toml does not say what to install." in result.stderr
+        assert (bare / "pip.log").read_text() == ""
+
     def test_an_active_python_with_the_packages_is_used(self, repo: Path) -> None:
         assert run(repo, "succeed", "--help").returncode == 0
         assert not (repo / ".venv").exists()
