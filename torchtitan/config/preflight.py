@@ -23,6 +23,7 @@ from torchtitan.config.manager import REPOSITORY, ConfigManager
 from torchtitan.config.schema import either, meant_or_known
 from torchtitan.config.validate import check_vocab_size, validate
 from torchtitan.datasets import get_dataset_names, open_dataset
+from torchtitan.datasets.local import walk_files
 
 
 def check_machine(config: JobConfig) -> None:
@@ -125,7 +126,7 @@ def _about_dataset_path(given: str, path: Path) -> Iterator[ConfigError]:
         elif not path.is_file() and not path.is_dir():
             yield DatasetError(f"{given} is neither a file nor a folder; {advice}")
         elif not _has_data(path):
-            yield DatasetError(f"{given} is empty")
+            yield DatasetError(f"{given} is empty" + ("; hidden files are passed over" if path.is_dir() else ""))
     except OSError as error:
         yield DatasetError(f"{given} cannot be read: {error.strerror}")
 
@@ -134,16 +135,8 @@ def _has_data(path: Path) -> bool:
     if path.is_file():
         return path.stat().st_size > 0
     with os.scandir(path):
-        pass  # os.walk would pass over a folder that may not be read
-    seen = set()
-    for folder, subfolders, names in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # links may lead round in a circle
-            subfolders.clear()
-        elif any(file.is_file() and file.stat().st_size for file in (Path(folder, name) for name in names)):
-            return True
-        seen.add(real)
-    return False
+        pass  # raises OSError where the folder may not be read
+    return any(file.is_file() and file.stat().st_size for file in walk_files(path))
 
 
 def _about_metrics(config: JobConfig) -> Iterator[ConfigError]:

@@ -101,7 +101,7 @@ def _find_files(root: Path) -> list[Path]:
         names = [path.name for path in root.iterdir()]  # the walk would pass over a folder that may not be read
     except OSError as error:
         raise DatasetError(f"{root} cannot be read: {error.strerror}; check its permissions") from None
-    files = sorted(path for path in _walk(root) if path.is_file())
+    files = sorted(path for path in walk_files(root) if path.is_file())
     if not files and names and all(map(_is_hidden, names)):
         raise DatasetError(f"{root} holds hidden files only ({names[0]}), which are passed over; rename them")
     if not files:
@@ -109,8 +109,11 @@ def _find_files(root: Path) -> list[Path]:
     return files
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """What is in a folder and its subfolders, hidden ones left out. Links are followed, but never round in a loop."""
+def walk_files(root: Path) -> Iterator[Path]:
+    """What is in a folder and its subfolders, hidden ones left out. Links are followed, but never round in a loop.
+
+    A folder that may not be read is passed over.
+    """
     visited = set(root.resolve().parents)
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real_folder = Path(folder).resolve()
