@@ -175,6 +175,7 @@ def main() -> None:
         if world.rank == 0:
             print_table(new)
             (args.out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dist.barrier()  # a rank whose peer has left may abort at its own end (gloo, torch 2.13)
     dist.destroy_process_group()
 
 
