@@ -175,7 +175,9 @@ def main() -> None:
         if world.rank == 0:
             print_table(new)
             (args.out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dist.barrier()  # a rank whose peer has left may abort at its own end (gloo, torch 2.13)
+    # gloo's thread may still hold the tensors of the last collective, and aborts where Python ends before it lets go of
+    # them (torch 2.13); those of a barrier are none of Python's
+    dist.barrier()
     dist.destroy_process_group()
 
 
