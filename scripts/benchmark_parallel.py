@@ -1,6 +1,6 @@
 """Whether the package works on this host's GPUs, and how well: everything that takes more than one of them, in one go.
 
-    python scripts/benchmark_parallel.py                            # on 2, 4 or 8 GPUs; on 2, an estimated 10 minutes
+    python scripts/benchmark_parallel.py                            # on 2, 4 or 8 GPUs; on 2, 8 minutes
     python scripts/benchmark_parallel.py --only train --flavor 8B   # one part
     python scripts/benchmark_parallel.py --device cpu --nproc 2     # a rehearsal without GPUs, on tiny sizes
 
