@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from torchtitan.components.loss import FusedLinearCrossEntropyLoss, fused_linear_cross_entropy
 from torchtitan.config.job_config import Comm
-from torchtitan.distributed.utils import get_world, init_distributed
+from torchtitan.distributed.utils import end_process, get_world, init_distributed
 from torchtitan.tools.head_cost import get_head_cost
 
 IN_TREE, GATHERED = "in-tree", "weight gathered"
@@ -176,11 +176,9 @@ def main() -> None:
         if world.rank == 0:
             print_table(new)
             (args.out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # gloo's thread may still hold the tensors of the last collective, and aborts where Python ends before it lets go of
-    # them (torch 2.13); those of a barrier are none of Python's
-    dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    end_process(0)

@@ -28,7 +28,7 @@ from torchtitan.components.generation import Sampling, TextStream, generate, get
 from torchtitan.components.pretrained import check_divisible, find_pretrained
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import Comm
-from torchtitan.distributed.utils import get_world, init_distributed
+from torchtitan.distributed.utils import end_process, get_world, init_distributed
 from torchtitan.protocols.model import Decoder
 from torchtitan.tools.device import get_device_type
 
@@ -155,4 +155,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

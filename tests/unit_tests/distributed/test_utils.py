@@ -1,5 +1,7 @@
 import datetime
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -142,3 +144,19 @@ def test_deterministic_runs_refuse_kernels_that_are_not(monkeypatch: pytest.Monk
     finally:
         torch.use_deterministic_algorithms(False)
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_process_that_is_ended_keeps_its_status_and_all_that_it_wrote(status: int) -> None:
+    program = f"""
+import atexit, sys
+from torchtitan.distributed.utils import end_process
+atexit.register(print, "registered")
+print("buffered", file=sys.stdout)
+class Freed:
+    def __del__(self): print("freed")
+freed_by_python_s_end = Freed()
+end_process({status})
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (status, "buffered\nregistered\n"), ended.stderr
