@@ -391,5 +391,5 @@ class ParquetFiles(_Files):
             try:
                 with pyarrow.parquet.ParquetFile(self._files[index]) as file:
                     yield file
-            except pyarrow.ArrowException as error:
+            except (pyarrow.ArrowException, UnicodeDecodeError) as error:
                 raise DatasetError(f"{self._files[index]} is damaged or not Parquet: {error}") from error

@@ -168,6 +168,17 @@ def test_parquet_faults_are_named(tmp_path, write_parquet):
         open_path(tmp_path / "none.parquet", "text")
 
 
+def test_parquet_that_is_not_utf8_is_named(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    text = pa.array([b"fine", b"\xff\xfe"]).view(pa.string())
+    pq.write_table(pa.table({"text": text}), tmp_path / "latin.parquet")
+    documents = open_path(tmp_path / "latin.parquet", "text")
+    with pytest.raises(DatasetError, match=r"latin.parquet is damaged or not Parquet: 'utf-8' codec can't decode"):
+        read_all(documents)
+
+
 def test_path_faults_are_named(tmp_path, write_parquet):
     def error(path: Path | str) -> str:
         with pytest.raises(DatasetError) as caught:
