@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 
 import torch
 import torch.nn.functional as F
+from benchmark_origin import get_origin
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -332,12 +333,11 @@ def main() -> None:
 
     if not implementations(args):
         parser.error(f"no row's name holds {' or '.join(args.only)}")
-    device_name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    title = f"{device_name}, torch {torch.__version__}, {args.dtype}, V={args.vocab}, D={args.dim}"
-    print(title)
+    origin = get_origin(torch.device(args.device))
+    title = f"{origin['device']}, torch {origin['torch']}, {args.dtype}, V={args.vocab}, D={args.dim}"
+    print(f"{title}; commit {origin['commit']}")
     args.out.mkdir(parents=True, exist_ok=True)
-    about = {"device": device_name, "torch": torch.__version__}
-    about |= {name: getattr(args, name) for name in ("dtype", "vocab", "dim", "ignored", "seed")}
+    about = origin | {name: getattr(args, name) for name in ("dtype", "vocab", "dim", "ignored", "seed")}
     rows: list[dict[str, Any]] = []
     with (args.out / "results.jsonl").open("w") as results:
         for num_tokens in args.tokens:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import torch
 import torch.distributed as dist
 from benchmark_loss import MIB, LossFn, Problem, float32_gradients, floor_times, fused, make_problem, peak_bytes, timed
+from benchmark_origin import get_origin
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -167,12 +168,11 @@ def main() -> None:
     device = init_distributed(Comm(trace_buf_size=0), dump_folder=str(args.out), device_type=args.device)
     world = get_world()
     mesh = init_device_mesh(device.type, (world.size,))
-    name_of_device = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     args.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for num_tokens in args.tokens:
         new = measure(num_tokens, args, mesh)
-        rows += [row | {"device": name_of_device, "torch": torch.__version__, "seed": args.seed} for row in new]
+        rows += [row | get_origin(device) | {"seed": args.seed} for row in new]
         if world.rank == 0:
             print_table(new)
             (args.out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

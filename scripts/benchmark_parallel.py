@@ -33,6 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout need not be installed
 
 import torch
+from benchmark_origin import get_commit
 from parallel_report import Row, format_part, read_tests
 from trace_collectives import describe_time, get_collectives, get_tensor_parallel_sizes, read_events
 
@@ -239,7 +240,7 @@ PARTS = {"parity": parity, "train": train, "head": head, "profile": profile, "re
 def describe_host(host: Host) -> str:
     device = torch.cuda.get_device_name() if host.device == "cuda" else f"CPU ({platform.machine()})"
     lines = ["# On several devices", "", f"{host.nproc} x {device}, torch {torch.__version__}, Python "]
-    lines[-1] += platform.python_version()
+    lines[-1] += f"{platform.python_version()}, commit {get_commit()}"
     if host.device == "cuda":
         lines[-1] += f", NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
         with suppress(OSError, subprocess.SubprocessError):  # how the GPUs are linked decides what the figures can be

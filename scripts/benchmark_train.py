@@ -28,6 +28,7 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # as run_train.sh, and before t
 
 import torch
 import torch.distributed as dist
+from benchmark_origin import get_origin
 
 from torchtitan.config import ConfigManager
 from torchtitan.distributed.utils import get_world
@@ -62,16 +63,15 @@ def measure(name: str, options: list[str], batch: int, args: argparse.Namespace)
         shared = trainer.parallel_dims.cp * trainer.parallel_dims.tp * trainer.parallel_dims.pp
         tokens_per_second *= trainer.num_microbatches / shared  # per device
         flops = tokens_per_second * trainer.model_args.get_num_flops_per_token(args.seq_len)
-        name_of_device = torch.cuda.get_device_name() if trainer.device.type == "cuda" else "CPU"
-        peak_flops = get_peak_flops(name_of_device)
+        origin = get_origin(trainer.device)
+        peak_flops = get_peak_flops(origin["device"])
         return {
             "row": name,
             "batch": batch,
             "tokens_per_second": tokens_per_second,
             "mfu": None if peak_flops is None else flops / peak_flops,
             **peak,
-            "device": name_of_device,
-            "torch": torch.__version__,
+            **origin,
         }
     except torch.cuda.OutOfMemoryError:
         world = get_world()

@@ -1,6 +1,7 @@
 """What a finished run leaves behind, and the scripts that use it, for tests."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,6 +44,8 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_script(name: str) -> ModuleType:
+    if str(REPO / "scripts") not in sys.path:  # as for a script that Python runs
+        sys.path.append(str(REPO / "scripts"))
     spec = importlib.util.spec_from_file_location(name, REPO / f"scripts/{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

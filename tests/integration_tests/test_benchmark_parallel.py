@@ -18,8 +18,7 @@ from tests.finished_run import REPO, load_script
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(REPO / "scripts"))  # as Python does for a script
+def script() -> ModuleType:
     return load_script("benchmark_parallel")
 
 
@@ -38,12 +37,15 @@ def rows_of(out: Path, part: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["part"] == part]
 
 
-def test_the_head_has_one_loss_and_right_gradients_whether_its_weight_is_gathered_or_not(out: Path) -> None:
+def test_the_head_has_one_loss_and_right_gradients_whether_its_weight_is_gathered_or_not(
+    out: Path, script: ModuleType
+) -> None:
     in_tree, gathered = rows_of(out, "head")
     assert (in_tree["name"], gathered["name"]) == ("in-tree", "weight gathered")
     assert in_tree["loss"] == pytest.approx(gathered["loss"], rel=1e-6)
     for row in (in_tree, gathered):
         assert row["d_hidden_error"] < 1e-6 and row["d_weight_error"] < 1e-6  # against float32 autograd
+        assert row["commit"] == script.get_commit()
         assert row["ms"] > 0 and row["x_floor"] == row["ms"] / row["floor_ms"]
     assert in_tree["moved_mb"] < gathered["moved_mb"]
 
