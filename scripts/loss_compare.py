@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,8 @@ def main(argv: Sequence[str]) -> int:
     args, shared = parser.parse_known_args(_join_options(argv))
     if shared and isinstance(args.baseline, Path) and isinstance(args.candidate, Path):
         parser.error(f"no run is started that would take {shlex.join(shared)}: both are folders of finished runs")
+    if find_spec("matplotlib") is None:  # said before the runs, which take minutes
+        parser.error("the plot needs matplotlib, which this Python lacks: pip install matplotlib")
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         a = get_run("baseline", args.baseline, shared, args)

@@ -109,6 +109,16 @@ def test_mistakes_in_the_arguments_are_said_before_any_run(
     assert message in error
 
 
+def test_without_matplotlib_no_run_is_started(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(script, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        script.main(["--steps", "2"])
+    out, error = capfd.readouterr()
+    assert out == "" and "pip install matplotlib" in error
+
+
 @pytest.mark.parametrize(("tolerance", "status"), [("0.1", 1), ("0.3", 0)])
 @pytest.mark.parametrize("differs", ["loss", "grad_norm"])
 def test_tolerance_decides_the_exit_status(
