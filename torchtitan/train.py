@@ -364,9 +364,10 @@ class Trainer:
             )
         if config.liger_kernel.enable_fused_linear_cross_entropy or self.parallel_dims.pp > 1:
             return
+        num_vocab_shards = 1 if config.parallelism.disable_loss_parallel else self.parallel_dims.tp
         advice = about_logits_memory(
             num_tokens=config.training.local_batch_size * config.training.seq_len // self.parallel_dims.cp,
-            vocab_rows=-(-self.model_args.vocab_size // self.parallel_dims.tp),
+            vocab_rows=-(-self.model_args.vocab_size // num_vocab_shards),
             bytes_per_logit=getattr(torch, config.training.mixed_precision_param).itemsize,
             compiled=config.training.compile,
             capacity=memory.capacity,

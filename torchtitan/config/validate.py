@@ -188,12 +188,17 @@ def _about_heads(config: JobConfig) -> Iterator[str]:
             f"{_show(config, 'parallelism.tensor_parallel_degree')} does not divide n_heads={model.n_heads} and"
             f" n_kv_heads={model.n_kv_heads} of {_named(config)}; use {either(_divisors(shared))}"
         )
-    tp = config.parallelism.tensor_parallel_degree
-    if (tp - 1) * math.ceil(model.vocab_size / tp) >= model.vocab_size:
+    if not _gives_all_ranks_words(model.vocab_size, config.parallelism.tensor_parallel_degree):
+        fits = [degree for degree in _divisors(shared) if _gives_all_ranks_words(model.vocab_size, degree)]
         yield (
             f"{_show(config, 'parallelism.tensor_parallel_degree')} leaves a rank without words of the"
-            f" {model.vocab_size} of {_named(config)}; use a smaller degree"
+            f" {model.vocab_size} of {_named(config)}; use {either(fits)}"
         )
+
+
+def _gives_all_ranks_words(vocab_size: int, tp: int) -> bool:
+    """Each rank but the last has ceil(V / tp) rows."""
+    return (tp - 1) * math.ceil(vocab_size / tp) < vocab_size
 
 
 def _about_pipeline(config: JobConfig) -> Iterator[str]:
