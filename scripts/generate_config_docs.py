@@ -1,12 +1,14 @@
 """Write docs/configuration.md from the schema, so that the two cannot drift apart.
 
-python -m scripts.generate_config_docs            writes the page
-python -m scripts.generate_config_docs --check    exits 1 if the page is not what would be written
+python scripts/generate_config_docs.py            # writes the page
+python scripts/generate_config_docs.py --check    # exits 1 if the page is not what would be written
 """
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout need not be installed
 
 from torchtitan.config.schema import get_options, get_sections, shown
 from torchtitan.config.upstream import UPSTREAM_OPTIONS
@@ -50,9 +52,10 @@ What the first command prints can be saved and run again. Each run saves the sam
 UPSTREAM = """\
 ## Options that only upstream torchtitan has
 
-TOML files written for upstream (mid-2025) run unedited. The options in this table are accepted and have no effect here;
-those that are not at upstream's default are named in one warning. Where a value is given, any other value asks for
-something that this package does not do, and is refused.
+TOML files written for upstream (mid-2025) are read unedited. The options in this table are accepted and have no effect
+here; those that are not at upstream's default are named in one warning. Where a value is given, any other value asks
+for something that this package does not do, and is refused. The dataset of upstream's debug model, `c4_test`, is a file
+of its repository: name a copy with `training.dataset_path`, or choose another `training.dataset`.
 
 | option | accepted |
 |---|---|
@@ -87,7 +90,7 @@ def main(arguments: list[str]) -> int:
     if "--check" in arguments:
         if PAGE.read_text(encoding="utf-8") == render():
             return 0
-        print(f"{PAGE} is not current; run python -m scripts.generate_config_docs", file=sys.stderr)
+        print(f"{PAGE} is not current; run python scripts/generate_config_docs.py", file=sys.stderr)
         return 1
     PAGE.write_text(render(), encoding="utf-8")
     return 0

@@ -1,6 +1,6 @@
 """Options that upstream torchtitan (mid-2025) has and this package does not.
 
-Upstream's TOML files run here unedited. An option of this table that leaves the training as it is is accepted, and
+Upstream's TOML files are read unedited. An option of this table that leaves the training as it is is accepted, and
 named in one warning unless it has upstream's default; a value that asks for something else is refused.
 """
 
