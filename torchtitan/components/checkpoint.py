@@ -239,7 +239,8 @@ class CheckpointManager:
             names = ", ".join(path.name for path in leftovers)
             logger.warning(f"Not whole, ignored, and removed after the next save: {names} in {self._folder.path}")
         wanted = self._config.load_step
-        if wanted == -1 or self._is_restart:
+        # torchrun counts restarts machine by machine: one that has replaced another counts none
+        if wanted == -1 or any(self._ranks.gather(self._is_restart)):
             return steps[-1] if steps else None
         if wanted not in steps:
             there_are = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
@@ -285,6 +286,12 @@ class CheckpointManager:
                 if "dataloader" not in excluded:
                     raise
                 excluded = ["dataloader"]
+        if "train_state" in excluded:  # the next start would take the newest checkpoint, not those of the new count
+            raise CheckpointError(
+                "checkpoint.exclude_from_loading has train_state, so this run would count from step 0 in a folder that"
+                f" has {path}; start it in another job.dump_folder, with --checkpoint.initial_load_path {path}"
+                " --checkpoint.initial_load_model_only False"
+            )
         return self._load(path, STATES, excluded=excluded)
 
     def _find_usable(self, *, before: int) -> int | None:

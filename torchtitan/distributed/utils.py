@@ -32,7 +32,7 @@ class World:
     local_rank: int
     local_size: int
     restart_count: int
-    """How often torchrun has started these processes again."""
+    """How often torchrun has started these processes again after a failure; by its count on this machine."""
 
 
 def get_world() -> World:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tests.unit_tests.components.checkpointed_run import (
@@ -162,9 +163,10 @@ def test_two_parts_on_a_rank_save_what_one_model_loads(tmp_path):
 
 
 def test_excluded_states_are_not_loaded(tmp_path):
-    run = build_run(tmp_path)
+    run = build_run(tmp_path / "source")
     run.train(4)
-    resumed = build_run(tmp_path, exclude_from_loading=["optimizer", "dataloader", "train_state"])
+    source = {"initial_load_path": str(folder(run) / "step-4"), "initial_load_model_only": False}
+    resumed = build_run(tmp_path / "run", exclude_from_loading=["optimizer", "dataloader", "train_state"], **source)
     before = torch.get_rng_state()
     resumed.checkpointer.load()
     assert (resumed.step, resumed.data.position) == (0, 0)
@@ -172,6 +174,15 @@ def test_excluded_states_are_not_loaded(tmp_path):
     assert resumed.lr_scheduler.state_dict() == {"step": 4}
     assert not resumed.optimizer.state_dict()["state.norm.weight.exp_avg"].any()
     assert torch.equal(resumed.full_state()["norm.weight"], run.full_state()["norm.weight"])
+
+
+def test_a_run_does_not_count_anew_among_its_own_checkpoints(tmp_path):
+    build_run(tmp_path).train(4)
+    excluded = {"exclude_from_loading": ["optimizer", "train_state"]}
+    with pytest.raises(
+        CheckpointError, match=r"another job.dump_folder, with --checkpoint.initial_load_path .*step-4 "
+    ):
+        build_run(tmp_path, **excluded).checkpointer.load()
 
 
 @pytest.mark.parametrize("is_restart", [True, False])
@@ -376,6 +387,18 @@ def test_layouts_read_each_others_checkpoints(tmp_path):
 
     again, same = run_processes(load_with_two_ranks, 2, tmp_path / "sharded")
     assert again == same == pytest.approx(loss_after, rel=1e-5)
+
+
+def restart_one_of_two_ranks(dump_folder: Path) -> int:
+    """torchrun on the second machine has seen its worker fail, the one on the first has only joined again."""
+    build_run(dump_folder, ParallelDims(dp_shard=2)).train(4)
+    run = build_run(dump_folder, ParallelDims(dp_shard=2), load_step=2, is_restart=dist.get_rank() == 1)
+    run.checkpointer.load()
+    return run.step
+
+
+def test_all_ranks_take_a_restart_for_one_if_one_does(tmp_path):
+    assert run_processes(restart_one_of_two_ranks, 2, tmp_path) == [4, 4]
 
 
 # Random numbers
