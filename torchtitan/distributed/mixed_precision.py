@@ -39,7 +39,7 @@ class CastingLinear(nn.Linear):
 
 class CastingOutputHead(OutputHead):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class CastingRMSNorm(nn.RMSNorm):

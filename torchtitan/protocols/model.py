@@ -12,7 +12,13 @@ Initializer = Callable[[Tensor, torch.Generator], object]
 
 
 class OutputHead(nn.Linear):
-    """The projection to logits. Fused losses, which never make the logits, take its weight through `with_weight`."""
+    """The projection to logits. Fused losses, which never make the logits, take its weight through `with_weight`.
+
+    It has no bias: one would be part of the standard loss only.
+    """
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__(dim, vocab_size, bias=False)
 
     def with_weight(self, fn: Callable[[Tensor, Tensor], T], hidden: Tensor) -> T:
         """fn(hidden, weight), where weight may be read: FSDP gathers it before and reduces its gradient after.

@@ -130,8 +130,8 @@ def fused_linear_cross_entropy(
         raise ValueError(f"scale must be a number or a 0-dim tensor, got the shape {tuple(scale.shape)}")
     if not torch.is_grad_enabled():  # a parameter asks for its gradient all the same
         hidden, weight = hidden.detach(), weight.detach()
-    # a copy only where the hidden states are not contiguous
-    hidden, labels = hidden.reshape(-1, hidden.shape[-1]).contiguous(), labels.reshape(-1)
+    # copies only where they are not contiguous
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]).contiguous(), labels.reshape(-1).contiguous()
     options = _Options(budget_bytes, accum_dtype or weight.dtype, shard)
     return _FusedLinearCrossEntropy.apply(hidden, weight, labels, scale, options)
 
@@ -157,17 +157,18 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = WeightGradient(weight, options.accum_dtype) if needs_weight else None
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        for tokens, fill in _ways_by_tokens(hidden, weight, options, needs_weight=needs_weight):
-            fill(
-                hidden[tokens],
-                weight,
-                labels[tokens],
-                scale,
-                losses=losses[tokens],
-                d_hidden=d_hidden[tokens] if d_hidden is not None else None,
-                d_weight=d_weight,
-                budget_bytes=options.budget_bytes,
-            )
+        with torch.cuda.device_of(hidden):  # Triton launches on the current device
+            for tokens, fill in _ways_by_tokens(hidden, weight, options, needs_weight=needs_weight):
+                fill(
+                    hidden[tokens],
+                    weight,
+                    labels[tokens],
+                    scale,
+                    losses=losses[tokens],
+                    d_hidden=d_hidden[tokens] if d_hidden is not None else None,
+                    d_weight=d_weight,
+                    budget_bytes=options.budget_bytes,
+                )
         ctx.save_for_backward(d_hidden, d_weight.finish() if d_weight is not None else None)
         return losses.sum() * scale
 

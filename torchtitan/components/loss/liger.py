@@ -77,7 +77,12 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
 
 
 def _check_version() -> None:
-    version = importlib.metadata.version("liger-kernel")
+    # which may be that of another distribution with the same package, liger-kernel-nightly for one
+    names = importlib.metadata.packages_distributions().get("liger_kernel", ["liger-kernel"])
+    try:
+        version = importlib.metadata.version(names[0])
+    except importlib.metadata.PackageNotFoundError:
+        version = "of unknown version"
     if _numbers(version) < _numbers(MIN_VERSION):
         raise LigerTooOldError(version, MIN_VERSION)
 

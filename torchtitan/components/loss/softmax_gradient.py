@@ -8,7 +8,7 @@ The loss and the gradient read the same rounded logits; everything between is fl
 is computed in float32 and rounded once. Rows labelled IGNORE_INDEX get loss 0 and gradient 0.
 
 With the vocabulary sharded over ranks the work splits in two: `row_statistics` of this rank's columns, which the
-caller combines over the ranks, then `write_gradient_`. On CUDA each function is one launch of a Triton kernel
+caller combines over the ranks, then `write_gradient_`. On CUDA what reads logits is a Triton kernel
 (softmax_gradient_triton.py); elsewhere the plain torch code below, which is also the kernels' reference.
 
 Shapes: C rows of one chunk, Vp columns of the vocabulary on this rank, of which the first has id `start`.

@@ -1,7 +1,8 @@
-"""The Triton kernels of softmax_gradient.py: one program per row of logits.
+"""The Triton kernels of softmax_gradient.py: one program per row of logits, or per tile where they lie transposed.
 
-A row is read twice and written once. The first pass keeps a running maximum and sum (online softmax); the second
-reads the row again, mostly from the L2 cache since the rows in flight fit in it, and stores the gradient over it.
+With both passes in one kernel a row is read twice and written once. The first pass keeps a running maximum and sum
+(online softmax); the second reads the row again, mostly from the L2 cache since the rows in flight fit in it, and
+stores the gradient over it.
 Row offsets are 64-bit: T * V passes 2**31 in real runs. Exponentials are taken base 2, as the hardware does.
 """
 

@@ -1,5 +1,7 @@
 """Liger's loss behind our contract: interpreted without a GPU, compiled with one."""
 
+import importlib.metadata
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ VOCAB, DIM = 200, 16
 
 def run(loss_fn: object, labels: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    head = OutputHead(DIM, VOCAB, bias=False).to(DEVICE)
+    head = OutputHead(DIM, VOCAB).to(DEVICE)
     hidden = torch.randn(*labels.shape, DIM).to(DEVICE).requires_grad_()
     loss = loss_fn(hidden, head, labels.to(DEVICE), scale.to(DEVICE))  # type: ignore[operator]
     (2 * loss).backward()
@@ -77,7 +79,7 @@ def test_one_rank_and_one_microbatch_need_no_pass_over_the_gradients(
     labels[:, num_valid:] = IGNORE_INDEX
     hidden = torch.randn(1, 50, DIM, device=DEVICE, requires_grad=True)
     scale = 1 / torch.tensor(num_valid, device=DEVICE)
-    head = OutputHead(DIM, VOCAB, bias=False).to(DEVICE)
+    head = OutputHead(DIM, VOCAB).to(DEVICE)
     LigerFusedLinearLoss(budget_bytes=4 * VOCAB * 8)(hidden, head, labels, scale).backward()
 
 
@@ -94,3 +96,20 @@ def test_an_old_liger_is_refused_before_its_arguments_are(version: str, monkeypa
     ) as raised:
         LigerFusedLinearLoss(budget_bytes=1)
     assert isinstance(raised.value, ConfigError)  # one line for the user, no traceback
+
+
+def test_the_version_is_that_of_the_distribution_that_has_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    distributions = {"liger_kernel": ["liger-kernel-nightly"]}
+    monkeypatch.setattr("importlib.metadata.packages_distributions", lambda: distributions)
+    monkeypatch.setattr("importlib.metadata.version", {"liger-kernel-nightly": "0.9.0.dev1"}.__getitem__)
+    LigerFusedLinearLoss(budget_bytes=1)
+
+
+def test_a_liger_without_a_version_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_found(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.packages_distributions", dict)
+    monkeypatch.setattr("importlib.metadata.version", not_found)
+    with pytest.raises(ConfigError, match="liger-kernel of unknown version is too old"):
+        LigerFusedLinearLoss(budget_bytes=1)

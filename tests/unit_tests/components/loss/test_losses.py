@@ -71,7 +71,7 @@ def run(
     *,
     upstream: float = 1.0,
 ) -> Result:
-    head = OutputHead(weight.shape[1], weight.shape[0], bias=False)
+    head = OutputHead(weight.shape[1], weight.shape[0])
     head.weight = torch.nn.Parameter(weight.clone())
     leaf = hidden.clone(memory_format=torch.preserve_format).requires_grad_()
     scale = 1 / (labels != IGNORE_INDEX).sum().clamp(min=1).float()
@@ -150,7 +150,7 @@ def test_bfloat16_error_is_that_of_the_standard_loss(name: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_grad_gives_the_same_loss(name: str) -> None:
     hidden, weight, labels = torch.randn(2, 25, DIM), torch.randn(VOCAB, DIM), make_labels((2, 25), "some")
-    head = OutputHead(DIM, VOCAB, bias=False)
+    head = OutputHead(DIM, VOCAB)
     head.weight = torch.nn.Parameter(weight)
     with torch.no_grad():
         loss = LOSSES[name](hidden, head, labels, 1 / (labels != IGNORE_INDEX).sum().float())
@@ -184,6 +184,22 @@ def test_one_token_needs_no_batch_and_hidden_states_may_be_transposed() -> None:
     losses = F.cross_entropy(hidden @ weight.t(), labels, reduction="none")
     torch.testing.assert_close(fused_linear_cross_entropy(hidden, weight, labels), losses.sum())
     torch.testing.assert_close(fused_linear_cross_entropy(hidden[2], weight, labels[2]), losses[2])
+
+
+def test_labels_reach_the_kernels_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's kernels read them one after the other."""
+    seen = []
+    compute = fused_linear.loss_and_gradient_
+
+    def record(logits: Tensor, labels: Tensor, scale: Tensor, losses: Tensor) -> None:
+        seen.append(labels.is_contiguous())
+        compute(logits, labels, scale, losses)
+
+    monkeypatch.setattr(fused_linear, "loss_and_gradient_", record)
+    weight = torch.randn(VOCAB, DIM, requires_grad=True)
+    for labels in (torch.randint(VOCAB, (9, 2))[:, 1], torch.tensor(5).expand(9), torch.randint(VOCAB, (9,))[::2]):
+        fused_linear_cross_entropy(torch.randn(len(labels), DIM), weight, labels, budget_bytes=4 * BYTES)
+    assert seen and all(seen)
 
 
 @pytest.mark.parametrize("label", [-1, -101, VOCAB, VOCAB + 50])

@@ -95,7 +95,7 @@ def test_gpu_path_equals_plain_torch_to_bfloat16_rounding(num_tokens: int, vocab
     torch.manual_seed(0)
     hidden = torch.randn(num_tokens, dim, device="cuda").bfloat16().requires_grad_()
     weight = (torch.randn(vocab_size, dim, device="cuda") / 8).bfloat16().requires_grad_()
-    labels = torch.randint(vocab_size, (num_tokens,), device="cuda")
+    labels = torch.randint(vocab_size, (num_tokens, 2), device="cuda")[:, 1]  # with gaps
     labels[::7] = IGNORE_INDEX
     loss = fused_linear_cross_entropy(hidden, weight, labels, scale=1 / num_tokens, budget_bytes=8 << 30)
     loss.backward()
@@ -133,6 +133,21 @@ def test_nothing_waits_for_the_gpu() -> None:
                 (loss * factor).backward()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
+def test_a_gpu_that_is_not_the_current_one() -> None:
+    gradients = []
+    for device in ("cuda:0", "cuda:1"):
+        torch.manual_seed(0)
+        hidden = torch.randn(50, 16).to(device).requires_grad_()
+        weight = torch.randn(101, 16).to(device).requires_grad_()
+        labels = torch.randint(101, (50,)).to(device)
+        (2 * fused_linear_cross_entropy(hidden, weight, labels, budget_bytes=1 << 12)).backward()
+        assert hidden.grad is not None and weight.grad is not None
+        gradients.append((hidden.grad.cpu(), weight.grad.cpu()))
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 @pytest.mark.gpu
