@@ -74,9 +74,10 @@ def _flat_state(part: nn.Module, optimizer: torch.optim.Optimizer) -> Iterable[t
     is_fresh = not optimizer.state
     flat = get_optimizer_state_dict(part, optimizer, options=_FLAT)
     if is_fresh:
-        # torch makes the moments with a step on zero gradients: take back that it counts as one.
+        # torch makes the moments with a step on zero gradients: take back that it counts, and that Adam decays weights
         for state in optimizer.state.values():
-            state["step"].zero_()
+            for moment in state.values():
+                moment.zero_()
     return flat.items()
 
 

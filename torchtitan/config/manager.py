@@ -106,7 +106,7 @@ def to_toml(config: JobConfig) -> str:
 
 
 def write_resolved(config: JobConfig, path: str | Path) -> None:
-    """Save the configuration so that `--job.config_file path` repeats the run."""
+    """Save the configuration so that `--job.config_file path` gives the same options."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_toml(config), encoding="utf-8")

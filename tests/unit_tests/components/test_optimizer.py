@@ -122,11 +122,12 @@ def test_restored_optimizer_takes_the_same_steps(implementation):
     assert_same(train(resumed_parts, resumed, 3, 4), train(parts, optimizer, 3, 4))
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(implementation):
+def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(implementation, name):
     parts, untouched_parts = make_parts(), make_parts()
-    optimizer = build_optimizer(parts, Optimizer(implementation=implementation))
-    untouched = build_optimizer(untouched_parts, Optimizer(implementation=implementation))
+    optimizer = build_optimizer(parts, Optimizer(name=name, implementation=implementation))
+    untouched = build_optimizer(untouched_parts, Optimizer(name=name, implementation=implementation))
     state = optimizer.state_dict()
     assert all(not value.any() for value in state.values())
     assert_same(train(parts, optimizer, 1, 2), train(untouched_parts, untouched, 1, 2))

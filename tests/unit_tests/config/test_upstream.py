@@ -1,4 +1,4 @@
-"""Upstream's files are read unedited; its options that this package lacks are named, or refused where they ask for more."""
+"""Upstream's files are read unedited; its options that this package lacks are named, or refused if they ask more."""
 
 import logging
 from pathlib import Path
