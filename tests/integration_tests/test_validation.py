@@ -22,12 +22,18 @@ SEQ_LEN = 32
 LAYOUTS = {
     "one process": ("--validation.local_batch_size 4", 1),
     "fused": ("--validation.local_batch_size 4 --liger_kernel.enable_fused_linear_cross_entropy", 1),
+    "compiled": ("--validation.local_batch_size 4 --training.compile", 1),
     # the second data rank has nothing in its last batch
     "shard 2": ("--validation.local_batch_size 2 --parallelism.data_parallel_shard_degree 2", 2),
     "replicate 2": ("--validation.local_batch_size 2 --parallelism.data_parallel_replicate_degree 2", 2),
     "tp 2": ("--validation.local_batch_size 4 --parallelism.tensor_parallel_degree 2", 2),
     "tp 2, whole logits": (
         "--validation.local_batch_size 4 --parallelism.tensor_parallel_degree 2 --parallelism.disable_loss_parallel",
+        2,
+    ),
+    "tp 2, compiled": (
+        "--validation.local_batch_size 4 --parallelism.tensor_parallel_degree 2 --training.compile"
+        " --liger_kernel.enable_fused_linear_cross_entropy",
         2,
     ),
     "cp 2": ("--validation.local_batch_size 4 --parallelism.context_parallel_degree 2", 2),

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torchtitan.components.loss import CrossEntropyLoss, Loss, cross_entropy_sum
+from torchtitan.components.loss import CrossEntropyLoss, Loss
 from torchtitan.config.job_config import Parallelism, Training
 from torchtitan.distributed.init import init_parameters
 from torchtitan.distributed.parallel_dims import Mesh
@@ -41,12 +41,13 @@ class Runner(Protocol):
 class EagerRunner:
     """The whole model on every rank."""
 
-    def __init__(self, model: Decoder, loss: Loss) -> None:
+    def __init__(self, model: Decoder, loss: Loss, *, compile_eval_loss: bool = False) -> None:
         assert model.output is not None
         self.model_parts = [model]
         self._head = model.output
         self._model = model
         self._loss = loss
+        self._eval_loss_sum = CrossEntropyLoss(compile=compile_eval_loss).sum
 
     def forward_backward(self, tokens: Tensor, labels: Tensor, positions: Tensor | None, scale: Tensor) -> Tensor:
         hidden = self._model(tokens, return_hidden_states=True, positions=positions)  # (B, S, D)
@@ -57,7 +58,7 @@ class EagerRunner:
 
     @torch.no_grad()
     def eval_loss(self, tokens: Tensor, labels: Tensor, positions: Tensor | None) -> Tensor:
-        return cross_entropy_sum(self._model(tokens, positions=positions), labels)
+        return self._eval_loss_sum(self._model(tokens, positions=positions), labels)
 
 
 def build_runner(
@@ -96,7 +97,7 @@ def build_runner(
     else:
         model = build_on_meta()
         parallelize(model)
-        runner = EagerRunner(model, loss)
+        runner = EagerRunner(model, loss, compile_eval_loss=training.compile)
 
     parameter_device = torch.device("cpu") if training.enable_cpu_offload else device
     for part in runner.model_parts:

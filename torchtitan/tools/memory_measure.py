@@ -281,7 +281,7 @@ def _trace_validation_loss(config: JobConfig, dims: ParallelDims, model: Decoder
     trace = MemoryTrace()
     with torch.no_grad(), trace:
         cross_entropy_sum(model.output(hidden), torch.empty(tokens_shape, dtype=torch.int64, device="meta"))
-    return trace.peak() + _local(hidden).nbytes
+    return trace.peak(compiled=config.training.compile) + _local(hidden).nbytes
 
 
 def _use(trace: MemoryTrace, forward_ends: int, is_compiled: bool) -> Use:

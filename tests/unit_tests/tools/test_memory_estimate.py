@@ -204,6 +204,10 @@ def test_cpu_offload_moves_the_states_to_the_machine() -> None:
 def test_validation_and_the_optimizer_are_moments_too() -> None:
     with_validation = f"{LARGE} --validation.enabled --validation.local_batch_size 16 --validation.seq_len 4096 {FUSED}"
     assert estimate(with_validation).worst_moment.name == "validation"
+    logits = 16 * 4096 * llama3_flavors["1B"].vocab_size * 2  # bf16; eager cross entropy makes two float32 copies more
+    for compiled, copies in (("--training.compile", 1), ("--training.no-compile", 5)):
+        (moment,) = [m for m in estimate(f"{with_validation} {compiled}").moments if m.name == "validation"]
+        assert moment.by_part("main")["loss"] == pytest.approx(copies * logits, rel=0.1)
     few_tokens = "--model.flavor 1B --training.local_batch_size 1 --training.seq_len 128"
     assert estimate(f"{few_tokens} --optimizer.implementation foreach").worst_moment.name == "optimizer"
 
