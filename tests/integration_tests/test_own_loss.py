@@ -8,9 +8,8 @@ from torch import Tensor
 from tests.integration_tests.lives import errors, read_steps, train
 from tests.integration_tests.tiny_sizes import TINY
 from torchtitan.components.loss import CrossEntropyLoss
-from torchtitan.models import llama3
 from torchtitan.protocols.model import OutputHead
-from torchtitan.protocols.train_spec import ModelCode, TrainSpec, register_train_spec
+from torchtitan.protocols.train_spec import ModelCode, TrainSpec, get_train_spec, register_train_spec
 
 OWN = "--model.name doubled --training.steps 2"
 
@@ -21,7 +20,7 @@ def doubled(hidden: Tensor, head: OutputHead, labels: Tensor, scale: Tensor) -> 
 
 def register() -> None:
     def load() -> ModelCode:
-        return replace(llama3.train_spec.load(), build_loss=lambda liger_kernel, **_: doubled)
+        return replace(get_train_spec("tiny_llama3").load(), build_loss=lambda liger_kernel, **_: doubled)
 
     register_train_spec("doubled", TrainSpec(flavors={"tiny": TINY}, load=load))
 

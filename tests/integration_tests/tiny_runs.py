@@ -23,7 +23,8 @@ from torchtitan.components.loss import IGNORE_INDEX
 REPO = Path(__file__).parents[2]
 SEQ_LEN, GLOBAL_BATCH, STEPS, SEED = 64, 8, 5, 7
 
-# What every run has in common. Learning rates are large, so that a wrong gradient soon shows in the loss.
+# What every run has in common. Learning rates are large, and the layers' weights (tiny_model.py), so that what is wrong
+# soon shows in the loss.
 OPTIONS = f"""
     --experimental.custom_import tests.integration_tests.tiny_llama3 --model.name tiny_llama3 --model.flavor odd
     --model.tokenizer_path {REPO}/tests/assets/tokenizer

@@ -56,7 +56,9 @@ def test_resumed_run_equals_the_one_that_was_never_stopped_bit_for_bit(tmp_path,
 
 
 def test_checkpoint_has_these_keys_and_no_others(tmp_path):
-    """The fused loss, activation checkpointing and compilation add none: names are those of the plain model."""
+    """Names are those of the plain model. What wraps its blocks adds none: test_compile.py, and test_names_stay in
+    test_activation_checkpoint.py.
+    """
     run = build_run(tmp_path)
     run.train(2)
     weights = list(Transformer(MODEL).state_dict())
@@ -404,8 +406,8 @@ def test_all_ranks_take_a_restart_for_one_if_one_does(tmp_path):
 # Random numbers
 
 
-def test_random_state_survives_pickling_of_other_versions():
-    """The state is opaque to torch.distributed.checkpoint: one value for each rank, of plain types."""
+def test_random_state_is_one_value_for_each_rank_and_is_restored():
+    """It is opaque to torch.distributed.checkpoint."""
     from torchtitan.components.checkpoint import RandomState
 
     state = RandomState(3).state_dict()

@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.unit_tests.distributed.processes import run_processes
@@ -127,8 +128,16 @@ def test_model_is_left_as_it_was(num_taken):
     assert [block.attention.sdpa for block in model.layers.values()] == kernels
 
 
+class WithoutGraph(Sampling):
+    def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        assert not logits.requires_grad
+        return super().choose(logits, generator)
+
+
 def test_makes_no_graph_and_keeps_the_callers_grad_mode():
-    tokens: Iterator[int] = generate(build_model(), [1], max_new_tokens=3, sampling=GREEDY)
+    model = build_model()
+    assert model(torch.tensor([[1]])).requires_grad
+    tokens: Iterator[int] = generate(model, [1], max_new_tokens=3, sampling=WithoutGraph(temperature=0))
     next(tokens)
     assert torch.is_grad_enabled()
 

@@ -10,6 +10,7 @@ import pytest
 
 from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.manager import ConfigManager, main, to_toml, write_resolved
+from torchtitan.config.schema import get_options
 
 ROOT = Path(__file__).parents[3]
 
@@ -375,6 +376,8 @@ def test_help_lists_every_option_with_default_and_documentation(capsys):
     assert left.value.code == 0
     for part in ("[training]", "--training.seq_len (an integer >= 1; default: 2048)", "Tokens per sequence.", "[comm]"):
         assert part in text
+    for name, option in get_options().items():
+        assert f"--{name} ({option.allowed()}; default: " in text
 
 
 def test_help_for_one_section(capsys):

@@ -1,5 +1,7 @@
 """The Triton kernels against their plain torch twins: interpreted without a GPU, compiled with one."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -119,16 +121,18 @@ def test_gpu_path_equals_plain_torch_to_bfloat16_rounding(num_tokens: int, vocab
 
 @pytest.mark.gpu
 def test_nothing_waits_for_the_gpu() -> None:
-    hidden = torch.randn(512, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    hidden = torch.randn(2048, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(1000, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    labels = torch.randint(1000, (512,), device="cuda")
+    labels = torch.randint(1000, (2048,), device="cuda")
     factor = torch.tensor(3.0, device="cuda")
-    for accum_dtype, scale in ((None, 0.01), (torch.float32, torch.tensor(0.01, device="cuda"))):
+    scales = (None, 0.01), (torch.float32, torch.tensor(0.01, device="cuda"))
+    # one chunk, two, and what a budget for 131 rows makes of them: in place, and slices of the vocabulary
+    for (accum_dtype, scale), budget in product(scales, (8 << 20, 1100 * 2000, 1 << 18)):
         for debug_mode in ("default", "error"):  # the first round compiles the kernels
             torch.cuda.set_sync_debug_mode(debug_mode)
             try:
                 loss = fused_linear_cross_entropy(
-                    hidden, weight, labels, scale=scale, budget_bytes=1 << 18, accum_dtype=accum_dtype
+                    hidden, weight, labels, scale=scale, budget_bytes=budget, accum_dtype=accum_dtype
                 )
                 (loss * factor).backward()
             finally:

@@ -23,7 +23,7 @@ class Case(NamedTuple):
 
 
 CASES = [
-    Case(2, 101, 100, 10_000),  # by its own rows alone, the second rank would make fewer chunks
+    Case(2, 101, 100, 12_800),  # by its own rows alone, the second rank would make fewer chunks: 4 and not 7
     Case(2, 101, 100, 1 << 20),
     Case(4, 5, 7, 16),  # the last rank holds nothing
     Case(4, 4, 1, 16),
