@@ -8,6 +8,7 @@ ended the run, and how. Exit status: the failed worker's, or 128 + the number of
 """
 
 import argparse
+import io
 import logging
 import os
 import re
@@ -53,6 +54,8 @@ FLAGS: dict[str, Any] = {
     "numa_binding": Literal["node", "socket", "exclusive", "core-complex"],
 }
 _DEFAULTS = {"nproc_per_node": "1", "nnodes": "1", "local_ranks_filter": "0"}
+_MASTER_FLAGS = ("master_addr", "master_port", "node_rank")
+"""torchrun's older way to bring machines together, which its static rendezvous reads."""
 
 # A worker that is asked to stop may finish its step and save a checkpoint first.
 _SHUTDOWN_TIMEOUT_S = 600
@@ -60,6 +63,8 @@ _SHUTDOWN_TIMEOUT_S = 600
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the options, run the workers to their end, return the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # torchrun copies the workers' lines to it and never flushes
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         launcher, options = split_arguments(sys.argv[1:] if argv is None else argv)
         checked = {"nproc": launcher.nproc_per_node, "nnodes": launcher.nnodes.partition(":")[0]}
@@ -75,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stderr = sys.stdout
             # For the workers, whose own output is a file: this one's progress line is shown.
             os.environ["TORCHTITAN_PROGRESS_RANK"] = launcher.local_ranks_filter.partition(",")[0]
+        if "num_gpus" in launcher:  # for the workers, whose torch may be unable to use them
+            os.environ["TORCHTITAN_NUM_GPUS"] = str(launcher.num_gpus)
         with tempfile.TemporaryDirectory(prefix="torchtitan_", ignore_cleanup_errors=True) as log_dir:
             flags = {name: value for name, value in vars(launcher).items() if name not in ("num_gpus", "standalone")}
             return run_workers({"log_dir": log_dir, **flags}, options)
@@ -136,6 +143,17 @@ def _check_flags(launcher: argparse.Namespace) -> None:
     given = vars(launcher)
     if given.get("standalone") and launcher.nnodes not in ("1", "1:1"):  # on one machine every run is so
         problems.append(f"--standalone is for one machine, and --nnodes is {launcher.nnodes}; leave one of them out")
+    has_master = any(flag in given for flag in _MASTER_FLAGS)
+    if launcher.nnodes.rpartition(":")[2] != "1" and "rdzv_endpoint" not in given and not has_master:
+        problems.append(
+            f"--nnodes {launcher.nnodes}: the machines need a place to meet; add --rdzv_endpoint HOST:PORT, the same on"
+            " all of them"
+        )
+    if "rdzv_endpoint" in given and has_master:
+        problems.append(
+            f"--rdzv_endpoint {given['rdzv_endpoint']} says where the machines meet, and so do --master_addr,"
+            " --master_port and --node_rank; leave out the one or the others"
+        )
     if "numa_binding" in given and given.get("num_gpus") == 0:
         problems.append("--numa_binding binds processes to the cores near their GPUs; leave it out on CPU")
     raise_all([ConfigError(problem) for problem in problems])
@@ -162,8 +180,9 @@ def run_workers(flags: dict[str, object], options: list[str]) -> int:
         print(f"{name}: waiting for the workers to stop. Once more kills them.", file=sys.stderr, flush=True)
         raise SignalException(name, signal.Signals(signum))
 
-    defaults = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "role": "rank", "tee": "3"}
-    command = [f"--{flag}={value}" for flag, value in (defaults | flags).items()]
+    is_static = flags.get("rdzv_backend") == "static" or any(flag in flags for flag in _MASTER_FLAGS)
+    place = {"rdzv_backend": "static"} if is_static else {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    command = [f"--{flag}={value}" for flag, value in (place | {"role": "rank", "tee": "3"} | flags).items()]
     arguments = torchrun.parse_args([*command, "-m", "torchtitan.train", *options])
     arguments.signals_to_handle = "SIGQUIT"  # the others are handled here
     arguments.shutdown_timeout = _SHUTDOWN_TIMEOUT_S
@@ -179,7 +198,7 @@ def run_workers(flags: dict[str, object], options: list[str]) -> int:
     except SignalException as error:
         return 128 + error.sigval
     except RendezvousError as error:
-        where = f"{arguments.nnodes} machine(s) at {arguments.rdzv_endpoint}"
+        where = f"{arguments.nnodes} machine(s) at {arguments.rdzv_endpoint or arguments.master_addr}"
         print(f"torchrun could not bring together {where}: {str(error) or type(error).__name__}", file=sys.stderr)
         return 1
     except ValueError as error:
@@ -191,7 +210,10 @@ def run_workers(flags: dict[str, object], options: list[str]) -> int:
 def kill_workers() -> None:
     """End what is still there of the workers and of the processes that they started."""
     for children in Path("/proc/self/task").glob("*/children"):
-        for pid in children.read_text().split():
+        pids: list[str] = []
+        with suppress(OSError):  # a thread that has ended by now
+            pids = children.read_text().split()
+        for pid in pids:
             with suppress(ProcessLookupError):  # not every child leads a process group, as workers do
                 os.killpg(int(pid), signal.SIGKILL)
 

@@ -390,11 +390,12 @@ def main(argv: list[str]) -> int:
         maybe_import_custom(config.experimental.custom_import)
         if config.job.print_args and world.rank == 0:
             logger.info(f"The resolved configuration:\n{to_toml(config)}")
+        utils.check_gpus()
         validate(
             config,
             world_size=world.size,
             local_world_size=world.local_size,
-            num_gpus=torch.cuda.device_count(),
+            num_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
             liger_installed=_is_liger_installed(),
         )
         trainer = Trainer(config)

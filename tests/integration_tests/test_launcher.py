@@ -28,7 +28,8 @@ from torchtitan.tools.terminal import send_progress
 
 end_with_launcher()
 rank = os.environ["RANK"]
-seen = {name: os.environ.get(name) for name in ("WORLD_SIZE", "OMP_NUM_THREADS", "TORCHTITAN_PROGRESS_RANK")}
+names = ("WORLD_SIZE", "OMP_NUM_THREADS", "TORCHTITAN_PROGRESS_RANK", "TORCHTITAN_NUM_GPUS")
+seen = {name: os.environ.get(name) for name in names}
 Path(f"worker{rank}.json").write_text(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], **seen}))
 mode = os.environ["WORKER_MODE"]
 if mode == f"mute{rank}":
@@ -73,7 +74,16 @@ def write_executable(path: Path, script: str) -> None:
 
 
 def environment(repo: Path, mode: str, **variables: str) -> dict[str, str]:
-    removed = ("PYTHONPATH", "OMP_NUM_THREADS", "NGPU", "LOG_RANK", "CONFIG_FILE", "RANK", "WORLD_SIZE")
+    removed = (
+        "PYTHONUNBUFFERED",
+        "PYTHONPATH",
+        "OMP_NUM_THREADS",
+        "NGPU",
+        "LOG_RANK",
+        "CONFIG_FILE",
+        "RANK",
+        "WORLD_SIZE",
+    )
     inherited = {name: value for name, value in os.environ.items() if name not in removed}
     path = f"{repo / 'bin'}:{os.environ['PATH']}"
     return inherited | {"PATH": path, "CUDA_VISIBLE_DEVICES": "", "WORKER_MODE": mode} | variables
@@ -121,6 +131,7 @@ def test_workers_get_the_options_and_nothing_of_the_launchers(repo: Path) -> Non
     assert worker(repo, 0)["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
     # not a terminal: the output has neither a progress line nor any escape sequence
     assert worker(repo, 0)["TORCHTITAN_PROGRESS_RANK"] is None
+    assert worker(repo, 0)["TORCHTITAN_NUM_GPUS"] == "0"
     assert result.stdout == "[rank1]:hello from 1\n"
 
 
@@ -191,7 +202,12 @@ def test_a_log_dir_must_be_writable(repo: Path) -> None:
         ("--numa_binding node", "--numa_binding binds processes to the cores near their GPUs; leave it out on CPU"),
         ("--nnodes 0", "--nnodes 0: must be a number of machines, or a range of it such as 2:4"),
         ("--nnodes 4:2", "--nnodes 4:2: must be a number of machines, or a range of it such as 2:4"),
-        ("--standalone --nnodes 2", "--standalone is for one machine, and --nnodes is 2; leave one of them out"),
+        ("--nnodes 2", "--nnodes 2: the machines need a place to meet; add --rdzv_endpoint HOST:PORT"),
+        ("--nnodes 2 --rdzv_endpoint a:1 --node_rank 0", "--rdzv_endpoint a:1 says where the machines meet, and so do"),
+        (
+            "--standalone --nnodes 2 --rdzv_endpoint a:1",
+            "--standalone is for one machine, and --nnodes is 2; leave one of them out",
+        ),
         ("--max_restarts abc --node_rank abc", "2 mistakes:"),
     ],
 )
@@ -212,14 +228,31 @@ def test_what_torchrun_refuses_is_said_in_one_line(repo: Path) -> None:
     assert result.stderr.startswith("torchrun could not start the workers: abc does not match")
 
 
-def test_several_machines_meet_at_the_rendezvous(repo: Path) -> None:
+@pytest.mark.parametrize("way", ["--rdzv_id a-run --rdzv-endpoint=localhost:PORT", "--master_port PORT --node_rank"])
+def test_several_machines_meet_at_the_rendezvous(repo: Path, way: str) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = ["./run_train.sh", "--nnodes", "2", "--rdzv_id", "a-run", f"--rdzv-endpoint=localhost:{port}"]
-    launchers = [subprocess.Popen(command, cwd=repo, env=environment(repo, "succeed")) for _ in range(2)]
+    command = ["./run_train.sh", "--nnodes", "2", *way.replace("PORT", str(port)).split()]
+    commands = [[*command, str(rank)] if way.endswith("node_rank") else command for rank in (0, 1)]
+    launchers = [subprocess.Popen(each, cwd=repo, env=environment(repo, "succeed")) for each in commands]
     assert [launcher.wait(timeout=100) for launcher in launchers] == [0, 0]
     assert [worker(repo, rank)["WORLD_SIZE"] for rank in (0, 1)] == ["2", "2"]
+
+
+def test_slurm_starts_every_machine_at_the_first_one(repo: Path) -> None:
+    """Of many: their names fill more than a pipe holds, and the first is all that is read."""
+    write_executable(repo / "bin/scontrol", "seq -f host%g 20000")
+    write_executable(repo / "bin/srun", 'echo "$SRUN_CPUS_PER_TASK $*" >>srun.log')
+    job = {"SUBMIT_DIR": str(repo), "JOB_NODELIST": "host[1-20000]", "JOB_NUM_NODES": "20000", "JOB_ID": "7"}
+    variables = {f"SLURM_{name}": value for name, value in {**job, "CPUS_PER_TASK": "96"}.items()}
+    script = ["bash", "scripts/multinode_trainer.slurm", "--training.steps", "3"]
+    subprocess.run(script, cwd=repo, env=environment(repo, "succeed", **variables), check=True, timeout=100)
+    set_up, train = (repo / "srun.log").read_text().splitlines()
+    assert set_up == "96 --nodes=1 --ntasks=1 --nodelist=host1 ./run_train.sh --help"
+    assert train == (
+        "96 ./run_train.sh --nnodes 20000 --rdzv_id 7 --rdzv_endpoint host1:29500 --max_restarts 3 --training.steps 3"
+    )
 
 
 def test_help_starts_nothing(repo: Path) -> None:
@@ -236,6 +269,32 @@ def test_a_failed_workers_status_is_the_launchers(repo: Path) -> None:
     assert "Rank 0 exited with status 3; its messages are above." in result.stderr
     assert "Traceback" not in result.stderr
     assert not is_running(worker(repo, 1)["pid"])
+
+
+def test_what_is_written_to_one_file_is_in_order(repo: Path) -> None:
+    result = subprocess.run(
+        ["./run_train.sh"],
+        cwd=repo,
+        env=environment(repo, "fail0"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    lines = result.stdout.splitlines()
+    assert lines[-1] == "Rank 0 exited with status 3; its messages are above."
+    assert "[rank0]:hello from 0" in lines
+
+
+def test_lines_are_passed_on_as_they_come(repo: Path) -> None:
+    launcher = subprocess.Popen(
+        ["./run_train.sh"], cwd=repo, env=environment(repo, "sleep"), stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout.readline() == "[rank0]:hello from 0\n"  # while the worker sleeps
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == 143
 
 
 def test_the_last_words_of_a_hidden_rank_are_shown(repo: Path) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import Comm
 from torchtitan.distributed.parallel_dims import Mesh
 from torchtitan.tools.device import get_device_type
@@ -50,6 +51,16 @@ def get_progress_rank() -> int | None:
     """The local rank whose progress line the launcher shows on its terminal; None where it has no terminal."""
     rank = os.environ.get("TORCHTITAN_PROGRESS_RANK")
     return None if rank is None else int(rank)
+
+
+def check_gpus() -> None:
+    """Raise ConfigError where this machine has GPUs, by the launcher's count, and torch cannot use them."""
+    num_gpus = int(os.environ.get("TORCHTITAN_NUM_GPUS", "0"))
+    if num_gpus > 0 and not torch.cuda.is_available():
+        raise ConfigError(
+            f"this machine has {num_gpus} GPU{'s' * (num_gpus > 1)}, and torch {torch.__version__} cannot use them;"
+            " install a torch that fits their driver, or hide them with CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
 
 
 def init_distributed(

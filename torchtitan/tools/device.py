@@ -12,7 +12,8 @@ import torch
 
 _GIB = 1024**3
 
-# Dense bf16 FLOP/s by the vendors' data sheets. The first name that a device's name contains counts.
+# Dense bf16 FLOP/s by the vendors' data sheets. The first name that a device's name contains counts, as a whole number:
+# an RTX A1000 is no A100.
 _PEAK_FLOPS = {
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
@@ -34,7 +35,7 @@ def get_device_name(device: torch.device) -> str:
 
 def get_peak_flops(device_name: str) -> float | None:
     """bf16 FLOP/s of a GPU, for MFU; None for a device that the table does not have, whose MFU is then not known."""
-    return next((flops for name, flops in _PEAK_FLOPS.items() if name in device_name), None)
+    return next((flops for name, flops in _PEAK_FLOPS.items() if re.search(rf"{name}(?!\d)", device_name)), None)
 
 
 class MemoryStats(NamedTuple):

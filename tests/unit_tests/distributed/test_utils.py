@@ -11,10 +11,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests.unit_tests.distributed.processes import run_processes
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import Comm
 from torchtitan.distributed import utils
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.utils import (
+    check_gpus,
     dist_max,
     dist_sum,
     get_clip_factor,
@@ -144,6 +146,19 @@ def test_deterministic_runs_refuse_kernels_that_are_not(monkeypatch: pytest.Monk
     finally:
         torch.use_deterministic_algorithms(False)
         dist.destroy_process_group()
+
+
+def test_gpus_that_torch_cannot_use_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TORCHTITAN_NUM_GPUS", raising=False)
+    check_gpus()
+    monkeypatch.setenv("TORCHTITAN_NUM_GPUS", "0")
+    check_gpus()
+    monkeypatch.setenv("TORCHTITAN_NUM_GPUS", "8")
+    with pytest.raises(ConfigError, match=r"has 8 GPUs, and torch .* cannot use them; .* CUDA_VISIBLE_DEVICES= to"):
+        check_gpus()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_gpus()
 
 
 @pytest.mark.parametrize("status", [0, 3])

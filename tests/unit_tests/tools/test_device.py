@@ -15,6 +15,7 @@ from torchtitan.tools.device import DeviceMemoryMonitor, get_device_name, get_pe
         ("NVIDIA H200", 989e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA B200", 2.25e15),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
         ("CPU", None),
         ("NVIDIA GeForce GTX 1080", None),
     ],
