@@ -11,7 +11,7 @@ import torch
 from torchtitan.components.checkpoint_storage import find_weights, load_alone, read_metadata, save_alone
 from torchtitan.config import JobConfig
 from torchtitan.config.manager import write_resolved
-from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.models.llama3 import llama3_flavors
 from torchtitan.models.llama3.model.model import Transformer
 

@@ -6,7 +6,7 @@ A step: collect the microbatches of the global batch; count its valid tokens ove
 hidden states -> loss(hidden, output, labels, scale) -> backward; clip; optimizer. `scale` is 1 / valid tokens, and the
 only division there is: FSDP sums, gradient accumulation sums, so that the result is the mean over the whole batch
 whatever the number of ignored labels on each rank. Between two log steps the host waits for no step but the one before
-(save in Liger's loss, which reads the number of valid tokens).
+(except with Liger's loss, which reads the number of valid tokens).
 """
 
 import datetime
@@ -44,7 +44,7 @@ from torchtitan.config.validate import check_vocab_size, validate
 from torchtitan.distributed import last_words, utils
 from torchtitan.distributed.context_parallel import ContextSharder
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.protocols.train_spec import get_run_args, get_train_spec
 from torchtitan.tools.device import DeviceMemoryMonitor
 from torchtitan.tools.gc import GarbageCollection
 from torchtitan.tools.head_cost import about_logits_memory
@@ -104,12 +104,8 @@ class Trainer:
         self.counts_tokens = self.mesh.is_first("pp", "cp", "tp")
 
         # batches to gradients
-        spec = get_train_spec(config.model.name)
-        code = spec.load()
-        self.model_args = spec.flavors[config.model.flavor].for_run(
-            max_seq_len=max(config.training.seq_len, config.validation.seq_len if config.validation.enabled else 0),
-            use_scaled_rope=config.model.use_scaled_rope,
-        )
+        code = get_train_spec(config.model.name).load()
+        self.model_args = get_run_args(config)
         logger.info(f"Building {config.model.name} {config.model.flavor} with {self.model_args}")
         if code.build_loss is not None and self.parallel_dims.pp > 1:
             raise ConfigError(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.finished_run import REPO, load_script
+from tests.processes import is_running, wait_until
 
 
 @pytest.fixture
@@ -87,14 +88,7 @@ def test_a_process_that_hangs_is_ended_with_those_that_it_started(host: Any, tmp
     assert host.run("hangs", ["-u", "-c", code]) == "still running after 3 s; see logs/hangs.log"
     assert time.monotonic() - begin < 30
     pid = int((tmp_path / "logs/hangs.log").read_text())
-    while is_running(pid):  # killed, but on a busy machine perhaps not ended yet
-        assert time.monotonic() - begin < 60
-        time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    wait_until(lambda: not is_running(pid), "the end of what was killed", 60)
 
 
 def test_a_part_that_fails_is_told_and_the_next_one_runs(

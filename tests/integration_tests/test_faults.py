@@ -34,6 +34,7 @@ from tests.integration_tests.lives import (
     train,
     write_data,
 )
+from tests.processes import find_worker, is_running, wait_until
 from torchtitan.components.checkpoint_storage import CheckpointFolder
 from torchtitan.components.dataloader import Batch
 from torchtitan.distributed import utils
@@ -67,13 +68,6 @@ def assert_as_undisturbed(folder: Path, undisturbed: Path, *, up_to: int = STEPS
     assert list(records) == list(range(1, up_to + 1))
     for step, said in records.items():
         assert set(said) == {expected[step]}, f"step {step}"
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 # Kills
@@ -142,12 +136,6 @@ def test_killed_again_and_again_a_run_ends_with_the_bits_of_one_left_alone(tmp_p
     wait_until(lambda: not any(map(is_running, children)))  # processes that wrote for a trainer that was killed
 
 
-def is_running(pid: int) -> bool:
-    """Zombies have ended too."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_sigterm_finishes_the_step_and_saves_it(tmp_path, undisturbed, mode):
     life = Life(tmp_path / "run", f"{SAVING} --checkpoint.async_mode {mode}")
@@ -200,15 +188,6 @@ def test_torchrun_restarts_after_a_dead_worker_and_passes_sigterm_on(tmp_path, u
     assert "Traceback" not in said
     train(folder, PAIR_SAVING, world_size=2)
     assert_as_undisturbed(folder, undisturbed_pair, up_to=PAIR_STEPS)
-
-
-def find_worker(launcher: int, rank: int) -> int:
-    """The process id of a rank among the children of its launcher."""
-    for children in Path(f"/proc/{launcher}/task").glob("*/children"):
-        for pid in children.read_text().split():
-            if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                return int(pid)
-    raise AssertionError(f"the launcher has no worker of rank {rank}")
 
 
 # Ranks that leave the others alone

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import is_running, wait_until
 from torchtitan import launch
 
 REPO = Path(__file__).parents[2]
@@ -103,21 +104,6 @@ def run(repo: Path, mode: str, *arguments: str, **variables: str) -> subprocess.
 
 def worker(repo: Path, rank: int) -> dict[str, object]:
     return json.loads((repo / f"worker{rank}.json").read_text())
-
-
-def is_running(pid: int) -> bool:
-    """Zombies have ended too."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(condition, what: str, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"still waiting for: {what}"
-        time.sleep(0.05)
 
 
 def test_workers_get_the_options_and_nothing_of_the_launchers(repo: Path) -> None:

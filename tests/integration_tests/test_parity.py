@@ -24,7 +24,7 @@ from tests.integration_tests.tiny_runs import (
 )
 from tests.integration_tests.tiny_sizes import ODD
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.parallel_dims import ParallelDims
 
 TOLERANCE = 1e-5

@@ -25,7 +25,7 @@ from tests.integration_tests.lives import (
     read_steps,
     train,
 )
-from tests.integration_tests.test_faults import find_worker, wait_until
+from tests.processes import find_worker, wait_until
 
 STEPS, INTERVAL, KILL_AFTER = 60, 5, 17
 SAVING = f"--training.steps {STEPS} --checkpoint.enable_checkpoint --checkpoint.interval {INTERVAL}"

@@ -73,7 +73,7 @@ class CheckpointManager:
         model_parts: Sequence[nn.Module],
         states: Mapping[str, Stateful],  # what is saved besides the weights; keys are those of STATES
         steps: int,  # at which the run is complete
-        is_restart: bool,  # of a run that has loaded what it was told to
+        is_restart: bool,  # torchrun has started the processes again: load_step was obeyed before
         background: BackgroundSaver | None,
         hugging_face: HuggingFaceFormat | None,
     ):

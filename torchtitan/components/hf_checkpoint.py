@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan.components.checkpoint_storage import find_weights, load_alone, read_metadata, save_alone
 from torchtitan.config.errors import CheckpointError
-from torchtitan.distributed.init import local_shard
+from torchtitan.distributed.init_weights import local_shard
 from torchtitan.protocols.model import StateDictAdapter
 
 INDEX = "model.safetensors.index.json"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchtitan.components.loss import CrossEntropyLoss, Loss
 from torchtitan.config.job_config import Parallelism, Training
-from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.parallel_dims import Mesh
 from torchtitan.distributed.pipeline_parallel import build_pipeline
 from torchtitan.protocols.model import Decoder

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 @dataclass(frozen=True)
 class Range:
-    """Allowed values of a number: min and max are allowed themselves, above and below are not, `also` are beside it."""
+    """Allowed values of a number: min and max are inclusive, above and below exclusive; `also` are allowed too."""
 
     min: float | None = None
     max: float | None = None
@@ -173,8 +173,8 @@ class Training:
     """Sequences per data-parallel rank in one microbatch."""
 
     global_batch_size: PositiveIntOrAuto = -1
-    """Sequences per optimizer step over all ranks; more than one microbatch per data-parallel rank, which is what -1
-    means, is reached by gradient accumulation."""
+    """Sequences per optimizer step over all ranks; -1 is one microbatch per data-parallel rank, more are reached by
+    gradient accumulation."""
 
     seq_len: PositiveInt = 2048
     """Tokens per sequence."""

@@ -70,7 +70,7 @@ class _Setting:
 
 
 def resolve(argv: Sequence[str]) -> tuple[JobConfig, list[str]]:
-    """The configuration, and the names of the options that ask in vain; ConfigError if anything is wrong."""
+    """The configuration, and the names of the options that have no effect; ConfigError if anything is wrong."""
     settings = list(_read_command_line(argv))
     config_files = [setting.value for setting in settings if setting.name == _CONFIG_FILE and not setting.problem]
     if config_files and config_files[-1] is not None:

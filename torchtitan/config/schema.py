@@ -182,7 +182,7 @@ def _is_a(value: object, base: Any) -> bool:
 
 
 def _is_utf8(value: object) -> bool:
-    """False for text with lone surrogates: as them Python reads other bytes on the command line, and it writes none."""
+    """False for text with lone surrogates, which stand for bytes of the command line that are not UTF-8."""
     if isinstance(value, list):
         return all(map(_is_utf8, value))
     return not isinstance(value, str) or not any("\ud800" <= character <= "\udfff" for character in value)

@@ -17,7 +17,7 @@ from torchtitan.config.errors import (
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import either, meant_or_known
 from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.pipeline_split import ONE_STAGE, TWO_STAGES
+from torchtitan.distributed.pipeline_split import ONE_STAGE, TWO_STAGES, get_num_stages
 from torchtitan.protocols.train_spec import ModelArgs, get_model_names, get_train_spec
 
 _CHECKPOINT_STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state")
@@ -253,14 +253,12 @@ def _about_stages(config: JobConfig, pp: int, n_layers: int) -> Iterator[str]:
     schedule = parallelism.pipeline_parallel_schedule
     first = parallelism.pipeline_parallel_first_stage_less_layers
     last = parallelism.pipeline_parallel_last_stage_less_layers
+    num_stages = get_num_stages(parallelism, n_layers)
     if parallelism.module_fqns_per_model_part is not None:
-        num_stages = len(parallelism.module_fqns_per_model_part)
         source = "parallelism.module_fqns_per_model_part"
     elif parallelism.pipeline_parallel_layers_per_stage is not None:
-        num_stages = math.ceil((n_layers + first + last) / parallelism.pipeline_parallel_layers_per_stage)
         source = _show(config, "parallelism.pipeline_parallel_layers_per_stage")
     else:
-        num_stages = pp * (1 if schedule in ONE_STAGE else 2)
         source = f"{_show(config, 'parallelism.pipeline_parallel_degree')} with {schedule}"
 
     if schedule in ONE_STAGE:

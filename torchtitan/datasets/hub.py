@@ -19,16 +19,16 @@ MAP_STYLE_SHARDS = 1024
 class HuggingFaceStream:
     """`load` gives a `datasets.IterableDataset`, or a `datasets.Dataset` that is already on the disk.
 
-    `fingerprint` changes with the data that is loaded; without one the name stands for it.
+    `name` is to change with the data that is loaded: a place in the data is one under this name.
     """
 
     min_shards_per_rank = 1  # a shard is a download: better some ranks get one more than all read everything
 
-    def __init__(self, load: Callable[[], Any], *, name: str, text: Text, fingerprint: str | None = None) -> None:
+    def __init__(self, load: Callable[[], Any], *, name: str, text: Text) -> None:
         self.name = name
         self._text = text
         self._dataset = self._load(load)
-        self.fingerprint = f"{fingerprint or name}, {len(self)} shards"
+        self.fingerprint = f"{name}, {len(self)} shards"
 
     @classmethod
     def of_hub(cls, path: str, config: str, *, split: str, text: Text) -> "HuggingFaceStream":

@@ -1,6 +1,5 @@
 """The datasets that `training.dataset` can name, and how code outside this package adds its own."""
 
-import difflib
 import os
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchtitan.config.errors import DatasetError
+from torchtitan.config.schema import meant_or_known
 from torchtitan.datasets.hub import HuggingFaceStream
 from torchtitan.datasets.local import TextFiles, open_path
 from torchtitan.datasets.source import Source, Text
@@ -37,9 +37,7 @@ def open_dataset(name: str, path: str | None = None) -> Source:
         DatasetError: an unknown name; data that is missing, empty or in no known format.
     """
     if name not in _DATASETS:
-        near = difflib.get_close_matches(name, _DATASETS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise DatasetError(f"unknown dataset {name!r}: {hint}There are {', '.join(_DATASETS)}")
+        raise DatasetError(f"the dataset {name!r} is unknown; {meant_or_known(name, _DATASETS)}")
     dataset = _DATASETS[name]
     return dataset.open(dataset.text) if path is None else open_path(path, dataset.text)
 

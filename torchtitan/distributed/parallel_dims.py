@@ -87,7 +87,6 @@ class Mesh:
     """
 
     def __init__(self, root: DeviceMesh):
-        self.root = root
         self.device_type = root.device_type
         self._axes = {axis: root[axis] for axis in AXES}
         self._axes["dp"] = root["dp_replicate", "dp_shard"]._flatten("dp")

@@ -21,7 +21,7 @@ def get_stage_modules(parallelism: Parallelism, n_layers: int) -> list[list[str]
         parallelism.pipeline_parallel_first_stage_less_layers,
         parallelism.pipeline_parallel_last_stage_less_layers,
     )
-    num_stages = _get_num_stages(parallelism, n_layers + first + last)
+    num_stages = get_num_stages(parallelism, n_layers)
     share, rest = divmod(n_layers + first + last, num_stages)
     counts = [share + (stage < rest) for stage in range(num_stages)]
     assert share > 0, f"{num_stages} stages for {n_layers} layers"
@@ -32,9 +32,14 @@ def get_stage_modules(parallelism: Parallelism, n_layers: int) -> list[list[str]
     return [["tok_embeddings", *parts[0]], *parts[1:-1], [*parts[-1], "norm", "output"]]
 
 
-def _get_num_stages(parallelism: Parallelism, num_layers: int) -> int:
+def get_num_stages(parallelism: Parallelism, n_layers: int) -> int:
+    """How many stages the options make, whether or not the schedule takes as many."""
+    if parallelism.module_fqns_per_model_part is not None:
+        return len(parallelism.module_fqns_per_model_part)
     if parallelism.pipeline_parallel_layers_per_stage is not None:
-        return -(-num_layers // parallelism.pipeline_parallel_layers_per_stage)
+        n_layers += parallelism.pipeline_parallel_first_stage_less_layers
+        n_layers += parallelism.pipeline_parallel_last_stage_less_layers
+        return -(-n_layers // parallelism.pipeline_parallel_layers_per_stage)
     return parallelism.pipeline_parallel_degree * (1 if parallelism.pipeline_parallel_schedule in ONE_STAGE else 2)
 
 

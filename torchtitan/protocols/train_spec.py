@@ -18,6 +18,7 @@ from torchtitan.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from torchtitan.components.loss import Loss
+    from torchtitan.config.job_config import JobConfig
     from torchtitan.protocols.model import Decoder, StateDictAdapter
 
 
@@ -87,3 +88,10 @@ def get_train_spec(name: str) -> TrainSpec:
     spec = importlib.import_module(f"torchtitan.models.{name}").train_spec
     assert isinstance(spec, TrainSpec)
     return spec
+
+
+def get_run_args(config: JobConfig) -> Any:
+    """The ModelArgs of the flavour that is asked for, with what the run's options decide."""
+    lengths = [config.training.seq_len, config.validation.seq_len if config.validation.enabled else 0]
+    flavor = get_train_spec(config.model.name).flavors[config.model.flavor]
+    return flavor.for_run(max_seq_len=max(lengths), use_scaled_rope=config.model.use_scaled_rope)

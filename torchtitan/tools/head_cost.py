@@ -29,7 +29,7 @@ class HeadCost:
     """Bytes on one rank, or received by it."""
 
     weight: int
-    weight_gradient: int
+    """And its gradient as much again."""
     logits: int
     """What the fused loss holds of the logits at a time."""
     all_logits: int
@@ -60,7 +60,6 @@ def get_head_cost(
         moved = hidden + _STATISTICS_BYTES * num_tokens * (tp_degree - 1)
     return HeadCost(
         weight=weight,
-        weight_gradient=weight,
         logits=get_fused_logits_bytes(
             num_tokens=tokens_here,
             vocab_rows=rows,

@@ -22,7 +22,7 @@ from torchtitan.components.loss.chunking import liger_chunk_mem_const, liger_chu
 from torchtitan.config.job_config import ActivationCheckpoint, JobConfig
 from torchtitan.distributed.parallel_dims import Mesh, ParallelDims
 from torchtitan.protocols.model import Decoder
-from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.protocols.train_spec import get_run_args, get_train_spec
 from torchtitan.tools.head_cost import get_fused_logits_bytes
 from torchtitan.tools.logging import logger
 from torchtitan.tools.memory_trace import MemoryTrace, with_gpu_kernels
@@ -92,7 +92,7 @@ def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measure
         }
         hidden, _ = _run(model, tokens_shape, dims)
         return Measured(
-            n_layers=_get_model_args(config).n_layers,
+            n_layers=get_run_args(config).n_layers,
             units={
                 "tok_embeddings": _unit(model.tok_embeddings),
                 "block": _unit(model.layers["0"]),
@@ -149,7 +149,7 @@ def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh, kind: BlockKind) -
     """The model with one block, on the meta device, as this run divides it."""
     code = get_train_spec(config.model.name).load()
     with torch.device("meta"):
-        model = code.model_cls(_get_model_args(config))
+        model = code.model_cls(get_run_args(config))
     for name in list(model.layers)[1:]:
         del model.layers[name]
     if not is_one_process(config, dims):
@@ -169,12 +169,6 @@ def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh, kind: BlockKind) -
             loss_parallel=not config.parallelism.disable_loss_parallel,
         )
     return model
-
-
-def _get_model_args(config: JobConfig) -> Any:
-    lengths = [config.training.seq_len, config.validation.seq_len if config.validation.enabled else 0]
-    flavor = get_train_spec(config.model.name).flavors[config.model.flavor]
-    return flavor.for_run(max_seq_len=max(lengths), use_scaled_rope=config.model.use_scaled_rope)
 
 
 def get_param_dtype(config: JobConfig) -> torch.dtype:
@@ -270,7 +264,7 @@ def _get_loss_gap(config: JobConfig, dims: ParallelDims, tokens_shape: tuple[int
     itemsize = get_param_dtype(config).itemsize
     if itemsize == torch.float32.itemsize:
         return 0  # the gradients are of the same size
-    return math.prod(tokens_shape) * -(-_get_model_args(config).vocab_size // dims.tp) * itemsize
+    return math.prod(tokens_shape) * -(-get_run_args(config).vocab_size // dims.tp) * itemsize
 
 
 def _trace_validation_loss(config: JobConfig, dims: ParallelDims, model: Decoder) -> int:

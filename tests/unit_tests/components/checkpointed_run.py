@@ -19,7 +19,7 @@ from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config.job_config import ActivationCheckpoint, Checkpoint, LRScheduler, Optimizer, Parallelism, Training
 from torchtitan.distributed.fsdp import apply_fsdp
-from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.llama3.infra.parallelize import parallelize_llama
 from torchtitan.models.llama3.model.args import TransformerModelArgs

@@ -28,7 +28,7 @@ from torchtitan.components.checkpoint_storage import (
     read_metadata,
 )
 from torchtitan.config.errors import CheckpointError
-from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.llama3.model.model import Transformer
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import wait_until
 from torchtitan.components.dataloader import (
     PREFETCHED_BATCHES,
     Batch,
@@ -170,7 +171,7 @@ def test_state_survives_a_distributed_checkpoint(build, tmp_path):
 
 
 def test_state_is_small_and_has_a_key_per_rank(build):
-    """The checkpoint counts these keys to tell on how many ranks data was read."""
+    """One key per rank, so that a checkpoint can hold the states of all."""
     loader = build(dp_rank=1, dp_world_size=2)
     take(loader, 40)
     (key,) = loader.state_dict()
@@ -265,13 +266,6 @@ def test_reads_ahead_and_no_further(build):
     wait_until(lambda: loader._ahead._queue.qsize() == PREFETCHED_BATCHES)
     time.sleep(0.05)
     assert loader._ahead._queue.qsize() == PREFETCHED_BATCHES
-
-
-def wait_until(condition, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def num_threads() -> int:

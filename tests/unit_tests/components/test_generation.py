@@ -16,7 +16,7 @@ from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.components.generation import Sampling, TextStream, generate, get_num_new_tokens
 from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.config.errors import ConfigError
-from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.tensor_parallel import apply_tp
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 from torchtitan.models.llama3.model.model import Transformer

@@ -82,13 +82,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.written: list[tuple[int, dict[str, float]]] = []
-        self.closed = False
+        self.failed: bool | None = None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.written.append((step, values))
 
     def close(self, *, failed: bool) -> None:
-        self.closed = True
+        self.failed = failed
 
 
 @pytest.fixture
@@ -121,6 +121,13 @@ def build(clock: Clock, sink: Recorder) -> Build:
 
 def log(metrics: MetricsProcessor, step: int) -> None:
     metrics.log(step, loss_avg=3.14159, loss_max=4.5, grad_norm=1.25, lr=8e-4, n_tokens_seen=12345)
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_every_sink_hears_the_end_of_the_run(build: Build, failed: bool) -> None:
+    sinks = [Recorder(), Recorder()]
+    build(sinks=sinks).close(failed=failed)
+    assert [sink.failed for sink in sinks] == [failed, failed]
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -1,4 +1,4 @@
-"""How build_runner puts a run together; what runners compute is in test_examples.py and test_pipeline_parallel.py."""
+"""Runners of a microbatch; what those of pipelines compute is in test_pipeline_parallel.py."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -10,12 +10,48 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.unit_tests.distributed.layouts import ARGS
 from torchtitan.components.loss import CrossEntropyLoss
-from torchtitan.components.runner import build_runner
+from torchtitan.components.runner import EagerRunner, build_runner
 from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
+from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import PipelineRunner
 from torchtitan.models.llama3.infra.parallelize import parallelize_llama
 from torchtitan.models.llama3.model.model import Transformer
+
+
+def test_validation_uses_the_standard_path() -> None:
+    def refuse(*_: object) -> torch.Tensor:
+        raise AssertionError("validation called the loss of training")
+
+    model, tokens = build_model(), some_tokens()
+    loss = EagerRunner(model, refuse).eval_loss(tokens[:, :-1], tokens[:, 1:], None)
+    one = torch.tensor(1.0)
+    expected = EagerRunner(model, CrossEntropyLoss()).forward_backward(tokens[:, :-1], tokens[:, 1:], None, one)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_positions_reach_the_model() -> None:
+    model, tokens = build_model(), some_tokens()
+    runner, one = EagerRunner(model, CrossEntropyLoss()), torch.tensor(1.0)
+    positions = torch.arange(8).flip(0).expand(2, -1)
+    training = [runner.forward_backward(tokens[:, :-1], tokens[:, 1:], p, one) for p in (None, positions)]
+    evaluation = [runner.eval_loss(tokens[:, :-1], tokens[:, 1:], p) for p in (None, positions)]
+    for in_order, reversed_order in (training, evaluation):
+        assert not torch.isclose(in_order, reversed_order, rtol=1e-4)
+    torch.testing.assert_close(training, evaluation)
+
+
+def build_model() -> Transformer:
+    model = Transformer(ARGS())
+    init_parameters(model, seed=1, device="cpu")
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            parameter.mul_(8)  # so that attention counts
+    return model
+
+
+def some_tokens() -> torch.Tensor:
+    return torch.randint(ARGS().vocab_size, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture

@@ -36,10 +36,10 @@ def test_path_replaces_where_a_dataset_is_read_from(tmp_path):
 
 
 def test_unknown_name_is_told_with_the_nearest():
-    with pytest.raises(DatasetError, match="unknown dataset 'python_stdlb': did you mean python_stdlib"):
+    with pytest.raises(DatasetError, match="the dataset 'python_stdlb' is unknown; did you mean python_stdlib"):
         open_dataset("python_stdlb")
     with pytest.raises(
-        DatasetError, match="unknown dataset 'x': There are python_stdlib, python_stdlib_validation, c4"
+        DatasetError, match="the dataset 'x' is unknown; known are python_stdlib, python_stdlib_validation, c4"
     ):
         open_dataset("x")
 

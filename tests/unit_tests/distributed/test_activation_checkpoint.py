@@ -11,7 +11,7 @@ from tests.unit_tests.distributed.layouts import ARGS, get_batch, get_gradients,
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import _checkpointed, _keep_costly_ops, apply_ac
 from torchtitan.distributed.context_parallel import attend_to_prefix
-from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.models.llama3.model.model import Transformer
 
 N_LAYERS = 4

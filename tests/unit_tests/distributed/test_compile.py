@@ -5,7 +5,7 @@ from tests.unit_tests.distributed.layouts import ARGS, get_batch, get_gradients,
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
-from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.models.llama3.model.model import Transformer
 
 N_LAYERS = 12

@@ -12,7 +12,7 @@ from tests.unit_tests.distributed.layouts import ARGS, build_model, get_batch, g
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.config.job_config import Parallelism, Training
 from torchtitan.distributed.fsdp import ReshardPolicy, should_reshard_after_forward
-from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.llama3.model.model import Transformer
 

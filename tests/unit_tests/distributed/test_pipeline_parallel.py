@@ -15,7 +15,7 @@ from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
 from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
 from torchtitan.distributed.context_parallel import ContextSharder
-from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.pipeline_parallel import build_pipeline, keep_modules
 from torchtitan.distributed.pipeline_split import get_stage_modules, get_stages_of_rank

@@ -6,7 +6,7 @@ from typing import NamedTuple
 ALIGNMENT = 128
 """Chunks are multiples of this many rows, the tile height of the matrix products on a GPU."""
 SMALL_ALIGNMENT = 16
-"""Of chunks with fewer rows than that: products of other sizes take slower kernels."""
+"""Chunks with fewer rows than that are multiples of this: products of other sizes take slower kernels."""
 
 
 def rows_in_budget(budget_bytes: int, *, vocab_rows: int, bytes_per_logit: int) -> int:

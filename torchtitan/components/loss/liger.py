@@ -77,7 +77,7 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
 
 
 def _check_version() -> None:
-    # which may be that of another distribution with the same package, liger-kernel-nightly for one
+    # the package may come from another distribution, such as liger-kernel-nightly
     names = importlib.metadata.packages_distributions().get("liger_kernel", ["liger-kernel"])
     try:
         version = importlib.metadata.version(names[0])

@@ -14,7 +14,7 @@ from tests.unit_tests.distributed.layouts import ARGS, build_model, get_batch, g
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
 from torchtitan.distributed.context_parallel import ContextSharder
-from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.distributed.utils import dist_sum, get_total_norm
 from torchtitan.models.llama3.model.model import Transformer

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.models.llama3.model.args import RopeScaling, TransformerModelArgs
 from torchtitan.models.llama3.model.model import Transformer, apply_rotary_emb, precompute_freqs_cis
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from torchtitan.config.errors import CheckpointError
-from torchtitan.distributed.init import init_parameters
+from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.models.llama3.model.args import RopeScaling, TransformerModelArgs
 from torchtitan.models.llama3.model.model import Transformer
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter

@@ -9,7 +9,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.unit_tests.distributed.layouts import ARGS
-from torchtitan.distributed.init import init_parameters, local_shard
+from torchtitan.distributed.init_weights import init_parameters, local_shard
 from torchtitan.models.llama3.model.model import Transformer
 
 
