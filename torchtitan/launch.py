@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -154,6 +155,11 @@ def _check_flags(launcher: argparse.Namespace) -> None:
             f"--rdzv_endpoint {given['rdzv_endpoint']} says where the machines meet, and so do --master_addr,"
             " --master_port and --node_rank; leave out the one or the others"
         )
+    if "local_addr" in given:  # torchrun would look for it for minutes
+        try:
+            socket.getaddrinfo(launcher.local_addr, None)
+        except OSError as error:
+            problems.append(f"--local_addr {launcher.local_addr}: not a host or address that is known here: {error}")
     if "numa_binding" in given and given.get("num_gpus") == 0:
         problems.append("--numa_binding binds processes to the cores near their GPUs; leave it out on CPU")
     raise_all([ConfigError(problem) for problem in problems])
