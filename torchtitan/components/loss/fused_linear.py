@@ -31,6 +31,7 @@ vocabulary.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -157,7 +158,8 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = WeightGradient(weight, options.accum_dtype) if needs_weight else None
         losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-        with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        # Triton launches on the current device
+        with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
             for tokens, fill in _ways_by_tokens(hidden, weight, options, needs_weight=needs_weight):
                 fill(
                     hidden[tokens],
