@@ -127,7 +127,9 @@ def read_run(name: str, about: str, folder: Path) -> Run:
         except ValueError:
             continue  # cut by a kill or a full disk
         if LOSS in values:  # and not those of a validation
-            steps[values["step"]] = values  # of a step that was run again after a restart, the last one counts
+            # a later start in the same folder, from a checkpoint or anew, takes the place of what it trains again
+            steps = {step: earlier for step, earlier in steps.items() if step < values["step"]}
+            steps[values["step"]] = values
     if not steps:
         raise CompareError(f"{name}: {path} holds no training step")
     return Run(name, about, steps)

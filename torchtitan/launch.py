@@ -26,7 +26,7 @@ from torchtitan.config.errors import ConfigError, raise_all
 from torchtitan.config.job_config import NonNegativeInt, PositiveInt, Range
 from torchtitan.config.preflight import check_writable
 from torchtitan.config.preflight import main as preflight
-from torchtitan.config.schema import either, option_of
+from torchtitan.config.schema import either, nearest, option_of
 from torchtitan.tools.terminal import ProgressTerminal, send_progress
 
 if TYPE_CHECKING:
@@ -119,6 +119,10 @@ def split_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         except ValueError as error:
             words = [option.flag] if text is None else [option.flag, text or '""']
             errors.append(ConfigError(f"{' '.join(words)}: {error}"))
+    for word in options:
+        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if word.startswith("--") and "." not in name and name != "help" and (meant := nearest(name, FLAGS)):
+            errors.append(ConfigError(f"{word}: no such flag; did you mean --{either(meant)}?"))
     raise_all(errors)
     return flags, options
 

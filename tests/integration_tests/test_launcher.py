@@ -187,6 +187,8 @@ def test_a_log_dir_must_be_writable(repo: Path) -> None:
         ("--numa_binding sockets", "must be node, socket, exclusive or core-complex; did you mean socket?"),
         ("--numa_binding node", "--numa_binding binds processes to the cores near their GPUs; leave it out on CPU"),
         ("--local_addr no.such.host.invalid", "--local_addr no.such.host.invalid: not a host or address that is known"),
+        ("--nproc_pernode 2", "--nproc_pernode: no such flag; did you mean --nproc_per_node?"),
+        ("--nproc-per-nod=2", "--nproc-per-nod=2: no such flag; did you mean --nproc_per_node?"),
         ("--nnodes 0", "--nnodes 0: must be a number of machines, or a range of it such as 2:4"),
         ("--nnodes 4:2", "--nnodes 4:2: must be a number of machines, or a range of it such as 2:4"),
         ("--nnodes 2", "--nnodes 2: the machines need a place to meet; add --rdzv_endpoint HOST:PORT"),

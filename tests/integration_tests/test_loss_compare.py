@@ -80,6 +80,18 @@ def test_of_a_step_that_ran_twice_the_last_counts(script: ModuleType, tmp_path: 
     assert run.curve(script.LOSS, [1, 2]) == [5.0, 3.5]
 
 
+def test_a_later_start_in_the_same_folder_is_the_run(script: ModuleType, tmp_path: Path) -> None:
+    """It began again at step 1 and ended sooner, or went on from a checkpoint before the last steps."""
+    for later, expected in (({1: 7.0, 2: 6.0}, {1: 7.0, 2: 6.0}), ({3: 6.0}, {1: 5.0, 2: 4.0, 3: 6.0})):
+        folder = tmp_path / f"run{len(later)}"
+        write_run(folder, {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0})
+        write_run(tmp_path / f"later{len(later)}", later)
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write((tmp_path / f"later{len(later)}/metrics.jsonl").read_text())
+        run = script.read_run("a", "", folder)
+        assert {step: values[script.LOSS] for step, values in run.steps.items()} == expected
+
+
 def test_cut_lines_are_skipped(script: ModuleType, tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", {1: 5.0, 2: 4.0})
     path = tmp_path / "a/metrics.jsonl"

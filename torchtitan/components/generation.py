@@ -149,8 +149,13 @@ class KVCache:
 def cached_attention(model: Decoder, *, capacity: int) -> Iterator[KVCache]:
     """Let each block remember up to `capacity` tokens. The caller counts up `length` after each step."""
     cache = KVCache(capacity)
-    attentions = [block.get_submodule("attention") for block in model.layers.values()]
-    kernels = [attention.get_submodule("sdpa") for attention in attentions]
+    try:
+        attentions = [block.get_submodule("attention") for block in model.layers.values()]
+        kernels = [attention.get_submodule("sdpa") for attention in attentions]
+    except AttributeError as error:
+        raise ConfigError(
+            f"only models whose blocks have attention.sdpa can make text, as Llama 3's do: {error}"
+        ) from None
     for attention in attentions:
         attention.sdpa = CachedAttention(cache)
     try:

@@ -132,4 +132,5 @@ def _explain_misfit(degrees: dict[str, int], world_size: int) -> str:
         fitting[name] = math.gcd(fitting[name], world_size // rest) if world_size % rest == 0 else 1
     fitting["data_parallel_shard_degree"] = world_size // math.prod(fitting.values())
     layout = ", ".join(f"parallelism.{name}={degree}" for name, degree in fitting.items() if degree != 1)
-    return message + f"Start {needed} processes (NGPU={needed}), or use {layout or 'no degree'} and 1 for the rest."
+    otherwise = f"use {layout} and 1 for the rest" if layout else "leave all degrees at 1"
+    return message + f"Start {needed} processes (NGPU={needed}, or --nproc_per_node {needed}), or {otherwise}."

@@ -128,6 +128,13 @@ def test_model_is_left_as_it_was(num_taken):
     assert [block.attention.sdpa for block in model.layers.values()] == kernels
 
 
+def test_a_model_without_such_attention_is_refused():
+    model = build_model()
+    del model.layers["1"].attention
+    with pytest.raises(ConfigError, match="only models whose blocks have attention.sdpa can make text"):
+        next(generate(model, [1], max_new_tokens=3, sampling=GREEDY))
+
+
 class WithoutGraph(Sampling):
     def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
         assert not logits.requires_grad

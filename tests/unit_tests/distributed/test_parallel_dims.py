@@ -30,7 +30,7 @@ def test_shard_degree_takes_the_ranks_that_are_left() -> None:
             8,
             ["product is 16", "data_parallel_shard_degree=2 (or -1) would fit"],
         ),
-        (Parallelism(tensor_parallel_degree=2), 1, ["1 process:", "NGPU=2", "use no degree and 1 for the rest"]),
+        (Parallelism(tensor_parallel_degree=2), 1, ["1 process:", "NGPU=2", "leave all degrees at 1"]),
         (
             Parallelism(data_parallel_replicate_degree=3, tensor_parallel_degree=2),
             8,

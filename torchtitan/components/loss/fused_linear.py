@@ -38,6 +38,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from torchtitan.components.loss.chunking import plan_chunks, rows_in_budget
 from torchtitan.components.loss.gradient_sum import WeightGradient
@@ -114,6 +115,8 @@ def fused_linear_cross_entropy(
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
+    if isinstance(weight, DTensor):
+        raise ValueError("the weight is sharded: gather it, or call the loss through OutputHead.with_weight")
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[-1] or weight.ndim != 2:
         raise ValueError(
             "expected hidden (..., D), weight (V, D) and labels (...), "

@@ -8,8 +8,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchtitan.components.loss import (
     IGNORE_INDEX,
@@ -286,6 +290,17 @@ def test_dtypes_that_differ_are_refused() -> None:
         fused_linear_cross_entropy(torch.randn(2, 3), torch.randn(5, 3).bfloat16(), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"labels must be int64, got torch\.int32"):
         fused_linear_cross_entropy(torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1], dtype=torch.int32))
+
+
+def test_a_sharded_weight_is_refused() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        weight = DTensor.from_local(torch.randn(5, 3), mesh, [Shard(0)])
+        with pytest.raises(ValueError, match=r"the weight is sharded: .*OutputHead.with_weight"):
+            fused_linear_cross_entropy(torch.randn(2, 3), weight, torch.tensor([0, 1]))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_scale_for_each_token_is_refused() -> None:
