@@ -9,6 +9,7 @@ whatever the number of ignored labels on each rank. Between two log steps the ho
 (except with Liger's loss, which reads the number of valid tokens).
 """
 
+import copy
 import datetime
 import importlib.util
 import math
@@ -81,8 +82,6 @@ class Trainer:
         self.seed = utils.set_determinism(
             config.training.seed, self.device, deterministic=config.training.deterministic
         )
-        if world.rank == 0:
-            write_resolved(config, Path(config.job.dump_folder) / "config.toml")
 
         # text to batches
         dp_rank = self.mesh["dp"].get_local_rank()
@@ -167,6 +166,7 @@ class Trainer:
             dataloader=self.dataloader,
             train_state=self,
             steps=config.training.steps,
+            options=to_toml(config),
             is_restart=world.restart_count > 0,
             adapter=code.state_dict_adapter(self.model_args),
             tokenizer_path=config.model.tokenizer_path,
@@ -207,6 +207,7 @@ class Trainer:
         signal.signal(signal.SIGTERM, self._request_stop)
         config = self.config
         self.checkpointer.load()
+        self.save_options()
         batches = self._batches()
         first_step = self.step + 1
         if first_step <= config.training.steps:
@@ -334,6 +335,14 @@ class Trainer:
         if not math.isfinite(utils.get_total_norm(weights).item()):
             raise NonFiniteError(self.step, "the optimizer has made weights that are inf or nan; they are not saved")
 
+    def save_options(self) -> None:
+        """Write config.toml: not before a checkpoint is loaded, which may refuse them."""
+        in_force = copy.deepcopy(self.config)
+        if self.step == 0:  # later a seed that is drawn makes nothing any more
+            in_force.training.seed = self.seed
+        if utils.get_world().rank == 0:
+            write_resolved(in_force, Path(self.config.job.dump_folder) / "config.toml")
+
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
         self._stop_requested = True
 
@@ -396,6 +405,7 @@ def main(argv: list[str]) -> int:
         )
         trainer = Trainer(config)
         if config.checkpoint.create_seed_checkpoint:
+            trainer.save_options()
             trainer.checkpointer.save_seed()
         else:
             trainer.train()

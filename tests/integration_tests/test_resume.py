@@ -1,6 +1,7 @@
 """A run that is continued is the run that was never stopped: to the bit on its own layout, to 1e-5 on another."""
 
 import shutil
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,3 +150,17 @@ def test_place_in_the_data_is_not_carried_to_another_number_of_readers(tmp_path,
     train(run, f"{more} --checkpoint.exclude_from_loading dataloader", world_size=new_world_size)
     assert max(read_steps(run)) == STEPS + 2
     assert len(read_lines(run)) == STEPS + 2
+
+
+def test_config_toml_is_of_the_last_start_that_was_not_refused_and_has_the_seed(tmp_path):
+    folder = train(tmp_path / "run", f"{SAVING} --training.steps 2 --training.seed None").folder
+    said = (folder / "config.toml").read_text()
+    seed = tomllib.loads(said)["training"]["seed"]
+    of_checkpoint = tomllib.loads((folder / "checkpoint/step-2/config.toml").read_text())
+    assert of_checkpoint["model"]["flavor"] == "tiny"
+    (tmp_path / "other.jsonl").write_text('{"text": "%s"}' % ("other words " * 300))
+    refused = train(folder, f"{SAVING} --training.dataset_path {tmp_path / 'other.jsonl'}", status=1)
+    assert any("DataloaderStateError" in line for line in errors(refused))
+    assert (folder / "config.toml").read_text() == said
+    again = train(tmp_path / "again", f"{SAVING} --training.steps 2 --training.seed {seed}").folder
+    assert read_steps(again) == read_steps(folder)

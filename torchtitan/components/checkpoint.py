@@ -73,6 +73,7 @@ class CheckpointManager:
         model_parts: Sequence[nn.Module],
         states: Mapping[str, Stateful],  # what is saved besides the weights; keys are those of STATES
         steps: int,  # at which the run is complete
+        options: str,  # of the run, as TOML
         is_restart: bool,  # torchrun has started the processes again: load_step was obeyed before
         background: BackgroundSaver | None,
         hugging_face: HuggingFaceFormat | None,
@@ -84,6 +85,7 @@ class CheckpointManager:
         self._model_parts = model_parts
         self._states = states
         self._steps = steps
+        self._options = options
         self._is_restart = is_restart
         self._background = background
         self._hugging_face = hugging_face
@@ -169,6 +171,7 @@ class CheckpointManager:
             save(state, storage_writer=writer(path), planner=planner, process_group=self._ranks.group)
             if self._ranks.is_first:
                 read_metadata(path)  # finds the files of all ranks, unless the folder is not one that all share
+                self._folder.note_options(path, self._options)
                 self._folder.note_excluded(path, self._config.exclude_from_loading)
                 self._folder.publish(path, step)
         except (Exception, CheckpointException) as error:
@@ -229,8 +232,10 @@ class CheckpointManager:
             self._ranks.together(partial(self._hugging_face.load, path, self._weights()))
             logger.info(f"Loaded the model from Hugging Face safetensors in {path}")
         else:
-            names = () if config.initial_load_model_only else STATES
-            self._load(Path(config.initial_load_path), names, excluded=config.exclude_from_loading)
+            path, names = Path(config.initial_load_path), () if config.initial_load_model_only else STATES
+            if self._hugging_face is not None:  # a checkpoint that was converted from its format has a config.json
+                self._ranks.together(partial(self._hugging_face.check_config, path))
+            self._load(path, names, excluded=config.exclude_from_loading)
         return True
 
     def _choose_step(self) -> int | None:
@@ -403,6 +408,7 @@ def build_checkpoint_manager(
     dataloader: Stateful,
     train_state: Stateful,
     steps: int,
+    options: str = "",
     is_restart: bool = False,
     adapter: StateDictAdapter | None = None,
     tokenizer_path: str | None = None,
@@ -415,6 +421,7 @@ def build_checkpoint_manager(
         train_state: flat, with the entry "step".
         dataloader: its state's keys differ between ranks that read different data.
         steps: training.steps.
+        options: all of the run, as TOML; each checkpoint holds them.
         is_restart: torchrun has started these processes again; load_step was for the first ones.
         adapter, tokenizer_path, bos_id, eos_id: for Hugging Face's format.
 
@@ -452,6 +459,7 @@ def build_checkpoint_manager(
             "rng": RandomState(ranks.rank),
         },
         steps=steps,
+        options=options,
         is_restart=is_restart,
         background=background,
         hugging_face=hugging_face,

@@ -37,6 +37,8 @@ _DIGEST = ".metadata.sha256"
 """A flipped bit in .metadata could otherwise load wrong values: only the data files have checksums of their own."""
 
 
+OPTIONS = "config.toml"
+"""In a checkpoint: all options of its run."""
 _EXCLUDED = "excluded_from_loading.txt"
 """In a checkpoint: what its run had been told to leave out of the one that it began from."""
 
@@ -76,6 +78,11 @@ class CheckpointFolder:
         """What killed runs left half-written or half-removed."""
         others = (name for name in self._names() if not name.endswith(f".incomplete-{self._run}"))
         return [self.path / name for name in sorted(others) if re.fullmatch(r"step-\d+\.incomplete-.*", name)]
+
+    def note_options(self, path: Path, toml: str) -> None:
+        """The run's options, so that whoever reads the checkpoint elsewhere or later knows which model it is."""
+        if toml:
+            (path / OPTIONS).write_text(toml, encoding="utf-8")
 
     def note_excluded(self, path: Path, names: Sequence[str]) -> None:
         if names:

@@ -115,7 +115,7 @@ class HuggingFaceFormat:
         Raises:
             CheckpointError: a file is missing or damaged, or holds another model.
         """
-        self._check_config(path)
+        self.check_config(path)
         files = _read_index(path)
         hf_names = {name: self._hf_name(name, weight.shape) for name, weight in weights.items()}
         missing = set(weights)
@@ -156,7 +156,8 @@ class HuggingFaceFormat:
         (hf_name,) = self._adapter.to_hf({name: torch.empty(shape, device="meta")})
         return hf_name
 
-    def _check_config(self, path: Path) -> None:
+    def check_config(self, path: Path) -> None:
+        """Raise CheckpointError where the folder's config.json, if it has one, describes another model."""
         if not (path / "config.json").exists():
             return  # the shapes of the weights still have to fit
         theirs = _flatten_rope(read_json(path / "config.json"))

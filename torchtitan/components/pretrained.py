@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan.components.checkpoint_storage import CheckpointFolder, check_weights, load_alone, read_metadata
+from torchtitan.components.checkpoint_storage import (
+    OPTIONS,
+    CheckpointFolder,
+    check_weights,
+    load_alone,
+    read_metadata,
+)
 from torchtitan.components.hf_checkpoint import HuggingFaceFormat, read_json
 from torchtitan.components.tokenizer import Tokenizer, build_tokenizer
 from torchtitan.config import ConfigManager
@@ -134,7 +140,8 @@ def check_divisible(args: ModelArgs, num_ranks: int) -> None:
 def _find_config(path: Path) -> Path:
     beside = path / "config.json"
     of_run = path.absolute().parent.parent / "config.toml"
-    for config in (beside, of_run):
+    # the run's own may have been written anew by a later start, of checkpoints from before they held the options
+    for config in (beside, path / OPTIONS, of_run):
         if config.is_file():
             return config
     raise CheckpointError(

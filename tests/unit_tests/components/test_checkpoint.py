@@ -1,5 +1,6 @@
 """A run goes on from its checkpoint as if nothing had happened, in its layout or another, from the step it is told."""
 
+import json
 import pickle
 import random
 from dataclasses import replace
@@ -224,6 +225,16 @@ def test_initial_load_takes_the_weights_only(tmp_path, enable_checkpoint):
     assert run.step == 0
     assert torch.equal(run.full_state()["norm.weight"], source.full_state()["norm.weight"])
     assert not run.optimizer.state_dict()["state.norm.weight.exp_avg"].any()
+
+
+def test_initial_weights_of_another_model_than_their_config_says_are_refused(tmp_path):
+    """As scripts/convert_checkpoint.py leaves it beside weights of Hugging Face's."""
+    source = build_run(tmp_path / "source")
+    source.train(2)
+    path = folder(source) / "step-2"
+    (path / "config.json").write_text(json.dumps({"rms_norm_eps": 1e-6}))
+    with pytest.raises(CheckpointError, match=r"config.json: rms_norm_eps is 1e-06, and 1e-05 in this model"):
+        build_run(tmp_path / "run", initial_load_path=str(path)).checkpointer.load()
 
 
 def test_initial_load_takes_everything_on_request_and_only_at_the_start(tmp_path):

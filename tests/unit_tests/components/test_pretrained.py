@@ -53,6 +53,13 @@ def test_scaled_rope_comes_from_the_config(tmp_path):
     assert find_pretrained(path).args.rope_scaling == RopeScaling()
 
 
+def test_a_checkpoint_s_own_options_count_before_those_that_a_later_start_left(tmp_path):
+    path = save_run(tmp_path, use_scaled_rope=True)
+    (tmp_path / "config.toml").rename(path / "config.toml")
+    save_run(tmp_path)
+    assert find_pretrained(path).args.rope_scaling == RopeScaling()
+
+
 def test_config_and_tokenizer_can_be_named(run_checkpoint, tmp_path):
     moved = shutil.copytree(run_checkpoint, tmp_path / "elsewhere")
     fails("name the run's config.toml with --config", moved)
