@@ -128,7 +128,8 @@ def read_run(name: str, about: str, folder: Path) -> Run:
             continue  # cut by a kill or a full disk
         if LOSS in values:  # and not those of a validation
             # a later start in the same folder, from a checkpoint or anew, takes the place of what it trains again
-            steps = {step: earlier for step, earlier in steps.items() if step < values["step"]}
+            while steps and next(reversed(steps)) >= values["step"]:
+                steps.popitem()
             steps[values["step"]] = values
     if not steps:
         raise CompareError(f"{name}: {path} holds no training step")

@@ -9,7 +9,6 @@ whatever the number of ignored labels on each rank. Between two log steps the ho
 (except with Liger's loss, which reads the number of valid tokens).
 """
 
-import copy
 import datetime
 import importlib.util
 import math
@@ -18,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -337,11 +337,12 @@ class Trainer:
 
     def save_options(self) -> None:
         """Write config.toml: not before a checkpoint is loaded, which may refuse them."""
-        in_force = copy.deepcopy(self.config)
+        if utils.get_world().rank != 0:
+            return
+        training = self.config.training
         if self.step == 0:  # later a seed that is drawn makes nothing any more
-            in_force.training.seed = self.seed
-        if utils.get_world().rank == 0:
-            write_resolved(in_force, Path(self.config.job.dump_folder) / "config.toml")
+            training = replace(training, seed=self.seed)
+        write_resolved(replace(self.config, training=training), Path(self.config.job.dump_folder) / "config.toml")
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
         self._stop_requested = True
