@@ -11,7 +11,8 @@ from torchtitan.tools.device import get_device_name
 
 def get_origin(device: torch.device) -> dict[str, str]:
     """The device, torch's version and the commit of the code: "-dirty" where a file was changed since."""
-    return {"device": get_device_name(device), "torch": torch.__version__, "commit": get_commit()}
+    name = get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__, "commit": get_commit()}
 
 
 @cache
