@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def wait_until(condition: Callable[[], bool], what: str = "the condition", seconds: float = 240) -> None:
+def wait_until(condition: Callable[[], bool], what: str = "the condition", seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"still waiting for: {what}"

@@ -133,7 +133,7 @@ def test_killed_again_and_again_a_run_ends_with_the_bits_of_one_left_alone(tmp_p
     weights, expected = (load_weights(path / f"checkpoint/step-{STEPS}") for path in (folder, undisturbed))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    wait_until(lambda: not any(map(is_running, children)))  # processes that wrote for a trainer that was killed
+    wait_until(lambda: not any(map(is_running, children)), "the end of a killed trainer's writers", TIMEOUT_S)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -172,10 +172,13 @@ def test_torchrun_restarts_after_a_dead_worker_and_passes_sigterm_on(tmp_path, u
     try:
         for num_restarts, rank in enumerate((1, 0), start=1):  # rank 0 is where the others meet
             begin = last_step(folder)
-            wait_until(lambda begin=begin: last_step(folder) >= begin + 8 or launcher.poll() is not None)
+            wait_until(
+                lambda begin=begin: last_step(folder) >= begin + 8 or launcher.poll() is not None, seconds=TIMEOUT_S
+            )
             os.kill(find_worker(launcher.pid, rank), signal.SIGKILL)
             wait_until(
-                lambda n=num_restarts: log.read_text().count("Training starts") > n or launcher.poll() is not None
+                lambda n=num_restarts: log.read_text().count("Training starts") > n or launcher.poll() is not None,
+                seconds=TIMEOUT_S,
             )
         launcher.terminate()
         assert launcher.wait(TIMEOUT_S) == EXIT_PREEMPTED, log.read_text()

@@ -64,12 +64,12 @@ def test_after_a_kill_the_run_ends_as_if_nothing_had_happened(
     with log.open("w") as file:
         launcher = subprocess.Popen([sys.executable, *command], cwd=REPO, env=environment, stdout=file, stderr=file)
     try:
-        wait_until(lambda: last_step(folder) >= KILL_AFTER or launcher.poll() is not None)
+        wait_until(lambda: last_step(folder) >= KILL_AFTER or launcher.poll() is not None, seconds=TIMEOUT_S)
         assert launcher.poll() is None, log.read_text()
         # not rank 0, which writes the metrics
         os.kill(find_worker(launcher.pid, world_size - 1), signal.SIGKILL)
         killed_at, begin = last_step(folder), time.monotonic()
-        wait_until(lambda: log.read_text().count(STARTS) == 2 or launcher.poll() is not None)
+        wait_until(lambda: log.read_text().count(STARTS) == 2 or launcher.poll() is not None, seconds=TIMEOUT_S)
         record_property("seconds_to_restart", time.monotonic() - begin)
         assert launcher.wait(TIMEOUT_S) == 0, log.read_text()
     finally:

@@ -263,7 +263,7 @@ def test_reads_ahead_and_no_further(build):
     loader = build()
     batches = iter(loader)
     next(batches)
-    wait_until(lambda: loader._ahead._queue.qsize() == PREFETCHED_BATCHES)
+    wait_until(lambda: loader._ahead._queue.qsize() == PREFETCHED_BATCHES, seconds=10)
     time.sleep(0.05)
     assert loader._ahead._queue.qsize() == PREFETCHED_BATCHES
 
@@ -294,7 +294,7 @@ def test_dropped_loader_ends_its_thread(tokenizer, path):
     next(iter(loader))
     assert num_threads() == 1
     del loader
-    wait_until(lambda: num_threads() == 0)
+    wait_until(lambda: num_threads() == 0, seconds=10)
 
 
 def test_exit_does_not_wait_for_the_thread(path):
@@ -316,7 +316,7 @@ def test_error_is_raised_behind_the_batches_before_it(build, path, monkeypatch):
     loader = build(seq_len=32)
     batches = iter(loader)
     next(batches)
-    wait_until(lambda: loader._ahead._queue.qsize() == PREFETCHED_BATCHES)
+    wait_until(lambda: loader._ahead._queue.qsize() == PREFETCHED_BATCHES, seconds=10)
     for file in Path(path).iterdir():
         file.unlink()
     assert len(take_from(batches, PREFETCHED_BATCHES)) == PREFETCHED_BATCHES
