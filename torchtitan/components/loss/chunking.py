@@ -71,7 +71,8 @@ def plan_slices(num_tokens: int, *, vocab_size: int, dim: int, bytes_per_logit: 
     """
     best_words = max(1, 2 * isqrt(budget_bytes) // bytes_per_logit)
     max_tokens = max(1, budget_bytes // (best_words * bytes_per_logit + 4 * dim))
-    group = equal_chunk_rows(num_tokens, max_tokens)
+    # a power of 2: of other sizes the hidden gradient's product leaves part of a GPU without work
+    group = num_tokens if num_tokens <= max_tokens else 1 << (max_tokens.bit_length() - 1)
     num_words = max(1, (budget_bytes // group - 4 * dim) // bytes_per_logit)
     return Slices(group, equal_chunk_rows(vocab_size, num_words))
 

@@ -17,8 +17,8 @@ of float32 softmax and gradient; this holds 2 C Vp, where C comes from a memory 
 8192 tokens that is 1002 MiB of one chunk instead of 10958 (docs/performance.md). Each further chunk costs a read and a
 write of dW.
 
-A budget of less than 1024 rows makes chunks so small that a GPU spends its time on dW; then the first D tokens are
-computed in dW's own memory (in_place.py). Below 400 rows even a fourth product costs less: what is left goes over
+A budget of less than 2048 rows makes chunks so small that a GPU spends much of its time on dW; then the first D tokens
+are computed in dW's own memory (in_place.py). Below 320 rows even a fourth product costs less: what is left goes over
 slices of the vocabulary, with the logits computed twice (vocab_slices.py).
 
 Vocabulary sharded over n ranks (tensor parallel): H is gathered by the caller (vocab_shard.py), each rank computes
@@ -59,10 +59,10 @@ _CPU_BUDGET_BYTES = 32 << 20
 """On a CPU larger chunks are slower, since they leave the cache: a larger budget is not used."""
 
 
-_FEW_ROWS = 1024
+_FEW_ROWS = 2048
 """Below this many rows a chunk, the first tokens are computed in the weight gradient's memory (in_place.py)."""
 
-_VERY_FEW_ROWS = 400
+_VERY_FEW_ROWS = 320
 """Below this many, the other tokens go over slices of the vocabulary (vocab_slices.py)."""
 
 
@@ -208,16 +208,19 @@ class _Fill(Protocol):
 def _ways_by_tokens(
     hidden: Tensor, weight: Tensor, options: _Options, *, needs_weight: bool
 ) -> list[tuple[slice, _Fill]]:
-    """How each token is computed: in chunks, unless a GPU has a budget for few rows, far below the default."""
+    """How each token is computed: in chunks, unless a GPU has a better way. Only ways with tokens are named."""
     num_tokens, dim = hidden.shape
-    by_chunks = partial(_fill_by_chunks, shard=options.shard)
-    max_rows = rows_in_budget(options.budget_bytes, vocab_rows=weight.shape[0], bytes_per_logit=hidden.element_size())
-    if not (hidden.is_cuda and needs_weight and options.shard is None and max_rows < min(_FEW_ROWS, num_tokens)):
-        return [(slice(num_tokens), by_chunks)]
-    otherwise: _Fill = fill_by_vocab_slices if max_rows < _VERY_FEW_ROWS else by_chunks
-    if options.accum_dtype != hidden.dtype:
-        return [(slice(num_tokens), otherwise)]
-    return [(slice(dim), fill_in_place), (slice(dim, num_tokens), otherwise)]
+    by_chunks: _Fill = partial(_fill_by_chunks, shard=options.shard)
+    num_in_place, otherwise = 0, by_chunks
+    if hidden.is_cuda and needs_weight and options.shard is None:
+        logit_bytes = hidden.element_size()
+        max_rows = rows_in_budget(options.budget_bytes, vocab_rows=weight.shape[0], bytes_per_logit=logit_bytes)
+        if options.accum_dtype == hidden.dtype and max_rows < min(_FEW_ROWS, num_tokens):
+            num_in_place = min(num_tokens, dim)
+        if max_rows < min(_VERY_FEW_ROWS, num_tokens - num_in_place):
+            otherwise = fill_by_vocab_slices
+    ways = [(slice(0, num_in_place), fill_in_place), (slice(num_in_place, num_tokens), otherwise)]
+    return [(tokens, fill) for tokens, fill in ways if tokens.start < tokens.stop]
 
 
 def _fill_by_chunks(

@@ -18,7 +18,9 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 # together, against 0.70 ms of a bare copy, and 0.39 + 0.77 ms for the two passes apart
 _BOTH_PASSES = {"BLOCK": 32768, "num_warps": 32}
 _ONE_PASS = {"BLOCK": 16384, "num_warps": 16}
-_TILE = {"ROWS": 64, "COLUMNS": 128, "num_warps": 8}  # of transposed logits
+# of transposed logits: 0.41 ms for the statistics of 128256 rows and 4096 columns, 0.89 ms for the gradient
+_STATISTICS_TILE = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}
+_GRADIENT_TILE = {"ROWS": 64, "COLUMNS": 128, "num_warps": 8}
 _ROWS_PER_PART = 4096
 
 
@@ -68,7 +70,7 @@ def column_statistics(logits: Tensor, labels: Tensor) -> Tensor:
     num_rows, num_columns = logits.shape
     num_parts = triton.cdiv(num_rows, _ROWS_PER_PART)
     statistics = torch.empty(num_parts, 3, num_columns, dtype=torch.float32, device=logits.device)
-    _column_statistics_kernel[(triton.cdiv(num_columns, _TILE["COLUMNS"]), num_parts)](
+    _column_statistics_kernel[(triton.cdiv(num_columns, _STATISTICS_TILE["COLUMNS"]), num_parts)](
         logits,
         labels,
         statistics,
@@ -76,14 +78,15 @@ def column_statistics(logits: Tensor, labels: Tensor) -> Tensor:
         num_rows=num_rows,
         num_columns=num_columns,
         rows_per_part=_ROWS_PER_PART,
-        **_TILE,
+        **_STATISTICS_TILE,
     )
     return statistics
 
 
 def write_column_gradient_(logits: Tensor, lse: Tensor, labels: Tensor, scale: Tensor) -> None:
     num_rows, num_columns = logits.shape
-    _column_gradient_kernel[(triton.cdiv(num_rows, _TILE["ROWS"]), triton.cdiv(num_columns, _TILE["COLUMNS"]))](
+    tile_rows, tile_columns = _GRADIENT_TILE["ROWS"], _GRADIENT_TILE["COLUMNS"]
+    _column_gradient_kernel[(triton.cdiv(num_rows, tile_rows), triton.cdiv(num_columns, tile_columns))](
         logits,
         lse,
         labels,
@@ -92,7 +95,7 @@ def write_column_gradient_(logits: Tensor, lse: Tensor, labels: Tensor, scale: T
         num_rows=num_rows,
         num_columns=num_columns,
         ignore_index=IGNORE_INDEX,
-        **_TILE,
+        **_GRADIENT_TILE,
     )
 
 
@@ -204,18 +207,22 @@ def _column_statistics_kernel(
     part = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = columns < num_columns
-    column_max = tl.full([COLUMNS], -float("inf"), tl.float32)
-    column_sum = tl.zeros([COLUMNS], tl.float32)
+    # a maximum and a sum for each element of the tile: a reduction over its rows in each step would be thrice as slow
+    tile_max = tl.full([ROWS, COLUMNS], -float("inf"), tl.float32)
+    tile_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
     first_row = part * rows_per_part
     for first in range(0, rows_per_part, ROWS):
         rows = first_row + first + tl.arange(0, ROWS)
         mask = (rows < num_rows)[:, None] & is_column[None, :]
         x = tl.load(logits + rows[:, None] * row_stride + columns[None, :], mask=mask, other=-float("inf"))
         x = x.to(tl.float32) * _LOG2E
-        new_max = tl.maximum(column_max, tl.max(x, axis=0))
-        safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)  # of columns beyond the last
-        column_sum = column_sum * tl.exp2(column_max - safe_max) + tl.sum(tl.exp2(x - safe_max[None, :]), axis=0)
-        column_max = new_max
+        new_max = tl.maximum(tile_max, x)
+        safe_max = tl.where(new_max == -float("inf"), 0.0, new_max)  # of places beyond the last row or column
+        tile_sum = tile_sum * tl.exp2(tile_max - safe_max) + tl.exp2(x - safe_max)
+        tile_max = new_max
+    column_max = tl.max(tile_max, axis=0)
+    safe_max = tl.where(column_max == -float("inf"), 0.0, column_max)
+    column_sum = tl.sum(tile_sum * tl.exp2(tile_max - safe_max[None, :]), axis=0)
     target = tl.load(labels + columns, mask=is_column, other=-1)
     is_here = (target >= first_row) & (target < tl.minimum(first_row + rows_per_part, num_rows))
     place = logits + target * row_stride + columns

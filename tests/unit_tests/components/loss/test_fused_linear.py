@@ -13,22 +13,27 @@ from torchtitan.components.loss.in_place import fill_in_place
 from torchtitan.components.loss.vocab_slices import fill_by_vocab_slices
 
 DIM, VOCAB = 256, 20_000
-NUM_TOKENS = 2048
 
 
-def ways(device: str, num_rows: int, *, accum_dtype: torch.dtype = torch.bfloat16, **options: object) -> str:
-    needs_weight = bool(options.pop("needs_weight", True))
-    shard = VocabShard(0, None, VOCAB) if options.pop("sharded", False) else None  # type: ignore[arg-type]
+def ways(
+    device: str,
+    num_rows: int,
+    *,
+    num_tokens: int = 2048,
+    accum_dtype: torch.dtype = torch.bfloat16,
+    needs_weight: bool = True,
+    sharded: bool = False,
+) -> str:
+    shard = VocabShard(0, None, VOCAB) if sharded else None  # type: ignore[arg-type]
     with FakeTensorMode():
-        hidden = torch.empty(NUM_TOKENS, DIM, dtype=torch.bfloat16, device=device)
+        hidden = torch.empty(num_tokens, DIM, dtype=torch.bfloat16, device=device)
         weight = torch.empty(VOCAB, DIM, dtype=torch.bfloat16, device=device)
     parts = _ways_by_tokens(
         hidden, weight, _Options(num_rows * 2 * VOCAB, accum_dtype, shard), needs_weight=needs_weight
     )
-    covered = [index for tokens, _ in parts for index in range(*tokens.indices(NUM_TOKENS))]
-    assert covered == list(range(NUM_TOKENS))
+    assert [index for tokens, _ in parts for index in range(tokens.start, tokens.stop)] == list(range(num_tokens))
     return ", ".join(
-        f"{len(range(*tokens.indices(NUM_TOKENS)))} {getattr(fill, 'func', fill).__name__.removeprefix('_')}"
+        f"{tokens.stop - tokens.start} {getattr(fill, 'func', fill).__name__.removeprefix('_')}"
         for tokens, fill in parts
     )
 
@@ -37,15 +42,23 @@ def ways(device: str, num_rows: int, *, accum_dtype: torch.dtype = torch.bfloat1
     ("num_rows", "way"),
     [
         (100_000, "2048 fill_by_chunks"),
-        (1024, "2048 fill_by_chunks"),
-        (1023, "256 fill_in_place, 1792 fill_by_chunks"),
-        (400, "256 fill_in_place, 1792 fill_by_chunks"),
-        (399, "256 fill_in_place, 1792 fill_by_vocab_slices"),
+        (2048, "2048 fill_by_chunks"),
+        (2047, "256 fill_in_place, 1792 fill_by_chunks"),
+        (320, "256 fill_in_place, 1792 fill_by_chunks"),
+        (319, "256 fill_in_place, 1792 fill_by_vocab_slices"),
         (1, "256 fill_in_place, 1792 fill_by_vocab_slices"),
     ],
 )
 def test_on_a_gpu(num_rows: int, way: str) -> None:
     assert ways("cuda", num_rows) == way
+
+
+def test_few_tokens_on_a_gpu() -> None:
+    assert ways("cuda", 300, num_tokens=0) == ""
+    assert ways("cuda", 300, num_tokens=300) == "300 fill_by_chunks"
+    assert ways("cuda", 200, num_tokens=256) == "256 fill_in_place"
+    assert ways("cuda", 200, num_tokens=256, accum_dtype=torch.float32) == "256 fill_by_vocab_slices"
+    assert ways("cuda", 200, num_tokens=400) == "256 fill_in_place, 144 fill_by_chunks"
 
 
 def test_the_weight_gradient_s_memory_serves_only_in_the_dtype_of_the_logits() -> None:
@@ -65,9 +78,9 @@ def test_ways_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU does with few rows, here on a CPU: each way goes on from the weight gradient of the one before."""
     dim, num_tokens = 16, 61
     ways = [
-        (slice(dim), fill_in_place),
+        (slice(0, dim), fill_in_place),
         (slice(dim, 40), fill_by_vocab_slices),
-        (slice(40, None), partial(_fill_by_chunks, shard=None)),
+        (slice(40, num_tokens), partial(_fill_by_chunks, shard=None)),
     ]
     monkeypatch.setattr(fused_linear, "_ways_by_tokens", lambda *_, **__: ways)
     torch.manual_seed(0)
