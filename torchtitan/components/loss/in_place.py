@@ -25,6 +25,9 @@ from torchtitan.components.loss.softmax_gradient import (
     write_column_gradient_,
 )
 
+_SLICE_ROWS = 2048
+"""At most: the copy of a slice is then read from a GPU's cache."""
+
 
 def fill_in_place(
     hidden: Tensor,  # (A, D)
@@ -49,7 +52,7 @@ def fill_in_place(
     if d_hidden is not None:
         torch.mm(logits.t(), weight, out=d_hidden)
     slice_rows = budget_bytes // (num_tokens * logits.element_size())
-    slice_rows = max(ALIGNMENT, slice_rows - slice_rows % ALIGNMENT)
+    slice_rows = min(max(slice_rows - slice_rows % ALIGNMENT, ALIGNMENT), _SLICE_ROWS)
     copy = logits.new_empty(min(slice_rows, len(logits)), num_tokens)  # (R, A)
     for rows in (slice(first, first + slice_rows) for first in range(0, len(logits), slice_rows)):
         gradient = copy[: len(logits[rows])].copy_(logits[rows])
