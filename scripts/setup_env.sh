@@ -46,9 +46,9 @@ _fill_venv() {
     echo "Setting up $venv with $("$base" --version): some minutes, the first time only." >&2
     if [ ! -e "$venv" ]; then mkdir "$venv" && touch "$venv/.unfinished" && "$base" -m venv "$venv" || return 1; fi
     if [ -e "$venv/.recipe" ]; then mv "$venv/.recipe" "$venv/.unfinished"; fi
-    constraints=(--constraint "$root/scripts/constraints.txt")
-    # Which torch suits a GPU depends on its driver, so there it is only pyproject.toml's range.
-    if [ "$(count_gpus)" -eq 0 ]; then constraints+=(--constraint "$root/scripts/constraints-cpu.txt"); fi
+    local device=gpu
+    if [ "$(count_gpus)" -eq 0 ]; then device=cpu; fi
+    constraints=(--constraint "$root/scripts/constraints.txt" --constraint "$root/scripts/constraints-$device.txt")
     if ! wanted="$("$venv/bin/python" "$root/scripts/check_env.py" --list liger dev)"; then
         echo "$root/pyproject.toml does not say what to install." >&2
         return 1

@@ -436,6 +436,14 @@ class TestEnvironment:
             assert wanted in installs[0]
         assert self.set_up(bare) == (0, [])
 
+    @pytest.mark.parametrize("listed", ["GPU 0: one", ""])
+    def test_takes_the_torch_that_was_tested_on_such_a_device(self, bare: Path, listed: str) -> None:
+        write_executable(bare / "bin/nvidia-smi", f"echo {listed}")
+        has_gpu = bool(listed) or any(Path("/dev").glob("nvidia[0-9]*"))
+        _, installs = self.set_up(bare)
+        assert ("scripts/constraints-gpu.txt" in installs[0]) == has_gpu
+        assert ("scripts/constraints-cpu.txt" in installs[0]) != has_gpu
+
     def test_installs_again_when_what_is_pinned_changes(self, bare: Path) -> None:
         self.set_up(bare)
         with (bare / "scripts/constraints.txt").open("a") as constraints:
