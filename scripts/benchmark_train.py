@@ -56,7 +56,7 @@ def measure(name: str, options: list[str], batch: int, args: argparse.Namespace)
     trainer: Trainer | None = None
     try:
         trainer = Trainer(config)
-        batches = trainer._batches()
+        batches = trainer.batches()
         seconds = run_steps(trainer, batches, args)
         peak = peak_memory(trainer.device)
         tokens_per_second = args.steps * batch * args.seq_len / seconds

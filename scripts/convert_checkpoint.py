@@ -30,7 +30,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     to = directions.add_parser("to_hf", help="a checkpoint of ours to a folder of Hugging Face's")
     to.set_defaults(convert=to_hf)
     to.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are)")
-    to.add_argument("--config", type=Path, help="config.toml of the run, where it is not two folders above SRC")
+    to.add_argument("--config", type=Path, help="config.toml of the run, where SRC has none")
     to.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder, where it is not the run's")
     back = directions.add_parser("from_hf", help="a folder of Hugging Face's to a checkpoint of ours")
     back.set_defaults(convert=from_hf)

@@ -51,7 +51,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="and from the fewest whose probabilities add up to P (%(default)s)",
     )
     parser.add_argument("--seed", type=int, help="repeats a text (default: another one at each start)")
-    parser.add_argument("--config", type=Path, help="config.toml of the run, where it is not two folders up")
+    parser.add_argument("--config", type=Path, help="config.toml of the run, where the checkpoint has none")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder, where it is not the model's own")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=get_device_type(), help="(%(default)s)")
     parser.add_argument(

@@ -6,11 +6,10 @@ A step: collect the microbatches of the global batch; count its valid tokens ove
 hidden states -> loss(hidden, output, labels, scale) -> backward; clip; optimizer. `scale` is 1 / valid tokens, and the
 only division there is: FSDP sums, gradient accumulation sums, so that the result is the mean over the whole batch
 whatever the number of ignored labels on each rank. Between two log steps the host waits for no step but the one before
-(except with Liger's loss, which reads the number of valid tokens).
+(docs/architecture.md names the exceptions).
 """
 
 import datetime
-import importlib.util
 import math
 import os
 import signal
@@ -41,7 +40,7 @@ from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.custom_import import maybe_import_custom
 from torchtitan.config.errors import ConfigError, NonFiniteError
 from torchtitan.config.manager import to_toml, write_resolved
-from torchtitan.config.validate import check_vocab_size, validate
+from torchtitan.config.validate import check_vocab_size, is_liger_installed, validate
 from torchtitan.distributed import last_words, utils
 from torchtitan.distributed.context_parallel import ContextSharder
 from torchtitan.distributed.parallel_dims import ParallelDims
@@ -104,7 +103,7 @@ class Trainer:
 
         # batches to gradients
         code = get_train_spec(config.model.name).load()
-        self.model_args = get_run_args(config)
+        self.model_args = get_run_args(config.model, max_seq_len=config.max_seq_len)
         logger.info(f"Building {config.model.name} {config.model.flavor} with {self.model_args}")
         if code.build_loss is not None and self.parallel_dims.pp > 1:
             raise ConfigError(
@@ -150,7 +149,6 @@ class Trainer:
             config=config.to_dict(),
             device=self.device,
             rank=world.rank,
-            is_logging_rank=world.rank == 0,
             total_steps=config.training.steps,
             num_flops_per_token=self.model_args.get_num_flops_per_token(config.training.seq_len),
             non_data_parallel_degree=self.parallel_dims.cp * self.parallel_dims.tp * self.parallel_dims.pp,
@@ -201,14 +199,15 @@ class Trainer:
         """Train to the last step.
 
         Raises:
-            NonFiniteError: the loss or the gradient is inf or nan; the weights are those before that step.
+            NonFiniteError: the loss or the gradient is inf or nan (the weights are those before that step), or the
+                optimizer has made the weights so (they are not saved).
             SystemExit: with EXIT_PREEMPTED, after SIGTERM and a save.
         """
         signal.signal(signal.SIGTERM, self._request_stop)
         config = self.config
         self.checkpointer.load()
         self.save_options()
-        batches = self._batches()
+        batches = self.batches()
         first_step = self.step + 1
         if first_step <= config.training.steps:
             logger.info(f"Training starts at step {first_step}")
@@ -286,7 +285,7 @@ class Trainer:
         self.step = state_dict["step"]
         self.n_tokens_seen = state_dict["n_tokens_seen"]
 
-    def _batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch]:
         """The loader's batches, counted and timed."""
         batches = iter(self.dataloader)
         while True:
@@ -402,7 +401,7 @@ def main(argv: list[str]) -> int:
             world_size=world.size,
             local_world_size=world.local_size,
             num_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
-            liger_installed=_is_liger_installed(),
+            liger_installed=is_liger_installed(),
         )
         trainer = Trainer(config)
         if config.checkpoint.create_seed_checkpoint:
@@ -448,7 +447,7 @@ def _explain(error: Exception, config: JobConfig | None, trainer: Trainer | None
             str(error),
             world_size=utils.get_world().size,
             mesh=trainer.mesh if trainer is not None else None,
-            liger_installed=_is_liger_installed(),
+            liger_installed=is_liger_installed(),
         )
     if not last_words.is_of_lost_rank(error):
         return None
@@ -460,10 +459,6 @@ def _explain(error: Exception, config: JobConfig | None, trainer: Trainer | None
             trainer.metrics.close(failed=True)
         os._exit(1)
     return report
-
-
-def _is_liger_installed() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None
 
 
 if __name__ == "__main__":

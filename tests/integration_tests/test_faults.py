@@ -325,7 +325,7 @@ def spoil_one_gradient() -> None:
 
     def spoil(self: Trainer) -> None:
         spoiled = itertools.chain([torch.nan], itertools.repeat(1))
-        utils.get_total_norm = lambda grads: get_total_norm(grads) * next(spoiled)
+        utils.get_total_norm = lambda tensors: get_total_norm(tensors) * next(spoiled)
 
     tell_what_changes_from(SPIKE, first=spoil)
 

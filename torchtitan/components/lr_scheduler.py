@@ -11,13 +11,10 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.config.job_config import LRScheduler
+from torchtitan.config.job_config import DecayType, LRScheduler
 from torchtitan.tools.logging import logger
-
-DecayType = Literal["linear", "sqrt", "cosine"]
 
 
 def lr_factor(

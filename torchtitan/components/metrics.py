@@ -275,7 +275,6 @@ def build_metrics(
     config: dict[str, Any],
     device: torch.device,
     rank: int,
-    is_logging_rank: bool,
     total_steps: int,
     num_flops_per_token: float,
     non_data_parallel_degree: int,
@@ -291,7 +290,7 @@ def build_metrics(
     """
     sinks: list[Sink] = []
     folder = Path(dump_folder)
-    if is_logging_rank or metrics.save_for_all_ranks:
+    if rank == 0 or metrics.save_for_all_ranks:
         subfolder = f"rank_{rank}" if metrics.save_for_all_ranks else ""
         sinks.append(JsonLines(folder / subfolder / "metrics.jsonl"))
         if metrics.enable_tensorboard:

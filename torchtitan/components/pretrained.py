@@ -1,7 +1,7 @@
 """A trained model from its path: which model it is, its tokenizer, its weights. For tools, not for training.
 
-The path is a checkpoint of ours or a folder of Hugging Face transformers. config.json, if there is one in it, says
-which model it holds; else the config.toml that its run left two folders up, in the dump folder.
+The path is a checkpoint of ours or a folder of Hugging Face transformers. Which model it holds says the config.json in
+it, else its config.toml, else, of a checkpoint from before they held one, the run's, two folders up.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from torchtitan.config.schema import either
 from torchtitan.distributed.tensor_parallel import apply_tp
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.model import Decoder, StateDictAdapter
-from torchtitan.protocols.train_spec import ModelArgs, ModelCode, get_train_spec
+from torchtitan.protocols.train_spec import ModelArgs, ModelCode, get_run_args, get_train_spec
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _find_config(path: Path) -> Path:
         if config.is_file():
             return config
     raise CheckpointError(
-        f"which model is at {path}? There is neither {beside} nor, of a run, {of_run};"
+        f"which model is at {path}? It holds no {beside.name} or {OPTIONS}, and there is no {of_run} of a run;"
         " name the run's config.toml with --config"
     )
 
@@ -182,9 +182,7 @@ def _read_run_config(path: Path, file: Path, *, in_hf: bool) -> PretrainedModel:
     spec = get_train_spec(config.model.name)
     if config.model.flavor not in spec.flavors:
         raise ConfigError(f"{file}: model.flavor={config.model.flavor!r} is none of {', '.join(spec.flavors)}")
-    args = spec.flavors[config.model.flavor].for_run(
-        max_seq_len=config.training.seq_len, use_scaled_rope=config.model.use_scaled_rope
-    )
+    args = get_run_args(config.model, max_seq_len=config.training.seq_len)
     return PretrainedModel(path, in_hf, args, spec.load(), tokenizer_path=Path(config.model.tokenizer_path))
 
 

@@ -17,6 +17,8 @@ from torchtitan.config.errors import TokenizerError
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "[BOS]", "<|endoftext|>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[EOS]")
 
+PATH_ADVICE = "model.tokenizer_path takes a tokenizer.json or the folder that holds one"
+
 
 class Tokenizer:
     """`bos_id` and `eos_id` are None where the tokenizer has no such token; it is then not added."""
@@ -48,7 +50,7 @@ def build_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         TokenizerError: the file is missing or broken, or tokenizer_config.json does not fit it.
     """
-    file = _find_file(Path(path))
+    file = find_tokenizer_file(Path(path))
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the only class that the library raises
@@ -69,15 +71,16 @@ def build_tokenizer(path: str | Path) -> Tokenizer:
     )
 
 
-def _find_file(path: Path) -> Path:
-    advice = "model.tokenizer_path takes a tokenizer.json or the folder that holds one"
+def find_tokenizer_file(path: Path) -> Path:
+    """The tokenizer.json at a path, which is the file or its folder; TokenizerError where there is none."""
     if not path.exists():
-        raise TokenizerError(f"{path} does not exist; {advice}")
+        raise TokenizerError(f"{path} does not exist; {PATH_ADVICE}")
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise TokenizerError(f"{path} holds no tokenizer.json; {advice}")
+        what = "holds no tokenizer.json" if path.is_dir() else "is neither a file nor a folder"
+        raise TokenizerError(f"{path} {what}; {PATH_ADVICE}")
     if file.suffix == ".model":
-        raise TokenizerError(f"{file} is a tokenizer of another format; {advice}")
+        raise TokenizerError(f"{file} is a tokenizer of another format; {PATH_ADVICE}")
     return file
 
 

@@ -32,6 +32,8 @@ Decay = Annotated[float, Range(min=0, below=1)]
 # torch counts time-outs in nanoseconds, in 64 bits.
 Seconds = Annotated[int, Range(min=1, max=10**9)]
 FilePath = Annotated[str, Path]
+DecayType = Literal["linear", "sqrt", "cosine"]
+ReshardPolicy = Literal["default", "always", "never"]
 PipelineSchedule = Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"]
 
 
@@ -147,16 +149,16 @@ class LRScheduler:
     """Warm-up, stable and decay phases of the learning rate."""
 
     warmup_steps: NonNegativeInt = 200
-    """Steps of linear warm-up from 0 to optimizer.lr."""
+    """Steps of linear warm-up to optimizer.lr; the first has optimizer.lr / warmup_steps."""
 
     decay_ratio: Fraction | None = None
     """Share of training.steps that decays at the end; None decays from the end of the warm-up on."""
 
-    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    decay_type: DecayType = "linear"
     """Shape of the decay."""
 
     min_lr_factor: Fraction = 0.0
-    """Learning rate at the end of the decay, as a share of optimizer.lr."""
+    """Share of optimizer.lr at which the decay ends, one step after the last."""
 
 
 @dataclass
@@ -220,7 +222,7 @@ class Parallelism:
     data_parallel_shard_degree: PositiveIntOrAuto = -1
     """Ranks over which FSDP2 shards weights, gradients and optimizer states; -1 takes the ranks that are left."""
 
-    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    fsdp_reshard_after_forward: ReshardPolicy = "default"
     """Free the gathered weights after forward: always, never, or (default) unless pipeline parallelism is on."""
 
     tensor_parallel_degree: PositiveInt = 1
@@ -406,6 +408,11 @@ class JobConfig:
     comm: Comm = field(default_factory=Comm)
     validation: Validation = field(default_factory=Validation)
     experimental: Experimental = field(default_factory=Experimental)
+
+    @property
+    def max_seq_len(self) -> int:
+        """The longest sequence that the run's model sees."""
+        return max(self.training.seq_len, self.validation.seq_len if self.validation.enabled else 0)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

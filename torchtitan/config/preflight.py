@@ -16,12 +16,13 @@ from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
+from torchtitan.components.tokenizer import PATH_ADVICE, find_tokenizer_file
 from torchtitan.config.custom_import import check_custom_import
 from torchtitan.config.errors import CheckpointError, ConfigError, DatasetError, TokenizerError, raise_all
 from torchtitan.config.job_config import JobConfig, Training, Validation
 from torchtitan.config.manager import REPOSITORY, ConfigManager
 from torchtitan.config.schema import either, meant_or_known
-from torchtitan.config.validate import check_vocab_size, validate
+from torchtitan.config.validate import check_vocab_size, is_liger_installed, validate
 from torchtitan.datasets import get_dataset_names, open_dataset
 from torchtitan.datasets.local import walk_files
 
@@ -71,24 +72,17 @@ def _about_custom_import(config: JobConfig) -> Iterator[ConfigError]:
 
 def _about_tokenizer(config: JobConfig) -> Iterator[ConfigError]:
     path = Path(config.model.tokenizer_path)
-    given, advice = f"model.tokenizer_path={path}", "it takes a tokenizer.json or the folder that holds one"
     try:
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not path.exists():
-            yield TokenizerError(f"{given} {_is_absent(path, Path.cwd(), REPOSITORY)}; {advice}")
-        elif not file.is_file():
-            what = "has no tokenizer.json" if path.is_dir() else "is neither a file nor a folder"
-            yield TokenizerError(f"{given} {what}; {advice}")
-        elif file.suffix == ".model":
-            yield TokenizerError(f"{given} is a tokenizer of another format; {advice}")
+        if path.exists():
+            check_vocab_size(config, get_vocab_size(find_tokenizer_file(path)))
         else:
-            check_vocab_size(config, get_vocab_size(file))
+            yield TokenizerError(f"{path} {_is_absent(path, Path.cwd(), REPOSITORY)}; {PATH_ADVICE}")
     except TokenizerError as error:
         yield error
     except OSError as error:
-        yield TokenizerError(f"{given} cannot be read: {error.strerror}")
+        yield TokenizerError(f"model.tokenizer_path={path} cannot be read: {error.strerror}")
     except (ValueError, KeyError, TypeError, AttributeError):
-        yield TokenizerError(f"{given}: {file.name} is not in the format of Hugging Face's tokenizer.json")
+        yield TokenizerError(f"model.tokenizer_path={path} is not in the format of Hugging Face's tokenizer.json")
 
 
 def _is_absent(path: Path, *looked_in: Path) -> str:
@@ -105,7 +99,7 @@ def _about_datasets(config: JobConfig) -> Iterator[ConfigError]:
         if options.dataset not in names:
             if not config.experimental.custom_import:  # which may register the dataset later
                 yield DatasetError(f"{given} is unknown; {meant_or_known(options.dataset, names)}")
-        elif options.dataset == "c4_test" and options.dataset_path is None:
+        elif options.dataset == "c4_test" and options.dataset_path is None:  # to open the others takes long
             yield from _about_opening(given, options.dataset)
         if options.dataset_path is not None:
             yield from _about_dataset_path(f"{section}.dataset_path={options.dataset_path}", Path(options.dataset_path))
@@ -172,7 +166,7 @@ def main(argv: Sequence[str]) -> int:
             world_size=launch.nproc * launch.nnodes,
             local_world_size=launch.nproc,
             num_gpus=launch.num_gpus,
-            liger_installed=find_spec("liger_kernel") is not None,
+            liger_installed=is_liger_installed(),
         )
         check_machine(config)
     except ConfigError as error:

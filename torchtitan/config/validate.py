@@ -6,6 +6,7 @@ configuration, looks at the machine (preflight.py does) or imports torch.
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from torchtitan.config.errors import (
     ConfigError,
@@ -72,6 +73,10 @@ def check_vocab_size(config: JobConfig, vocab_size: int) -> None:
             f"{_show(config, 'model.tokenizer_path')} makes token ids up to {vocab_size - 1}, and {_named(config)} has"
             f" a vocabulary of {model.vocab_size}; use a smaller tokenizer or a model.flavor with a larger vocabulary"
         )
+
+
+def is_liger_installed() -> bool:
+    return find_spec("liger_kernel") is not None
 
 
 def _check_fused_loss(config: JobConfig, liger_installed: bool) -> None:

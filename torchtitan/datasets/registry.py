@@ -87,7 +87,7 @@ def _open_c4_test(text: Text) -> Source:
     )
 
 
-# Filled by register_dataset: the one global that changes, and only while modules are imported.
+# Filled by register_dataset, while modules are imported.
 _DATASETS: dict[str, Dataset] = {
     "python_stdlib": Dataset(lambda _: _open_standard_library(validation=False)),
     "python_stdlib_validation": Dataset(lambda _: _open_standard_library(validation=True)),

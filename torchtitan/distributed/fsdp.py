@@ -10,7 +10,7 @@ it, under every reshard policy, and its gradient is reduced once.
 """
 
 import warnings
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -23,10 +23,9 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from torchtitan.config.job_config import ReshardPolicy
 from torchtitan.distributed.parallel_dims import Mesh, ParallelDims
 from torchtitan.protocols.model import Decoder
-
-ReshardPolicy = Literal["default", "always", "never"]
 
 
 def apply_fsdp(

@@ -58,8 +58,7 @@ def build_pipeline(
         build_model: makes the whole model on the meta device; called once for each stage of this rank.
         parallelize: divides a stage over the other axes of the mesh, in place.
 
-    Raises:
-        ConfigError: the modules cannot be divided as the options say.
+    The options are those that config/validate.py accepts.
     """
     pp_group, pp_rank, pp_degree = mesh["pp"].get_group(), mesh["pp"].get_local_rank(), mesh["pp"].size()
     parts = get_stage_modules(parallelism, n_layers)

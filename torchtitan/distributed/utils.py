@@ -157,8 +157,7 @@ def dist_max(value: Tensor, axis: DeviceMesh) -> Tensor:
 
 
 def _all_reduce(value: Tensor, op: dist.ReduceOp.RedOpType, axis: DeviceMesh) -> Tensor:
-    local = value.full_tensor() if isinstance(value, DTensor) else value
-    result = local.detach().clone()
+    result = value.detach().clone()
     dist.all_reduce(result, op, axis.get_group())
     return result
 
@@ -169,17 +168,17 @@ def get_clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 
 
 @torch.no_grad()
-def get_total_norm(grads: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients of all ranks, float32, in one all-reduce over the world.
+def get_total_norm(tensors: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients, or all weights, of all ranks, float32, in one all-reduce over the world.
 
-    A gradient that r ranks hold alike counts for 1 / r on each of them; so shards, copies and
-    other ranks' pipeline stages add up in one sum, whichever mesh each gradient lives on.
+    A tensor that r ranks hold alike counts for 1 / r on each of them; so shards, copies and
+    other ranks' pipeline stages add up in one sum, whichever mesh each of them lives on.
     """
     by_copies: dict[int, list[Tensor]] = defaultdict(list)
-    for grad in grads:
-        by_copies[_num_copies(grad)].append(grad.to_local() if isinstance(grad, DTensor) else grad)
+    for tensor in tensors:
+        by_copies[_num_copies(tensor)].append(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
     square = sum(_square(local) / n for n, local in by_copies.items())
-    assert isinstance(square, Tensor), "this rank has no gradients"
+    assert isinstance(square, Tensor), "this rank has none of them"
     dist.all_reduce(square)
     return square.sqrt().float()
 
@@ -192,10 +191,10 @@ def _square(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, 2, dtype)).square().sum()
 
 
-def _num_copies(grad: Tensor) -> int:
+def _num_copies(tensor: Tensor) -> int:
     """How many ranks hold this very shard."""
-    if not isinstance(grad, DTensor):
+    if not isinstance(tensor, DTensor):
         return dist.get_world_size()
-    assert not any(isinstance(placement, Partial) for placement in grad.placements), "a gradient was not reduced"
-    axes = zip(grad.placements, grad.device_mesh.shape, strict=True)
+    assert not any(isinstance(placement, Partial) for placement in tensor.placements), "a gradient was not reduced"
+    axes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
     return math.prod(size for placement, size in axes if isinstance(placement, Replicate))

@@ -18,7 +18,8 @@ from torchtitan.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from torchtitan.components.loss import Loss
-    from torchtitan.config.job_config import JobConfig
+    from torchtitan.config.job_config import ActivationCheckpoint, Model, Parallelism, Training
+    from torchtitan.distributed.parallel_dims import Mesh, ParallelDims
     from torchtitan.protocols.model import Decoder, StateDictAdapter
 
 
@@ -40,14 +41,33 @@ class ModelArgs(Protocol):
         """The same shape, with what a run's options decide."""
 
 
+class ParallelizeFn(Protocol):
+    """Divides a model on the meta device, or a pipeline stage of one, over devices, in place.
+
+    Where `parallel_dims.world_size` is 1 and nothing is offloaded, it must not apply FSDP: the memory estimate traces
+    a block so.
+    """
+
+    def __call__(
+        self,
+        model: Any,
+        *,
+        mesh: Mesh,
+        parallel_dims: ParallelDims,
+        parallelism: Parallelism,
+        training: Training,
+        activation_checkpoint: ActivationCheckpoint,
+        loss_parallel: bool,
+    ) -> None: ...
+
+
 @dataclass(frozen=True)
 class ModelCode:
     """The half of a family that needs torch."""
 
     model_cls: Callable[[Any], Decoder]
     """Builds the model from its ModelArgs."""
-    parallelize_fn: Callable[..., None]
-    """Divides a model, or a pipeline stage of one, over devices, in place."""
+    parallelize_fn: ParallelizeFn
     state_dict_adapter: Callable[[Any], StateDictAdapter | None]
     """Builds the adapter from the model's ModelArgs; None where Hugging Face has no such model."""
     build_loss: Callable[..., Loss] | None = None
@@ -90,8 +110,7 @@ def get_train_spec(name: str) -> TrainSpec:
     return spec
 
 
-def get_run_args(config: JobConfig) -> Any:
+def get_run_args(model: Model, *, max_seq_len: int) -> Any:
     """The ModelArgs of the flavour that is asked for, with what the run's options decide."""
-    lengths = [config.training.seq_len, config.validation.seq_len if config.validation.enabled else 0]
-    flavor = get_train_spec(config.model.name).flavors[config.model.flavor]
-    return flavor.for_run(max_seq_len=max(lengths), use_scaled_rope=config.model.use_scaled_rope)
+    flavor = get_train_spec(model.name).flavors[model.flavor]
+    return flavor.for_run(max_seq_len=max_seq_len, use_scaled_rope=model.use_scaled_rope)

@@ -39,7 +39,10 @@ def get_peak_flops(device_name: str) -> float | None:
 
 
 class MemoryStats(NamedTuple):
-    """Peak memory since the last reset. On a CPU active and reserved are both the process's resident memory."""
+    """Peak memory since the last reset, and what happened since the start.
+
+    On a CPU active and reserved are both the process's resident memory.
+    """
 
     max_active_gib: float
     max_active_pct: float

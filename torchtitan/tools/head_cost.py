@@ -10,13 +10,13 @@ the weight. Two ways to feed a fused loss with it:
 
 Shapes: T tokens of one tensor-parallel group (sequences * length / context degree), D model dim, V vocabulary,
 b bytes of an element. Bytes on the network are those that a rank receives.
+
+And the log's advice where the standard loss's logits take much of a device.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 from torchtitan.components.loss.chunking import plan_chunks
-from torchtitan.models.llama3.flavors import llama3_flavors
 
 LARGE_SHARE = 0.05
 """Of the device's memory: where logits take as much, the log says so."""
@@ -102,26 +102,3 @@ def about_logits_memory(
         f"The logits of each microbatch take about {needed / 2**30:.1f} GiB, {100 * needed / capacity:.0f}% of this "
         "device's memory; --liger_kernel.enable_fused_linear_cross_entropy trains without them"
     )
-
-
-DOCUMENTED = (("8B", 1, 8192), ("8B", 8, 8192), ("70B", 8, 8 * 8192), ("405B", 8, 2 * 8192))
-"""Flavour of Llama 3, tensor-parallel degree and tokens of the rows in docs/parallelism.md."""
-
-
-def get_documented_table() -> str:
-    """The table of docs/parallelism.md, in Markdown."""
-    lines = [
-        "| model | tp | tokens | weight, gradient | logits, standard | logits, fused | moved | moved if gathered |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for flavor, tp, num_tokens in DOCUMENTED:
-        args = llama3_flavors[flavor]
-        cost_of = partial(get_head_cost, vocab_size=args.vocab_size, dim=args.dim, num_tokens=num_tokens, tp_degree=tp)
-        ours, gathered = cost_of(), cost_of(gather_weight=True)
-        numbers = (ours.weight, ours.all_logits, ours.logits, ours.moved, gathered.moved)
-        lines.append(f"| {flavor} | {tp} | {num_tokens} | " + " | ".join(f"{n / 1e6:.0f}" for n in numbers) + " |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(get_documented_table())

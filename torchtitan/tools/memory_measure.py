@@ -92,7 +92,7 @@ def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measure
         }
         hidden, _ = _run(model, tokens_shape, dims)
         return Measured(
-            n_layers=get_run_args(config).n_layers,
+            n_layers=_get_args(config).n_layers,
             units={
                 "tok_embeddings": _unit(model.tok_embeddings),
                 "block": _unit(model.layers["0"]),
@@ -137,6 +137,10 @@ def _mesh_of_shapes(dims: ParallelDims) -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
+def _get_args(config: JobConfig) -> Any:
+    return get_run_args(config.model, max_seq_len=config.max_seq_len)
+
+
 class _NothingToShard(ParallelDims):
     """Has parallelize_fn leave FSDP out."""
 
@@ -149,7 +153,7 @@ def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh, kind: BlockKind) -
     """The model with one block, on the meta device, as this run divides it."""
     code = get_train_spec(config.model.name).load()
     with torch.device("meta"):
-        model = code.model_cls(get_run_args(config))
+        model = code.model_cls(_get_args(config))
     for name in list(model.layers)[1:]:
         del model.layers[name]
     if not is_one_process(config, dims):
@@ -232,7 +236,8 @@ def _get_fused_loss_use(config: JobConfig, dims: ParallelDims, weight_shape: tor
     itemsize = get_param_dtype(config).itemsize
     rows, dim = weight_shape
     budget = options.logits_memory_budget_mib << 20
-    if options.implementation == "native" or dims.tp > 1:
+    is_in_tree = options.implementation == "native" or dims.tp > 1
+    if is_in_tree:
         logits = get_fused_logits_bytes(
             num_tokens=num_tokens,
             vocab_rows=rows,
@@ -248,12 +253,15 @@ def _get_fused_loss_use(config: JobConfig, dims: ParallelDims, weight_shape: tor
     gathered_hidden = hidden if dims.tp > 1 else 0
     d_weight = rows * dim * itemsize
     float_d_weight = rows * dim * 4
-    accumulator = float_d_weight if options.weight_grad_accum_dtype == "float32" and itemsize != 4 else 0
+    gradient = logits + d_weight
+    if options.weight_grad_accum_dtype == "float32" and itemsize != 4:
+        # cast at the end; the in-tree loss has freed the logits by then
+        gradient = float_d_weight + (max(logits, d_weight) if is_in_tree else logits + d_weight)
     # one process casts the weight for the loss, and its gradient back
     has_cast = is_one_process(config, dims) and itemsize != 4
     return Use(
         kept=d_weight + hidden,
-        forward=logits + d_weight + accumulator + hidden + gathered_hidden + (d_weight if has_cast else 0),
+        forward=gradient + hidden + gathered_hidden + (d_weight if has_cast else 0),
         backward=d_weight + hidden + (float_d_weight if has_cast else 0),
     )
 
@@ -264,7 +272,7 @@ def _get_loss_gap(config: JobConfig, dims: ParallelDims, tokens_shape: tuple[int
     itemsize = get_param_dtype(config).itemsize
     if itemsize == torch.float32.itemsize:
         return 0  # the gradients are of the same size
-    return math.prod(tokens_shape) * -(-get_run_args(config).vocab_size // dims.tp) * itemsize
+    return math.prod(tokens_shape) * -(-_get_args(config).vocab_size // dims.tp) * itemsize
 
 
 def _trace_validation_loss(config: JobConfig, dims: ParallelDims, model: Decoder) -> int:

@@ -137,6 +137,7 @@ def _is_kernel(func: Any) -> bool:
     return func.namespace == "_c10d_functional" or func.overloadpacket in _kernels()
 
 
+@functools.cache
 def _kernels() -> frozenset[Any]:
     return frozenset(
         {
@@ -145,6 +146,8 @@ def _kernels() -> frozenset[Any]:
             aten.addmm,
             aten._scaled_dot_product_flash_attention,
             aten._scaled_dot_product_flash_attention_backward,
+            aten._efficient_attention_forward,
+            aten._efficient_attention_backward,
             aten.embedding,
             aten.embedding_dense_backward,
         }

@@ -334,7 +334,6 @@ class TestBuild:
             "config": {"training": {"steps": 3}},
             "device": torch.device("cpu"),
             "rank": 0,
-            "is_logging_rank": True,
             "total_steps": 3,
             "num_flops_per_token": 1e6,
             "non_data_parallel_degree": 1,
@@ -361,14 +360,14 @@ class TestBuild:
             for name, value in line.items():
                 assert events.Scalars(name)[0].value == pytest.approx(value, rel=1e-6)
 
-    def test_only_the_logging_rank_writes(self, tmp_path: Path) -> None:
-        log(self.build(tmp_path, Metrics(), rank=1, is_logging_rank=False), 1)
+    def test_only_rank_0_writes(self, tmp_path: Path) -> None:
+        log(self.build(tmp_path, Metrics(), rank=1), 1)
         assert self.files(tmp_path) == []
 
     def test_every_rank_writes_its_own_if_asked(self, tmp_path: Path) -> None:
         for rank in (0, 1):
             section = Metrics(save_for_all_ranks=True)
-            log(self.build(tmp_path, section, rank=rank, is_logging_rank=rank == 0), 1)
+            log(self.build(tmp_path, section, rank=rank), 1)
         assert self.files(tmp_path) == ["rank_0/metrics.jsonl", "rank_1/metrics.jsonl"]
 
     @pytest.mark.parametrize("disabled", [False, True])

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tests.finished_run import load_script
 from torchtitan.components.loss import VocabShard, fused_linear_cross_entropy
 from torchtitan.tools.head_cost import (
     about_logits_memory,
-    get_documented_table,
     get_fused_logits_bytes,
     get_head_cost,
 )
@@ -77,7 +77,8 @@ def test_logits_are_the_buffers_that_the_loss_makes(budget_rows: int, num_ranks:
 
 def test_the_page_shows_this_table() -> None:
     page = Path(__file__).parents[3] / "docs" / "parallelism.md"
-    assert get_documented_table() in page.read_text(), "python -m torchtitan.tools.head_cost prints the table"
+    table = load_script("head_cost_table").get_table()
+    assert table in page.read_text(), "python scripts/head_cost_table.py prints the table"
 
 
 def test_logits_are_told_of_where_they_are_a_twentieth_of_the_memory() -> None:

@@ -66,8 +66,20 @@ class Flash(nn.Module):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)[0]
 
 
+class Efficient(nn.Module):
+    """As context parallelism has it in float32."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        nothing = (None,) * 5  # no bias, and no documents of other lengths
+        causal = 1
+        out = torch.ops.aten._efficient_attention_forward(q, k, v, *nothing, 0.0, causal, compute_log_sumexp=True)[0]
+        return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("kernel", [Flash, Efficient])
 @pytest.mark.parametrize("option", ["none", "op"])
-def test_kept_when_compiled_is_what_the_partitioner_keeps(option: str) -> None:
+def test_kept_when_compiled_is_what_the_partitioner_keeps(option: str, kernel: type[nn.Module]) -> None:
     """Against AOTAutograd's partition of the same block, which is what torch.compile runs."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
@@ -76,7 +88,7 @@ def test_kept_when_compiled_is_what_the_partitioner_keeps(option: str) -> None:
 
     model, x = build("meta")
     block = model.layers["0"]
-    block.attention.sdpa = Flash()
+    block.attention.sdpa = kernel()
     if option == "op":
         apply_ac(model, ActivationCheckpoint(mode="selective", selective_ac_option="op"))
 

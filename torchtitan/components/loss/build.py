@@ -1,6 +1,5 @@
 """The choice of the loss, made once, and the lines that say which it was."""
 
-import importlib.util
 from typing import Protocol
 
 import torch
@@ -10,6 +9,7 @@ from torchtitan.components.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.components.loss.fused_linear import FusedLinearCrossEntropyLoss
 from torchtitan.config.errors import ConfigError, LigerNotInstalledError
 from torchtitan.config.job_config import LigerKernel
+from torchtitan.config.validate import is_liger_installed
 from torchtitan.protocols.model import OutputHead
 from torchtitan.tools.logging import logger
 
@@ -41,7 +41,7 @@ def build_loss(
     budget_bytes = liger_kernel.logits_memory_budget_mib << 20
     accum_dtype = torch.float32 if liger_kernel.weight_grad_accum_dtype == "float32" else None
     reason = _why_in_tree(liger_kernel.implementation, device_type=device_type, tensor_parallel=tensor_parallel)
-    if liger_kernel.implementation != "native" and importlib.util.find_spec("liger_kernel") is None:
+    if liger_kernel.implementation != "native" and not is_liger_installed():
         raise LigerNotInstalledError  # also where the in-tree loss stands in: nothing falls back in silence
     if reason:
         logger.info(f"Using the in-tree fused linear cross entropy loss: {reason}")

@@ -1,4 +1,4 @@
-"""How many tokens' logits fit a memory budget: the one knob of both fused losses."""
+"""How many tokens' logits fit a memory budget, the knob of both fused losses for memory and time."""
 
 from math import isqrt
 from typing import NamedTuple

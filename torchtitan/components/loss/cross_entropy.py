@@ -2,7 +2,7 @@
 
 It obeys the contract of all losses (see __init__.py) and is the oracle of the fused ones. Under tensor
 parallelism the logits stay sharded over the vocabulary: each rank reduces its own columns, and two
-all-reduces of (T,) statistics combine them.
+all-reduces combine them, of the maxima (T,) and of sums and target logits (2, T).
 """
 
 from collections.abc import Callable

@@ -49,7 +49,7 @@ def ways(
         (1, "256 fill_in_place, 1792 fill_by_vocab_slices"),
     ],
 )
-def test_on_a_gpu(num_rows: int, way: str) -> None:
+def test_few_rows_go_in_place_and_very_few_over_slices(num_rows: int, way: str) -> None:
     assert ways("cuda", num_rows) == way
 
 

@@ -97,6 +97,7 @@ class Llama3StateDictAdapter:
 
         Raises:
             CheckpointError: it is not a Llama, or one with parts that this model lacks.
+            KeyError, TypeError, AttributeError: an entry is missing, or of another kind.
         """
         for key in _SIZES:
             if not isinstance(config[key], int) or config[key] < 1:
@@ -156,8 +157,8 @@ class Llama3StateDictAdapter:
         return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _require(config: dict[str, Any], key: str, allowed: set[Any], **default: Any) -> None:
-    value = config.get(key, default.get("default"))
+def _require(config: dict[str, Any], key: str, allowed: set[Any], default: Any = None) -> None:
+    value = config.get(key, default)
     if value not in allowed:
         expected = " or ".join(repr(choice) for choice in allowed if choice is not None)
         raise CheckpointError(f"config.json: {key} is {value!r}; Llama 3 here has {expected}")
