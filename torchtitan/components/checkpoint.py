@@ -186,10 +186,13 @@ class CheckpointManager:
         self._ranks.gather(None)
 
     def _report_failure(self, step: int, why: str) -> None:
-        self._folder.remove([self._folder.incomplete(step)])
-        steps = self._folder.steps()
-        newest = f"the newest whole checkpoint is {self._folder.of(steps[-1])}" if steps else "there is no older one"
+        newest = "the folder cannot be read"
         with suppress(OSError):
+            self._folder.remove([self._folder.incomplete(step)])
+            steps = self._folder.steps()
+            newest = (
+                f"the newest whole checkpoint is {self._folder.of(steps[-1])}" if steps else "there is no older one"
+            )
             newest += f"; {shutil.disk_usage(self._folder.path).free / 2**20:,.0f} MiB are free there"
         logger.error(f"Saving the checkpoint of step {step} failed: {why}. The run goes on; {newest}.")
 
@@ -273,6 +276,11 @@ class CheckpointManager:
                 self._load(path, (), excluded=())
             else:
                 self._load_own(path)
+                if step >= self._steps and self._config.last_save_in_hf and self._ranks.is_first:
+                    logger.warning(
+                        f"{path} is the run's last checkpoint already, and not in Hugging Face's format:"
+                        f" python scripts/convert_checkpoint.py to_hf {path} <new folder> writes one that is"
+                    )
         except UnusableCheckpointError as error:
             older = self._ranks.ask_first(lambda: self._find_usable(before=step))
             if older is None:

@@ -43,6 +43,10 @@ _EXCLUDED = "excluded_from_loading.txt"
 """In a checkpoint: what its run had been told to leave out of the one that it began from."""
 
 
+_REPLACED = "replaced"
+"""Ending of a whole checkpoint that makes room for another of the same step."""
+
+
 class UnusableCheckpointError(CheckpointError):
     """One that is damaged or does not hold all that is needed: an older one may be usable."""
 
@@ -62,6 +66,10 @@ class CheckpointFolder:
             raise CheckpointError(f"checkpoints cannot be saved in {self.path}: {reason(error)}") from error
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise CheckpointError(f"checkpoints cannot be saved in {self.path}: no permission to write there")
+        for path in self.leftovers():
+            name, _, why = path.name.partition(".incomplete-")
+            if why == _REPLACED and not (self.path / name).exists():  # killed before the new one had its name
+                path.rename(self.path / name)
 
     def of(self, step: int) -> Path:
         return self.path / f"step-{step}"
@@ -97,7 +105,7 @@ class CheckpointFolder:
         for file in source.iterdir():
             _sync(file)  # torch does it too, but before the last buffer is flushed
         _sync(source)
-        replaced = self._set_aside(self.of(step)) if self.of(step).exists() else None
+        replaced = self._set_aside(self.of(step), _REPLACED) if self.of(step).exists() else None
         source.rename(self.of(step))
         _sync(self.path)
         if replaced is not None:
@@ -108,7 +116,7 @@ class CheckpointFolder:
         steps = [step for step in self.steps() if step <= up_to]
         if num_kept:
             # renamed first: one that is half-removed must not look whole
-            self.remove([self._set_aside(self.of(step)) for step in steps[:-num_kept]])
+            self.remove([self._set_aside(self.of(step), "removed") for step in steps[:-num_kept]])
 
     def remove(self, incomplete: Iterable[Path]) -> None:
         """What cannot be removed is left over for the next time."""
@@ -117,8 +125,8 @@ class CheckpointFolder:
                 path.unlink()
             shutil.rmtree(path, ignore_errors=True)
 
-    def _set_aside(self, path: Path) -> Path:
-        aside = path.with_name(f"{path.name}.incomplete-removed")
+    def _set_aside(self, path: Path, why: str) -> Path:
+        aside = path.with_name(f"{path.name}.incomplete-{why}")
         if aside.exists():
             self.remove([aside])
         return path.rename(aside)

@@ -67,7 +67,7 @@ def build_dataloader(
     source = open_dataset(dataset, dataset_path)
     documents = DocumentStream(source, seed=seed, infinite=True, rank=dp_rank, world_size=dp_world_size)
     logger.info(f"Training data: {source.name}, in {len(source)} shards")
-    return TrainingDataLoader(documents, tokenizer, batch_size=batch_size, seq_len=seq_len)
+    return TrainingDataLoader(documents, tokenizer, dataset=dataset, batch_size=batch_size, seq_len=seq_len)
 
 
 def build_validation_dataloader(
@@ -95,9 +95,12 @@ def build_validation_dataloader(
 class TrainingDataLoader:
     """Endless; iterating again goes on behind the last batch that was handed out."""
 
-    def __init__(self, documents: DocumentStream, tokenizer: Tokenizer, *, batch_size: int, seq_len: int) -> None:
+    def __init__(
+        self, documents: DocumentStream, tokenizer: Tokenizer, *, dataset: str, batch_size: int, seq_len: int
+    ) -> None:
         self._documents = documents
         self._tokenizer = tokenizer
+        self._dataset = dataset
         self._batch_size = batch_size
         self._seq_len = seq_len
         self._cursor = Cursor()
@@ -118,6 +121,7 @@ class TrainingDataLoader:
             "dp_world_size": self._documents.world_size,
             "cursor": self._cursor.to_list(),
             "seed": self._documents.seed,
+            "dataset": self._dataset,
             "fingerprint": self._documents.source.fingerprint,
             "tokenizer": self._tokenizer_fingerprint,
         }
@@ -149,7 +153,13 @@ class TrainingDataLoader:
                 " removed, renamed or are of another size, or it is another dataset;"
                 f" {START_ANEW}, or give the same data as before"
             )
-        # Older checkpoints have no tokenizer's fingerprint; they are trusted.
+        # Older checkpoints have no dataset's name and no tokenizer's fingerprint; they are trusted.
+        if state.get("dataset", self._dataset) != self._dataset:
+            raise DataloaderStateError(
+                f"the checkpoint's data was read as training.dataset={state['dataset']}, this run's is"
+                f" {self._dataset}, and a place in the one means nothing in the other; {START_ANEW}, or set"
+                " training.dataset as before"
+            )
         if state.get("tokenizer", self._tokenizer_fingerprint) != self._tokenizer_fingerprint:
             raise DataloaderStateError(
                 "the checkpoint's data was read with another tokenizer, and a place in the data, which counts tokens,"

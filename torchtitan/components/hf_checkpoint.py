@@ -25,7 +25,7 @@ from torchtitan.protocols.model import StateDictAdapter
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 BYTES_PER_FILE = 5 * 10**9
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # In transformers' config.json, what decides the shapes and the maths; an export may lack some or add others.
 MODEL_KEYS = (
@@ -88,9 +88,10 @@ class HuggingFaceFormat:
         if len(files) > 1:
             index = {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": weight_map}
             _write_json(target / INDEX, index)
-        config = {**self._adapter.to_hf_config(), **self._token_ids}
+        config = {**self._adapter.to_hf_config(), **self._token_ids, **_read_token_ids(source)}
         config["torch_dtype"] = str(next(iter(dtypes.values()))).removeprefix("torch.")
         _write_json(target / "config.json", config)
+        _copy_files(("generation_config.json",), source, target)
         if self._tokenizer_path is not None and self._tokenizer_path.is_dir():
             _copy_files(TOKENIZER_FILES, self._tokenizer_path, target)
         elif self._tokenizer_path is not None:  # a file of any name
@@ -232,6 +233,12 @@ def _flatten_rope(config: dict[str, Any]) -> dict[str, Any]:
     scaling = config.get("rope_scaling") or {}
     nested = {**scaling, **(config.get("rope_parameters") or {})}
     return {**config, "rope_type": "default", **nested}
+
+
+def _read_token_ids(source: Path) -> dict[str, Any]:
+    """Those that the config.json of a checkpoint from Hugging Face's format names: a model may end at several."""
+    config = read_json(source / "config.json") if (source / "config.json").is_file() else {}
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
 
 
 def _copy_files(names: Iterable[str], source: Path, target: Path) -> None:

@@ -60,7 +60,7 @@ class DocumentStream:
                 num_read += 1
                 yield position, document
             # Only a whole epoch tells that there is nothing: a resume may begin at an epoch's end.
-            if num_read == 0 and start == Position(start.epoch):
+            if num_read == 0 and start == Position(start.epoch) and not self._has_documents_later():
                 raise DatasetError(self._explain_nothing())
             if not self.infinite:
                 return
@@ -69,6 +69,12 @@ class DocumentStream:
                 logger.info(
                     f"Every document of this data rank was read; epoch {start.epoch} of {self.source.name} begins"
                 )
+
+    def _has_documents_later(self) -> bool:
+        """Whether an epoch without documents for this rank is followed by others: it had only shards without any."""
+        if not (self.infinite and self.deals_shards):
+            return False
+        return any(True for shard in range(len(self.source)) for _ in self.source.read(shard))
 
     def _read_epoch(self, start: Position) -> Iterator[tuple[Position, str]]:
         shards = self._permutation(len(self.source), start.epoch)

@@ -12,6 +12,7 @@ import json
 import os
 import zlib
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -202,7 +203,10 @@ class _PiecedFiles(_Files):
         with self._open(index) as file:
             # What was appended since the run began is not read.
             begin = min(self._cut(file, start), size) if start else 0
-            end = min(self._cut(file, start + self.piece_bytes), size) if start + self.piece_bytes < size else size
+            end = start + self.piece_bytes
+            if end <= begin:  # inside something that cannot be cut
+                return self._files[index], begin, b""
+            end = min(self._cut(file, end), size) if end < size else size
             file.seek(begin)
             data = file.read(end - begin)
             if len(data) < end - begin:
@@ -223,7 +227,7 @@ class TextFiles(_PiecedFiles):
             if (found := ahead.find(mark)) >= 0:
                 return at + found
         # Neither lines nor words: between two characters. Only UTF-8's continuation bytes are 0b10xxxxxx.
-        return at + next((i for i, byte in enumerate(ahead[1:]) if byte & 0xC0 != 0x80), 0)
+        return at + next((i for i, byte in enumerate(ahead[1:]) if byte & 0xC0 != 0x80), len(ahead) - 1)
 
     def read(self, shard: int) -> Iterator[str]:
         _, _, data = self._read_piece(shard)
@@ -250,14 +254,26 @@ class JsonLinesFiles(_PiecedFiles):
     def __init__(self, files: Sequence[Path], *, root: Path, text: Text) -> None:
         super().__init__(files, root=root)
         self._text = text
+        self._long_lines: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        """By file, from where to where one line goes that is longer than a piece: it is searched for its end once."""
         for shard in range(min(len(self), CHECKED_BYTES // self.piece_bytes)):
             for _ in self.read(shard):
                 pass
 
     def _cut(self, file: BinaryIO, at: int) -> int:
+        for begin, end in self._long_lines[file.name]:
+            if begin <= at <= end:
+                return end
         file.seek(at - 1)
-        file.readline()
-        return file.tell()
+        end = at - 1
+        while block := file.read(CUT_SEARCH_BYTES):
+            newline = block.find(b"\n")
+            end += len(block) if newline < 0 else newline + 1
+            if newline >= 0:
+                break
+        if end - at > self.piece_bytes:
+            self._long_lines[file.name].append((at, end))
+        return end
 
     def read(self, shard: int) -> Iterator[str]:
         path, offset, data = self._read_piece(shard)

@@ -18,7 +18,9 @@ _PEAK_FLOPS = {
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "GB200": 2.5e15,
     "B200": 2.25e15,
     "A100": 312e12,
 }
@@ -34,7 +36,12 @@ def get_device_name(device: torch.device) -> str:
 
 
 def get_peak_flops(device_name: str) -> float | None:
-    """bf16 FLOP/s of a GPU, for MFU; None for a device that the table does not have, whose MFU is then not known."""
+    """bf16 FLOP/s of a GPU, for MFU; None for a device that the table does not have, whose MFU is then not known.
+
+    Nor is that of a MIG slice, a part of a GPU.
+    """
+    if " MIG " in device_name:
+        return None
     return next((flops for name, flops in _PEAK_FLOPS.items() if re.search(rf"{name}(?!\d)", device_name)), None)
 
 

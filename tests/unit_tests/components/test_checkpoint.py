@@ -305,6 +305,15 @@ def test_complete_run_that_is_started_again_has_nothing_to_do(tmp_path, in_hf, c
     assert "The run is complete" in caplog.text
 
 
+def test_a_whole_last_checkpoint_is_not_converted_and_that_is_said(tmp_path, caplog):
+    build_run(tmp_path, steps=3, last_save_model_only=False).train(3)
+    run = build_run(tmp_path, steps=3, last_save_in_hf=True)
+    assert run.checkpointer.load()
+    path = folder(run) / "step-3"
+    assert f"python scripts/convert_checkpoint.py to_hf {path} <new folder>" in caplog.text
+    assert not (path / "model.safetensors").exists()
+
+
 def test_a_run_that_was_killed_in_its_last_conversion_makes_up_for_it(tmp_path, caplog):
     build_run(tmp_path, steps=3).train(3)
     run = build_run(tmp_path, steps=3, last_save_in_hf=True)

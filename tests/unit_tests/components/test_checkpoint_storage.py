@@ -1,5 +1,6 @@
 """Kills, damaged files and full disks: a run goes on from a whole checkpoint, or says which there is."""
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -45,6 +46,30 @@ def die_while_saving(dump_folder: Path, point: str, mode: str) -> None:
     setattr(*KILL_POINTS[point], stop_here)
     run.train(8)
     run.checkpointer.close()
+
+
+def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path, monkeypatch):
+    checkpoints = CheckpointFolder(tmp_path, run="a")
+    for path in (checkpoints.of(3), checkpoints.incomplete(3)):
+        path.mkdir()
+        (path / "file").write_text(path.name)
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if target == checkpoints.of(3):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.publish(checkpoints.incomplete(3), 3)
+    assert checkpoints.steps() == []
+    after = CheckpointFolder(tmp_path, run="b")
+    after.create()
+    assert after.steps() == [3]
+    assert (after.of(3) / "file").read_text() == "step-3"
+    assert after.leftovers() == [checkpoints.incomplete(3)]
 
 
 def test_an_old_checkpoint_that_was_moved_to_other_storage_is_only_unlinked(tmp_path):
@@ -159,6 +184,20 @@ def test_folder_that_is_lost_during_the_run_does_not_stop_it(tmp_path, mode, cap
     run.train(6)
     run.checkpointer.close()
     assert names(run) == ["step-2", "step-6"]
+
+
+def test_folder_that_cannot_be_read_any_more_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
+    run = build_run(tmp_path)
+
+    def denied(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(CheckpointFolder, "publish", denied)
+    monkeypatch.setattr(CheckpointFolder, "remove", denied)
+    run.train(3)
+    assert "Saving the checkpoint of step 2 failed: Permission denied. The run goes on; the folder cannot be read" in (
+        caplog.text
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)

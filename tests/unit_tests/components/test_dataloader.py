@@ -215,6 +215,14 @@ def test_other_data_is_an_error(build, path):
         build().load_state_dict(state)
 
 
+def test_the_same_files_read_as_another_dataset_are_an_error(build):
+    state = build().state_dict()
+    with pytest.raises(
+        DataloaderStateError, match=r"read as training\.dataset=python_stdlib, this run's is c4_test, .*set training"
+    ):
+        build(dataset="c4_test").load_state_dict(state)
+
+
 def test_other_tokenizer_is_an_error(build, tokenizer, tmp_path_factory):
     """A cursor counts tokens."""
     state = build().state_dict()
@@ -229,11 +237,11 @@ def test_other_tokenizer_is_an_error(build, tokenizer, tmp_path_factory):
             build(tokenizer=changed).load_state_dict(state)
 
 
-def test_tokenizer_may_be_moved_and_may_be_missing_in_an_old_state(build, tmp_path_factory):
+def test_tokenizer_may_be_moved_and_it_and_the_dataset_may_be_missing_in_an_old_state(build, tmp_path_factory):
     first = build()
     take(first, 4)
     (saved,) = first.state_dict().values()
-    old = {key: value for key, value in json.loads(saved).items() if key != "tokenizer"}
+    old = {key: value for key, value in json.loads(saved).items() if key not in ("tokenizer", "dataset")}
     copy = tmp_path_factory.mktemp("moved") / "tokenizer.json"
     copy.write_text(json.dumps(json.loads((TOKENIZER / "tokenizer.json").read_text()), indent=1))
     for state in (saved, json.dumps(old)):

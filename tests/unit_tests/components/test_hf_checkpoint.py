@@ -36,6 +36,23 @@ def test_hugging_face_round_trip_is_bit_exact(tmp_path, bytes_per_file, monkeypa
     assert_same({k: other.full_state()[k] for k in weights}, {k: run.full_state()[k] for k in weights})
 
 
+def test_there_and_back_keeps_where_a_text_ends(tmp_path):
+    export = build_run(tmp_path, steps=1, last_save_in_hf=True)
+    export.train(1)
+    theirs, ours, back = folder(export) / "step-1", tmp_path / "ours", tmp_path / "back"
+    config = json.loads((theirs / "config.json").read_bytes())
+    (theirs / "config.json").write_text(json.dumps({**config, "eos_token_id": [1, 5, 7]}))
+    (theirs / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
+    (theirs / "chat_template.jinja").write_text("{{ messages }}")
+    hugging_face = hf_checkpoint.HuggingFaceFormat(Llama3StateDictAdapter(MODEL), bos_id=59, eos_id=60)
+    shapes = {name: weight.shape for name, weight in Transformer(MODEL).state_dict().items()}
+    hugging_face.convert_back(theirs, ours, shapes)
+    hugging_face.convert(ours, back)
+    assert json.loads((back / "config.json").read_bytes())["eos_token_id"] == [1, 5, 7]
+    assert (back / "generation_config.json").read_text() == '{"eos_token_id": [1, 5]}'
+    assert (ours / "chat_template.jinja").exists()
+
+
 @pytest.mark.parametrize("beside", ["another tokenizer", None])
 def test_the_tokenizer_of_an_export_is_the_file_that_was_named(tmp_path, beside):
     export = build_run(tmp_path, steps=1)

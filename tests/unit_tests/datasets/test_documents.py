@@ -110,6 +110,17 @@ def test_no_document_is_an_error(infinite):
         list(stream(Shards(0, 0), infinite=infinite).read(BEGIN))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_epoch_whose_shards_hold_nothing_for_a_rank_is_passed_over(rank):
+    """Empty files, or pieces inside a line that is longer than they: the next permutation deals others."""
+    documents = stream(Shards(3, 0, 3, 0), infinite=True, rank=rank, world_size=2)
+    read = list(islice(documents.read(BEGIN), 60))
+    epochs = {position.epoch for position, _ in read}
+    assert len(epochs) < 1 + max(epochs)  # some were passed over
+    for i, (position, _) in enumerate(read[:40]):
+        assert list(islice(documents.read(position), 20)) == read[i : i + 20]
+
+
 def test_fewer_documents_than_ranks_is_an_error():
     source = Shards(2, min_shards_per_rank=8)
     assert (

@@ -1,6 +1,7 @@
 """Local files: every document once and whole, and each fault of a file in one message."""
 
 import gzip
+import io
 import json
 import os
 import re
@@ -32,7 +33,8 @@ def test_every_document_is_read_once(kind, write, documents):
 
 
 @pytest.mark.parametrize(
-    "text", ["a line\n" * 300, "a word " * 300, "例" * 900, "\n" * 1000, "x" * 64, "é\n例 🌍" * 200]
+    "text",
+    ["a line\n" * 300, "a word " * 300, "例" * 900, "例" * 22, "é" * 32 + "x", "\n" * 1000, "x" * 64, "é\n例 🌍" * 200],
 )
 def test_long_text_is_cut_without_loss(text, tmp_path, monkeypatch):
     monkeypatch.setattr(TextFiles, "piece_bytes", 64)
@@ -55,6 +57,28 @@ def test_text_that_is_not_utf8_is_read(tmp_path):
     (tmp_path / "latin1.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbftext")
     assert read_all(open_path(tmp_path, "text")) == ["text", "caf\ufffd"]
+
+
+@pytest.mark.parametrize("num_lines", [1, 3])
+def test_a_line_of_many_pieces_is_searched_for_its_end_once(num_lines, tmp_path, monkeypatch):
+    """Not once for each of its pieces."""
+    monkeypatch.setattr(JsonLinesFiles, "piece_bytes", 64)
+    monkeypatch.setattr("torchtitan.datasets.local.CUT_SEARCH_BYTES", 32)
+    rows = [{"text": f"{line} " * 10_000} for line in range(num_lines)]
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "short"}, *rows, {"text": "short"}])
+    num_read = 0
+
+    class Counting(io.BufferedReader):
+        def read(self, size: int = -1) -> bytes:
+            nonlocal num_read
+            data = super().read(size)
+            num_read += len(data)
+            return data
+
+    monkeypatch.setattr(Path, "open", lambda self, mode: Counting(io.FileIO(self)))
+    source = open_path(path, "text")
+    assert sorted(read_all(source)) == sorted(["short", "short", *(row["text"] for row in rows)])
+    assert num_read < 5 * path.stat().st_size  # the check at the start and the documents, and each of them a search
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 64, 1000, 2**20])
