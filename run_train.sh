@@ -39,6 +39,8 @@ if [ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
     export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 fi
 
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m torchtitan.launch \
+# The code is this checkout's, also where the current folder has a torchtitan/ of its own, which -m alone would take.
+export PYTHONSAFEPATH=1 PYTHONPATH="$root:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+exec "$PYTHON" -m torchtitan.launch \
     --num_gpus "$gpus" --nproc_per_node "$NGPU" --local_ranks_filter "${LOG_RANK:-0}" \
     --job.config_file "${CONFIG_FILE:-$root/torchtitan/models/llama3/train_configs/debug_model.toml}" "$@"

@@ -32,6 +32,7 @@ from benchmark_origin import get_origin
 
 from torchtitan.config import ConfigManager
 from torchtitan.distributed.utils import get_world
+from torchtitan.models.llama3.flavors import llama3_flavors
 from torchtitan.tools.device import get_peak_flops
 from torchtitan.tools.logging import init_logger
 from torchtitan.train import Trainer
@@ -181,7 +182,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 def main() -> None:
     world = get_world()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flavor", default="1B")
+    parser.add_argument("--flavor", default="1B", choices=list(llama3_flavors))
     parser.add_argument("--seq_len", type=int, default=4096)
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, help="name, then options of the run")
@@ -197,6 +198,8 @@ def main() -> None:
     if world.size > 1 and (args.largest or len(args.rows) * len(args.batches) > 1):
         parser.error("several processes measure one of --rows at one of --batches, without --largest")
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: expected 1 or more")
     if args.largest and len(args.batches) < 2:
         parser.error("--largest needs two --batches to draw a line through")
     init_logger()

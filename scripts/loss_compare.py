@@ -98,6 +98,8 @@ def get_run(name: str, given: list[str] | Path, shared: Sequence[str], args: arg
     command = [
         *(str(RUN_TRAIN), "--training.steps", str(args.steps), "--training.seed", "42", "--metrics.log_freq", "1"),
         *(*shared, *given, "--job.dump_folder", str(folder)),
+        # from the start, also where an earlier comparison was in this folder, and with one file of metrics
+        *("--checkpoint.no-enable_checkpoint", "--metrics.no-save_for_all_ranks"),
     ]
     (folder / "metrics.jsonl").unlink(missing_ok=True)  # a run appends to it
     print(f"{name}: {shlex.join(command)}", flush=True)

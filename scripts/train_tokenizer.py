@@ -1,6 +1,8 @@
-"""Train a byte-level BPE tokenizer; without arguments, the one in tests/assets/tokenizer.
+"""Train a byte-level BPE tokenizer.
 
     python scripts/train_tokenizer.py --dataset_path my_texts/ --vocab_size 32000 --output my_tokenizer/
+
+With --output alone it is the one in tests/assets/tokenizer, given Python 3.11.
 
 Every byte is a token, so any text can be encoded, and decoded without loss. The same data gives the
 same file. The data is the training part of a dataset, in memory: choose a sample of a large one.
@@ -29,9 +31,13 @@ def main() -> None:
     parser.add_argument("--dataset", default="python_stdlib", help="name of a registered dataset")
     parser.add_argument("--dataset_path", help="local file or folder to read instead")
     parser.add_argument("--vocab_size", type=int, default=2000, help="number of ids, the two special tokens included")
-    parser.add_argument("--output", type=Path, default=Path("tests/assets/tokenizer"), help="folder of the result")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the result")
     args = parser.parse_args()
 
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {args.output}: {error.strerror}")
     try:
         source = open_dataset(args.dataset, args.dataset_path)
         documents = [document for shard in range(len(source)) for document in source.read(shard)]
@@ -40,7 +46,6 @@ def main() -> None:
     print(f"{source.name}: {len(documents)} documents")
     tokenizer = train(documents, args.vocab_size)
 
-    args.output.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(args.output / "tokenizer.json"))
     config = {"bos_token": BOS, "eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast"}
     (args.output / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -77,6 +77,8 @@ class Trainer:
         )
         self.parallel_dims = ParallelDims.from_config(config.parallelism, world.size)
         self.mesh = self.parallel_dims.build_mesh(self.device.type)
+        start_timeout = datetime.timedelta(seconds=config.comm.init_timeout_seconds)
+        utils.set_pg_timeouts(start_timeout, self.mesh, self.device)  # the mesh's groups have torch's own
         self.gc = GarbageCollection(config.training.gc_freq, debug=config.training.gc_debug)
         self.seed = utils.set_determinism(
             config.training.seed, self.device, deterministic=config.training.deterministic
@@ -164,7 +166,7 @@ class Trainer:
             dataloader=self.dataloader,
             train_state=self,
             steps=config.training.steps,
-            options=to_toml(config),
+            options=lambda: to_toml(self.get_options_in_force()),
             is_restart=world.restart_count > 0,
             adapter=code.state_dict_adapter(self.model_args),
             tokenizer_path=config.model.tokenizer_path,
@@ -205,7 +207,8 @@ class Trainer:
         """
         signal.signal(signal.SIGTERM, self._request_stop)
         config = self.config
-        self.checkpointer.load()
+        if self.checkpointer.load():
+            self._report_seed()
         self.save_options()
         batches = self.batches()
         first_step = self.step + 1
@@ -334,14 +337,20 @@ class Trainer:
         if not math.isfinite(utils.get_total_norm(weights).item()):
             raise NonFiniteError(self.step, "the optimizer has made weights that are inf or nan; they are not saved")
 
+    def get_options_in_force(self) -> JobConfig:
+        """The options, with the seed of the data's order, which may have been drawn, or come with a checkpoint."""
+        return replace(self.config, training=replace(self.config.training, seed=self.dataloader.seed))
+
     def save_options(self) -> None:
         """Write config.toml: not before a checkpoint is loaded, which may refuse them."""
-        if utils.get_world().rank != 0:
-            return
-        training = self.config.training
-        if self.step == 0:  # later a seed that is drawn makes nothing any more
-            training = replace(training, seed=self.seed)
-        write_resolved(replace(self.config, training=training), Path(self.config.job.dump_folder) / "config.toml")
+        if utils.get_world().rank == 0:
+            write_resolved(self.get_options_in_force(), Path(self.config.job.dump_folder) / "config.toml")
+
+    def _report_seed(self) -> None:
+        if self.dataloader.seed != self.seed:
+            given = self.config.training.seed
+            without_effect = "" if given is None else f"; training.seed={given} changes nothing"
+            logger.info(f"The data's order goes on with the checkpoint's seed, {self.dataloader.seed}{without_effect}")
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
         self._stop_requested = True

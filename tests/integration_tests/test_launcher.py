@@ -131,9 +131,15 @@ def test_a_mistake_costs_one_message_and_no_start(repo: Path) -> None:
     assert not (repo / "worker0.json").exists()
 
 
-def test_it_runs_from_any_folder(repo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_one_of_its_own", [False, True])
+def test_it_runs_from_any_folder(repo: Path, tmp_path: Path, has_one_of_its_own: bool) -> None:
+    """Also from another checkout, whose code is not what was started."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
+    if has_one_of_its_own:
+        (folder / "torchtitan").mkdir()
+        for module in ("__init__", "launch", "train"):
+            (folder / f"torchtitan/{module}.py").write_text('raise SystemExit("the wrong one")')
     result = subprocess.run(
         [repo / "run_train.sh"],
         cwd=folder,

@@ -40,6 +40,17 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return script
 
 
+def test_new_runs_start_anew_whatever_an_earlier_comparison_left(
+    script: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert script.main(["--steps", "2", "--checkpoint.enable_checkpoint"]) == 0
+    started = [line for line in capfd.readouterr().out.splitlines() if line.startswith("ran with")]
+    assert len(started) == 2
+    for line in started:
+        assert line.index("--checkpoint.enable_checkpoint") < line.index("--checkpoint.no-enable_checkpoint")
+        assert "--metrics.no-save_for_all_ranks" in line
+
+
 def write_run(folder: Path, losses: dict[int, float], grad_norms: dict[int, float] | None = None) -> str:
     folder.mkdir(parents=True)
     lines = []
@@ -155,8 +166,8 @@ def test_two_configurations_are_run_with_one_seed(script: ModuleType, capfd: pyt
     assert script.main(arguments) == 0  # the second time the old metrics do not count
     out = capfd.readouterr().out
     shared = "ran with --training.steps 4 --training.seed 42 --metrics.log_freq 1 --model.flavor 1B"
-    assert f"{shared} --job.dump_folder out/baseline\n" in out
-    assert f"{shared} --add 0.5 --job.dump_folder out/candidate\n" in out
+    assert f"{shared} --job.dump_folder out/baseline " in out
+    assert f"{shared} --add 0.5 --job.dump_folder out/candidate " in out
     assert "loss                           0.5   at step" in out
     assert len(Path("out/baseline/metrics.jsonl").read_text().splitlines()) == 4
 

@@ -112,6 +112,7 @@ class SameBatches:
     dp_rank: int
     dp_world_size: int
     seq_len: int
+    seed: int
 
     def __iter__(self) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(0)
@@ -129,8 +130,8 @@ class SameBatches:
 
 
 def read_the_same_batch_in_every_step() -> None:
-    def build(*, dp_rank: int, dp_world_size: int, seq_len: int, **_: object) -> SameBatches:
-        return SameBatches(dp_rank, dp_world_size, seq_len)
+    def build(*, dp_rank: int, dp_world_size: int, seq_len: int, seed: int, **_: object) -> SameBatches:
+        return SameBatches(dp_rank, dp_world_size, seq_len, seed)
 
     torchtitan.train.build_dataloader = build
 
@@ -162,5 +163,11 @@ def test_config_toml_is_of_the_last_start_that_was_not_refused_and_has_the_seed(
     refused = train(folder, f"{SAVING} --training.dataset_path {tmp_path / 'other.jsonl'}", status=1)
     assert any("DataloaderStateError" in line for line in errors(refused))
     assert (folder / "config.toml").read_text() == said
-    again = train(tmp_path / "again", f"{SAVING} --training.steps 2 --training.seed {seed}").folder
+    assert of_checkpoint["training"]["seed"] == seed
+    resumed = train(folder, f"{SAVING} --training.steps 3 --training.seed {seed + 1}")
+    told = f"The data's order goes on with the checkpoint's seed, {seed}; training.seed={seed + 1} changes nothing"
+    assert told in resumed.output()
+    for file in ("config.toml", "checkpoint/step-3/config.toml"):
+        assert tomllib.loads((folder / file).read_text())["training"]["seed"] == seed
+    again = train(tmp_path / "again", f"{SAVING} --training.steps 3 --training.seed {seed}").folder
     assert read_steps(again) == read_steps(folder)

@@ -89,6 +89,7 @@ class GlobalBatches:
     dp_rank: int
     dp_world_size: int
     batch_size: int
+    seed: int
 
     def __iter__(self) -> Iterator[Batch]:
         for step in range(STEPS):
@@ -100,8 +101,8 @@ class GlobalBatches:
         pass
 
 
-def build_global_batches(*, dp_rank: int, dp_world_size: int, batch_size: int, **_: object) -> GlobalBatches:
-    return GlobalBatches(dp_rank, dp_world_size, batch_size)
+def build_global_batches(*, dp_rank: int, dp_world_size: int, batch_size: int, seed: int, **_: object) -> GlobalBatches:
+    return GlobalBatches(dp_rank, dp_world_size, batch_size, seed)
 
 
 Result = list[Step] | Exception

@@ -73,7 +73,7 @@ class CheckpointManager:
         model_parts: Sequence[nn.Module],
         states: Mapping[str, Stateful],  # what is saved besides the weights; keys are those of STATES
         steps: int,  # at which the run is complete
-        options: str,  # of the run, as TOML
+        options: Callable[[], str],  # of the run, as TOML
         is_restart: bool,  # torchrun has started the processes again: load_step was obeyed before
         background: BackgroundSaver | None,
         hugging_face: HuggingFaceFormat | None,
@@ -171,7 +171,7 @@ class CheckpointManager:
             save(state, storage_writer=writer(path), planner=planner, process_group=self._ranks.group)
             if self._ranks.is_first:
                 read_metadata(path)  # finds the files of all ranks, unless the folder is not one that all share
-                self._folder.note_options(path, self._options)
+                self._folder.note_options(path, self._options())
                 self._folder.note_excluded(path, self._config.exclude_from_loading)
                 self._folder.publish(path, step)
         except (Exception, CheckpointException) as error:
@@ -416,7 +416,7 @@ def build_checkpoint_manager(
     dataloader: Stateful,
     train_state: Stateful,
     steps: int,
-    options: str = "",
+    options: Callable[[], str] = lambda: "",
     is_restart: bool = False,
     adapter: StateDictAdapter | None = None,
     tokenizer_path: str | None = None,

@@ -176,6 +176,11 @@ class TrainingDataLoader:
             self._ahead.close()
 
     @property
+    def seed(self) -> int:
+        """Of the documents' order: the one it was built with, or a loaded state's."""
+        return self._documents.seed
+
+    @property
     def _key(self) -> str:
         return f"dp_rank_{self._documents.rank}"
 

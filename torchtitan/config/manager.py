@@ -243,6 +243,9 @@ def _known() -> dict[str, Option]:
 
 def _about_unknown(name: str, prefix: str = "") -> str:
     section = name.partition(".")[0]
+    option, is_negated = _find(re.sub(r"^no_(\w+)\.", r"\1.no_", name))
+    if is_negated and option is not None and prefix:
+        return f"unknown option; did you mean {prefix}{option.name.replace('.', '.no-')}?"
     if meant := nearest(name, get_options()):
         return f"unknown option; did you mean {' or '.join(prefix + other for other in meant)}?"
     if section not in get_sections():

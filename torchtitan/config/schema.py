@@ -143,10 +143,11 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
     What follows the dot counts for most, so that the right option in the wrong section is found too.
     """
     section, _, field = name.rpartition(".")
+    stem = field.removesuffix("d")  # enabled, where upstream has enable_...
 
     def likeness(candidate: str) -> float:
         other_section, _, other_field = candidate.rpartition(".")
-        part_of_it = 0.95 if len(field) > 3 and field in other_field else 0.0
+        part_of_it = 0.95 if len(field) > 3 and stem in other_field else 0.0
         return 0.9 * max(part_of_it, _ratio(field, other_field)) + 0.1 * _ratio(section, other_section)
 
     scores = sorted(((likeness(candidate), candidate) for candidate in known), key=lambda pair: -pair[0])[:3]

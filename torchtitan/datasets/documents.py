@@ -67,7 +67,8 @@ class DocumentStream:
             start = Position(start.epoch + 1)
             if start.epoch.bit_count() == 1:  # 1, 2, 4, ...: small data would fill the log
                 logger.info(
-                    f"Every document of this data rank was read; epoch {start.epoch} of {self.source.name} begins"
+                    f"Reading ahead: every document of this data rank was read; epoch {start.epoch} of"
+                    f" {self.source.name} begins"
                 )
 
     def _has_documents_later(self) -> bool:

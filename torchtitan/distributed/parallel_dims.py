@@ -109,8 +109,9 @@ class Mesh:
 
 
 def _explain_misfit(degrees: dict[str, int], world_size: int) -> str:
-    given = ", ".join(f"parallelism.{name}={degree}" for name, degree in degrees.items() if degree != 1)
     shard = degrees["data_parallel_shard_degree"]
+    named = [name for name, degree in degrees.items() if degree != 1] or ["data_parallel_shard_degree"]
+    given = ", ".join(f"parallelism.{name}={degrees[name]}" for name in named)
     others = math.prod(degree for name, degree in degrees.items() if name != "data_parallel_shard_degree")
     product = f"{others} (times the shard degree, -1)" if shard == -1 else f"{others * shard}"
     message = f"The parallel degrees do not fit {world_size} process{'es' * (world_size != 1)}: {given}; "

@@ -9,10 +9,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import ProfilerAction, ProfilerActivity, profile, schedule
 
 from torchtitan.config.job_config import Profiling
 from torchtitan.tools.logging import logger
@@ -51,12 +52,12 @@ def maybe_profile(
 
 @contextmanager
 def _traces(folder: Path, freq: int, device: torch.device, rank: int, start_step: int) -> Iterator[Callable[[], None]]:
-    """Trace the last step of every `freq`."""
+    """Trace every `freq`-th step of the run, also where this start begins between two of them."""
     saved = 0
 
     def save(profiler: profile) -> None:
         nonlocal saved
-        if profiler.step_num % freq or profiler.step_num == saved:
+        if (start_step + profiler.step_num) % freq or profiler.step_num == saved:
             return  # the run ended before the step that was to be traced
         saved = profiler.step_num
         path = folder / f"step_{start_step + profiler.step_num}" / f"rank{rank}_trace.json"
@@ -73,8 +74,13 @@ def _traces(folder: Path, freq: int, device: torch.device, rank: int, start_step
         # It warns that each trace holds one cycle only and, at a frequency of 1, that there is no warm-up: both meant.
         warnings.filterwarnings("ignore", message=".*Profiler", category=UserWarning)
         cycle = schedule(wait=freq - 1 - warmup, warmup=warmup, active=1)
-        with profile(activities=activities, schedule=cycle, on_trace_ready=save, record_shapes=True) as profiler:
+        of_run = partial(_later, cycle, start_step % freq)
+        with profile(activities=activities, schedule=of_run, on_trace_ready=save, record_shapes=True) as profiler:
             yield profiler.step
+
+
+def _later(cycle: Callable[[int], ProfilerAction], num_steps: int, step: int) -> ProfilerAction:
+    return cycle(num_steps + step)
 
 
 @contextmanager

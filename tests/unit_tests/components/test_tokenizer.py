@@ -186,7 +186,8 @@ def test_training_on_too_little_text_is_told(script):
 
 
 def test_data_that_are_not_there_are_told(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", "--dataset_path", str(tmp_path / "nope")])
+    argv = ["train_tokenizer.py", "--dataset_path", str(tmp_path / "nope"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit, match="^DatasetError: .*nope does not exist; dataset_path takes a file or a folder"):
         script.main()
 

@@ -96,7 +96,8 @@ def test_some_epochs_are_told(caplog):
     num_documents = len(texts(stream(ONE)))
     list(islice(stream(ONE, infinite=True).read(BEGIN), 5 * num_documents + 1))
     assert caplog.messages == [
-        f"Every document of this data rank was read; epoch {epoch} of shards in memory begins" for epoch in (1, 2, 4)
+        f"Reading ahead: every document of this data rank was read; epoch {epoch} of shards in memory begins"
+        for epoch in (1, 2, 4)
     ]
 
 

@@ -30,6 +30,11 @@ def test_shard_degree_takes_the_ranks_that_are_left() -> None:
             8,
             ["product is 16", "data_parallel_shard_degree=2 (or -1) would fit"],
         ),
+        (
+            Parallelism(data_parallel_shard_degree=1),
+            2,
+            ["fit 2 processes: parallelism.data_parallel_shard_degree=1; their product is 1"],
+        ),
         (Parallelism(tensor_parallel_degree=2), 1, ["1 process:", "NGPU=2", "leave all degrees at 1"]),
         (
             Parallelism(data_parallel_replicate_degree=3, tensor_parallel_degree=2),

@@ -271,12 +271,19 @@ def test_the_page_shows_these_estimates() -> None:
         assert shown == [f"{estimate(o, world_size=int(gpus)).peak / GIB:.1f}" for o in options], config_file
 
 
-def test_the_script_takes_the_options_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_takes_the_options_of_a_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["--world_size", "4", "--model.flavor", "8B", "--parallelism.tensor_parallel_degree", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Estimated peak memory per device: ")
+    told = "llama3 8B on 4 GPUs, 8 x 2048 tokens on each data-parallel rank"
+    assert out.startswith(f"{told}\nEstimated peak memory per device: ")
     assert "backward of block 32" in out
     assert main(["--world_size", "3", "--parallelism.tensor_parallel_degree", "2"]) == 1
     assert "do not fit 3 processes" in capsys.readouterr().err
     assert main(["--experimental.custom_import", "no_such_module"]) == 1
     assert "experimental.custom_import=no_such_module: there is no such module" in capsys.readouterr().err
+    monkeypatch.setenv("NGPU", "2")
+    monkeypatch.setenv("CONFIG_FILE", "torchtitan/models/llama3/train_configs/llama3_1b.toml")
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith("llama3 1B on 2 GPUs, 4 x 4096 tokens")

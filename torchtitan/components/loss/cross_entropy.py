@@ -52,7 +52,7 @@ class CrossEntropySum:
         if isinstance(logits, DTensor):
             shard = vocab_shard_of(logits, dim=-1)
             local = logits.to_local(grad_placements=logits.placements)
-            return self._sharded(local, labels, shard.start, shard.group)
+            return self._sharded(local, labels, shard.start, logits.shape[-1], shard.group)
         return self._whole(logits, labels)
 
 
@@ -72,6 +72,7 @@ def _sharded_sum(
     logits: Tensor,  # (..., Vp)
     labels: Tensor,  # (...) int64, ids of the whole vocabulary
     start: int,
+    vocab_size: int,
     group: dist.ProcessGroup,
 ) -> Tensor:
     x = logits.flatten(0, -2).float()  # (T, Vp)
@@ -87,6 +88,8 @@ def _sharded_sum(
     sum_exp = (x - row_max.unsqueeze(1)).exp().sum(dim=1)
     sum_exp, target = _SumOverRanks.apply(torch.stack([sum_exp, target]), group).unbind(0)
     losses = sum_exp.log() + row_max - target
+    is_word = (labels >= 0) & (labels < vocab_size)
+    losses = torch.where(is_word, losses, float("inf"))  # an error would need the host to wait
     return torch.where(labels == IGNORE_INDEX, 0.0, losses).sum()
 
 

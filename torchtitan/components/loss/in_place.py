@@ -10,8 +10,9 @@ transposed:
     dH  = G W                      (A, D)
     for each slice of rows: copy G^T[slice] out, then dW[slice] = G^T[slice] H over it
 
-No logits are recomputed and nothing but the copy of a slice is allocated. A tight budget makes token chunks of few
-rows, each of which reads and writes all of dW; this takes the first D tokens out of that.
+No logits are recomputed, and beside the copy of a slice little is allocated: a token's statistics for each 4096 words.
+The slice has 128 rows or more, whatever the budget. A tight budget makes token chunks of few rows, each of which reads
+and writes all of dW; this takes the first D tokens out of that.
 """
 
 import torch

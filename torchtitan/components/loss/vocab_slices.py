@@ -50,7 +50,8 @@ def fill_by_vocab_slices(
     )
     slices = [slice(first, min(first + num_words, vocab_size)) for first in range(0, vocab_size, num_words)]
     buffer = hidden.new_empty(group * num_words)
-    d_group = hidden.new_empty(group, dim, dtype=torch.float32) if d_hidden is not None else None
+    accum_dtype = torch.promote_types(hidden.dtype, torch.float32)
+    d_group = hidden.new_empty(group, dim, dtype=accum_dtype) if d_hidden is not None else None
     for first in range(0, num_tokens, group):
         tokens = slice(first, min(first + group, num_tokens))
         h, y = hidden[tokens], labels[tokens]

@@ -59,13 +59,21 @@ def standard_on_one_rank(case: Case) -> tuple[Tensor, Tensor]:
     start = min(rank * rows_per_rank, case.vocab_size)
     mine = logits[:, start : start + rows_per_rank].clone().requires_grad_()
     assert dist.group.WORLD is not None
-    loss = _sharded_sum(mine, labels, start, dist.group.WORLD)
+    loss = _sharded_sum(mine, labels, start, case.vocab_size, dist.group.WORLD)
     loss.backward()
     return loss.detach(), mine.grad
 
 
+def of_a_label_that_is_no_word(label: int) -> Tensor:
+    """The sum over two tokens of four words, one of which has this label."""
+    start, group = min(2 * dist.get_rank(), 4), dist.group.WORLD
+    assert group is not None
+    return _sharded_sum(torch.zeros(2, 4)[:, start : start + 2], torch.tensor([0, label]), start, 4, group)
+
+
 def on_each_rank(cases: list[Case]) -> dict[str, list[tuple[Tensor, ...]]]:
     return {
+        "no word": [(of_a_label_that_is_no_word(-1), of_a_label_that_is_no_word(4))],
         "fused": [on_one_rank(case) for case in cases],
         "standard": [standard_on_one_rank(case) for case in cases],
     }
@@ -111,3 +119,9 @@ def test_the_standard_loss_and_its_gradient_equal_float64(world_size: int) -> No
         for loss in losses:
             torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=0)
         torch.testing.assert_close(torch.cat(d_logits, dim=1).double(), logits.grad, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_label_outside_the_vocabulary_makes_the_standard_loss_infinite(world_size: int) -> None:
+    for found in run(world_size):
+        assert [loss.item() for loss in found["no word"][0]] == 2 * [float("inf")]
