@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from tests.finished_run import load_weights
@@ -328,6 +329,31 @@ def spoil_one_gradient() -> None:
         utils.get_total_norm = lambda tensors: get_total_norm(tensors) * next(spoiled)
 
     tell_what_changes_from(SPIKE, first=spoil)
+
+
+def test_every_group_has_one_time_out_at_the_start_and_another_in_training(tmp_path):
+    """Also the groups of axes that are smaller than the world."""
+    comm = "--comm.init_timeout_seconds 77 --comm.train_timeout_seconds 66"
+    layout = "--parallelism.tensor_parallel_degree 2"
+    life = train(tmp_path / "run", f"--training.steps 2 {comm} {layout}", world_size=2, hook=tell_time_outs)
+    for rank in range(2):
+        assert "time-outs at the start: {77}\n" in life.output(rank)
+        assert "time-outs at the end: {66}\n" in life.output(rank)
+
+
+def tell_time_outs() -> None:
+    train = Trainer.train
+
+    def time_outs(trainer: Trainer) -> set[int]:
+        groups = [*trainer.mesh.get_groups(), dist.group.WORLD]
+        return {group._get_backend(trainer.device).options._timeout.seconds for group in groups}
+
+    def train_and_tell(self: Trainer) -> None:
+        print(f"time-outs at the start: {time_outs(self)}")
+        train(self)
+        print(f"time-outs at the end: {time_outs(self)}", flush=True)
+
+    Trainer.train = train_and_tell
 
 
 def test_weights_that_the_optimizer_ruined_are_not_saved(tmp_path):

@@ -1,6 +1,5 @@
 """How main() ends: what it tells the trainer about it."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan import train
-from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.config import JobConfig
 from torchtitan.config.errors import NonFiniteError
 
 OPTIONS = ["--model.tokenizer_path", "tests/assets/tokenizer"]
@@ -74,15 +73,3 @@ def test_a_machine_s_memory_that_does_not_suffice_is_one_message(
     assert train.main(OPTIONS) == 1
     assert caplog.messages[-1].startswith("OutOfMemoryError: the machine's memory does not suffice: ")
     assert "training.local_batch_size" in caplog.messages[-1]
-
-
-def test_every_group_starts_with_the_time_out_of_the_start(tmp_path: Path) -> None:
-    argv = [*OPTIONS, "--job.dump_folder", str(tmp_path), "--comm.init_timeout_seconds", "77"]
-    trainer = train.Trainer(ConfigManager().parse_args(argv))
-    try:
-        groups = [*trainer.mesh.get_groups(), dist.group.WORLD]
-        assert len(groups) > 5
-        assert {group._get_backend(trainer.device).options._timeout.seconds for group in groups} == {77}
-    finally:
-        trainer.close()
-        dist.destroy_process_group()
