@@ -66,10 +66,10 @@ class CheckpointFolder:
             raise CheckpointError(f"checkpoints cannot be saved in {self.path}: {reason(error)}") from error
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise CheckpointError(f"checkpoints cannot be saved in {self.path}: no permission to write there")
-        for path in self.leftovers():
-            name, _, why = path.name.partition(".incomplete-")
-            if why == _REPLACED and not (self.path / name).exists():  # killed before the new one had its name
-                path.rename(self.path / name)
+        for replaced in self.path.glob(f"step-*.incomplete-{_REPLACED}"):
+            whole = replaced.with_suffix("")
+            if not whole.exists():  # killed before the new one had its name
+                replaced.rename(whole)
 
     def of(self, step: int) -> Path:
         return self.path / f"step-{step}"

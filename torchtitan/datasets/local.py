@@ -255,15 +255,16 @@ class JsonLinesFiles(_PiecedFiles):
         super().__init__(files, root=root)
         self._text = text
         self._long_lines: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        """By file, from where to where one line goes that is longer than a piece: it is searched for its end once."""
+        """By file, sorted, from where to where one line goes that is longer than a piece: to find its end once."""
         for shard in range(min(len(self), CHECKED_BYTES // self.piece_bytes)):
             for _ in self.read(shard):
                 pass
 
     def _cut(self, file: BinaryIO, at: int) -> int:
-        for begin, end in self._long_lines[file.name]:
-            if begin <= at <= end:
-                return end
+        long_lines = self._long_lines[file.name]
+        before = bisect_right(long_lines, at, key=lambda line: line[0])
+        if before and at <= long_lines[before - 1][1]:
+            return long_lines[before - 1][1]
         file.seek(at - 1)
         end = at - 1
         while block := file.read(CUT_SEARCH_BYTES):
@@ -272,7 +273,7 @@ class JsonLinesFiles(_PiecedFiles):
             if newline >= 0:
                 break
         if end - at > self.piece_bytes:
-            self._long_lines[file.name].append((at, end))
+            long_lines.insert(before, (at, end))
         return end
 
     def read(self, shard: int) -> Iterator[str]:

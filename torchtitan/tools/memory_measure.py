@@ -256,7 +256,7 @@ def _get_fused_loss_use(config: JobConfig, dims: ParallelDims, weight_shape: tor
     gradient = logits + d_weight
     if options.weight_grad_accum_dtype == "float32" and itemsize != 4:
         # cast at the end; the in-tree loss has freed the logits by then
-        gradient = float_d_weight + (max(logits, d_weight) if is_in_tree else logits + d_weight)
+        gradient = float_d_weight + (max(logits, d_weight) if is_in_tree else gradient)
     # one process casts the weight for the loss, and its gradient back
     has_cast = is_one_process(config, dims) and itemsize != 4
     return Use(

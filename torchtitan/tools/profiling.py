@@ -9,11 +9,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerAction, ProfilerActivity, profile, schedule
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from torchtitan.config.job_config import Profiling
 from torchtitan.tools.logging import logger
@@ -74,13 +73,13 @@ def _traces(folder: Path, freq: int, device: torch.device, rank: int, start_step
         # It warns that each trace holds one cycle only and, at a frequency of 1, that there is no warm-up: both meant.
         warnings.filterwarnings("ignore", message=".*Profiler", category=UserWarning)
         cycle = schedule(wait=freq - 1 - warmup, warmup=warmup, active=1)
-        of_run = partial(_later, cycle, start_step % freq)
-        with profile(activities=activities, schedule=of_run, on_trace_ready=save, record_shapes=True) as profiler:
+        with profile(
+            activities=activities,
+            schedule=lambda step: cycle(start_step % freq + step),
+            on_trace_ready=save,
+            record_shapes=True,
+        ) as profiler:
             yield profiler.step
-
-
-def _later(cycle: Callable[[int], ProfilerAction], num_steps: int, step: int) -> ProfilerAction:
-    return cycle(num_steps + step)
 
 
 @contextmanager

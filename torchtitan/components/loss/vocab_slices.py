@@ -66,10 +66,11 @@ def fill_by_vocab_slices(
             statistics.append(row_statistics(logits, y, start=words.start))
         lse, losses[tokens] = combine_statistics(torch.stack(statistics), y)
         for words in slices:
-            gradient = logits if words is slices[0] else logits_of(words)
+            is_first = words.start == 0
+            gradient = logits if is_first else logits_of(words)
             write_gradient_(gradient, lse, y, scale, start=words.start)
             if d_group is not None:
-                add_product_(d_group[: len(h)], gradient, weight[words], is_first=words.start == 0)
+                add_product_(d_group[: len(h)], gradient, weight[words], is_first=is_first)
             if d_weight is not None:
                 d_weight.add(gradient, h, words.start)
         if d_hidden is not None and d_group is not None:
