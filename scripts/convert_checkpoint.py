@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from torchtitan.components.checkpoint_storage import reason
-from torchtitan.components.hf_checkpoint import HuggingFaceFormat
-from torchtitan.components.pretrained import find_pretrained
+from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
+from torchtitan.checkpoint.pretrained import find_pretrained
+from torchtitan.checkpoint.storage import reason
 from torchtitan.config.errors import CheckpointError, ConfigError
 
 

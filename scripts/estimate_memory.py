@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout need not be installed
 
 from torchtitan.config import ConfigManager
-from torchtitan.config.custom_import import maybe_import_custom
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.validate import validate
+from torchtitan.protocols.custom_import import maybe_import_custom
+from torchtitan.protocols.train_spec import validate_run
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,11 +37,11 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = ConfigManager().parse_args(options)
         maybe_import_custom(config.experimental.custom_import)
-        validate(config, world_size=launch.world_size, liger_installed=True)
+        validate_run(config, world_size=launch.world_size, liger_installed=True)
     except ConfigError as error:
         print(error.report(), file=sys.stderr)
         return 1
-    from torchtitan.tools.memory_estimate import describe, estimate_memory, to_table  # torch: slow to import
+    from torchtitan.memory.estimate import describe, estimate_memory, to_table  # torch: slow to import
 
     estimate = estimate_memory(config, world_size=launch.world_size)
     training = config.training

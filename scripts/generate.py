@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from torchtitan.components.checkpoint_ranks import Ranks
+from torchtitan.checkpoint.pretrained import check_divisible, find_pretrained
+from torchtitan.checkpoint.ranks import Ranks
 from torchtitan.components.generation import Sampling, TextStream, generate, get_num_new_tokens
-from torchtitan.components.pretrained import check_divisible, find_pretrained
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import Comm
 from torchtitan.distributed.utils import end_process, get_world, init_distributed

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout need not be installed
 
+from torchtitan.memory.head_cost import get_head_cost
 from torchtitan.models.llama3.flavors import llama3_flavors
-from torchtitan.tools.head_cost import get_head_cost
 
 DOCUMENTED = (("8B", 1, 8192), ("8B", 8, 8192), ("70B", 8, 8 * 8192), ("405B", 8, 2 * 8192))
 """Flavour of Llama 3, tensor-parallel degree and tokens of each row."""

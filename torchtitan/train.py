@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from torchtitan.components.checkpoint import build_checkpoint_manager
+from torchtitan.checkpoint.manager import build_checkpoint_manager
 from torchtitan.components.dataloader import Batch, build_dataloader
 from torchtitan.components.loss import IGNORE_INDEX, build_loss
 from torchtitan.components.lr_scheduler import build_lr_scheduler
@@ -37,21 +37,22 @@ from torchtitan.components.runner import build_runner
 from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.components.validate import build_validator
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.config.custom_import import maybe_import_custom
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError, NonFiniteError
 from torchtitan.config.manager import to_toml, write_resolved
-from torchtitan.config.validate import check_vocab_size, is_liger_installed, validate
 from torchtitan.distributed import last_words, utils
 from torchtitan.distributed.context_parallel import ContextSharder
-from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.protocols.train_spec import get_run_args, get_train_spec
+from torchtitan.distributed.mesh import build_mesh
+from torchtitan.memory.advice import explain_out_of_memory
+from torchtitan.memory.estimate import log_memory_estimate
+from torchtitan.memory.head_cost import about_logits_memory
+from torchtitan.protocols.custom_import import maybe_import_custom
+from torchtitan.protocols.train_spec import check_vocab_size, get_run_args, get_train_spec, validate_run
 from torchtitan.tools.device import DeviceMemoryMonitor
 from torchtitan.tools.gc import GarbageCollection
-from torchtitan.tools.head_cost import about_logits_memory
 from torchtitan.tools.host_mirror import HostMirror
 from torchtitan.tools.logging import init_logger, logger
-from torchtitan.tools.memory_estimate import log_memory_estimate
-from torchtitan.tools.out_of_memory import explain_out_of_memory
+from torchtitan.tools.packages import is_liger_installed
 from torchtitan.tools.process import end_with_launcher
 from torchtitan.tools.profiling import maybe_profile
 
@@ -76,7 +77,7 @@ class Trainer:
             enable_cpu_offload=config.training.enable_cpu_offload,
         )
         self.parallel_dims = ParallelDims.from_config(config.parallelism, world.size)
-        self.mesh = self.parallel_dims.build_mesh(self.device.type)
+        self.mesh = build_mesh(self.parallel_dims, self.device.type)
         start_timeout = datetime.timedelta(seconds=config.comm.init_timeout_seconds)
         utils.set_pg_timeouts(start_timeout, self.mesh, self.device)  # the mesh's groups have torch's own
         self.gc = GarbageCollection(config.training.gc_freq, debug=config.training.gc_debug)
@@ -405,7 +406,7 @@ def main(argv: list[str]) -> int:
         if config.job.print_args and world.rank == 0:
             logger.info(f"The resolved configuration:\n{to_toml(config)}")
         utils.check_gpus()
-        validate(
+        validate_run(
             config,
             world_size=world.size,
             local_world_size=world.local_size,

@@ -20,7 +20,7 @@ from torchtitan.config.errors import ConfigError
 from torchtitan.config.manager import resolve
 from torchtitan.config.schema import get_options, get_sections
 from torchtitan.config.upstream import UPSTREAM_OPTIONS
-from torchtitan.launch import FLAGS, split_arguments
+from torchtitan.launch.launcher import FLAGS, split_arguments
 
 REPO = Path(__file__).parents[2]
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]

@@ -24,7 +24,7 @@ from torchtitan.components.dataloader import Batch
 from torchtitan.components.loss import IGNORE_INDEX, CrossEntropyLoss, FusedLinearCrossEntropyLoss
 from torchtitan.components.runner import EagerRunner
 from torchtitan.config import ConfigManager
-from torchtitan.distributed.parallel_dims import Mesh
+from torchtitan.distributed.mesh import Mesh
 from torchtitan.train import Trainer
 
 TP, FSDP, MICROBATCHES, BATCH_SIZE, CHUNK = 2, 2, 2, 8, 128

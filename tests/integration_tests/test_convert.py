@@ -15,7 +15,7 @@ from tokenizers import models
 
 from tests.finished_run import REPO, TOKENIZER, load_script, load_weights, save_run
 from tests.full_disk import limited_files
-from torchtitan.components.pretrained import find_pretrained
+from torchtitan.checkpoint.pretrained import find_pretrained
 
 CONFIG = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}

@@ -21,8 +21,8 @@ from tests.integration_tests.doc_pages import PAGES, REPO, Command, Page, file_n
 from torchtitan.config import JobConfig
 from torchtitan.config.errors import FusedLossWithPipelineError, LigerNotInstalledError
 from torchtitan.config.manager import resolve
-from torchtitan.config.validate import validate
-from torchtitan.launch import split_arguments
+from torchtitan.launch.launcher import split_arguments
+from torchtitan.protocols.train_spec import validate_run
 
 SMALL_RUN = [
     *("--training.steps", "2", "--training.seq_len", "64", "--training.local_batch_size", "2"),
@@ -219,7 +219,7 @@ def test_what_a_page_names_exists(page: Page) -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.is_training and not c.is_placeholder], ids=str)
 def test_options_of_a_training_go_together(command: Command) -> None:
     config, num_processes, _ = parse_training(command)
-    validate(config, world_size=max(num_processes, world_size_of(command, config)), liger_installed=True)
+    validate_run(config, world_size=max(num_processes, world_size_of(command, config)), liger_installed=True)
 
 
 def test_the_pages_hold_the_messages_that_users_see() -> None:

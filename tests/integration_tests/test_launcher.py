@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import is_running, wait_until
-from torchtitan import launch
+from torchtitan.launch import launcher
 
 REPO = Path(__file__).parents[2]
 
@@ -209,8 +209,8 @@ def test_a_log_dir_must_be_writable(repo: Path) -> None:
 def test_a_mistake_in_torchruns_flags_is_one_of_the_options(
     flags: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(launch, "run_workers", lambda *_: pytest.fail("workers were started"))
-    assert launch.main(["--num_gpus", "0", "--job.dump_folder", str(tmp_path), *flags.split()]) == 1
+    monkeypatch.setattr(launcher, "run_workers", lambda *_: pytest.fail("workers were started"))
+    assert launcher.main(["--num_gpus", "0", "--job.dump_folder", str(tmp_path), *flags.split()]) == 1
     out, errors = capsys.readouterr()
     assert out == ""
     assert errors.startswith("ConfigError: ")
@@ -230,8 +230,8 @@ def test_several_machines_meet_at_the_rendezvous(repo: Path, way: str) -> None:
         port = free.getsockname()[1]
     command = ["./run_train.sh", "--nnodes", "2", *way.replace("PORT", str(port)).split()]
     commands = [[*command, str(rank)] if way.endswith("node_rank") else command for rank in (0, 1)]
-    launchers = [subprocess.Popen(each, cwd=repo, env=environment(repo, "succeed")) for each in commands]
-    assert [launcher.wait(timeout=100) for launcher in launchers] == [0, 0]
+    started = [subprocess.Popen(each, cwd=repo, env=environment(repo, "succeed")) for each in commands]
+    assert [process.wait(timeout=100) for process in started] == [0, 0]
     assert [worker(repo, rank)["WORLD_SIZE"] for rank in (0, 1)] == ["2", "2"]
 
 

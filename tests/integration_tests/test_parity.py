@@ -24,8 +24,9 @@ from tests.integration_tests.tiny_runs import (
 )
 from tests.integration_tests.tiny_sizes import ODD
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.config.degrees import ParallelDims
+from torchtitan.config.job_config import Model
 from torchtitan.distributed.init_weights import init_parameters
-from torchtitan.distributed.parallel_dims import ParallelDims
 
 TOLERANCE = 1e-5
 FUSED = "--liger_kernel.enable_fused_linear_cross_entropy"
@@ -142,7 +143,7 @@ def test_the_largest_loss_is_that_of_one_data_rank(results: dict[str, Result]) -
 
 
 def test_the_first_step_of_one_process_is_that_of_plain_torch(results: dict[str, Result]) -> None:
-    model = AttentiveTransformer(ODD.for_run(max_seq_len=SEQ_LEN, use_scaled_rope=False))
+    model = AttentiveTransformer(ODD.for_run(Model(), max_seq_len=SEQ_LEN))
     init_parameters(model, SEED, "cpu")
     tokens, labels = global_batch(0)
     loss = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)

@@ -17,7 +17,7 @@ import torch
 
 from tests.integration_tests.test_parity import FUSED, LIGER, OFFLOAD, ONE_PROCESS, RECOMPUTE, RESHARD, Row
 from tests.integration_tests.tiny_runs import STEPS, Result, Run, Step, train_all
-from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.config.degrees import ParallelDims
 
 FLOAT32_TOLERANCE = 1e-4
 BF16_FACTOR = 2

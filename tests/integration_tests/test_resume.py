@@ -14,7 +14,7 @@ import torchtitan.train
 from tests.finished_run import load_weights
 from tests.integration_tests.lives import Step, errors, read_lines, read_steps, train
 from tests.integration_tests.tiny_sizes import TINY
-from torchtitan.components.checkpoint_storage import read_metadata
+from torchtitan.checkpoint.storage import read_metadata
 from torchtitan.components.dataloader import Batch
 from torchtitan.components.loss import IGNORE_INDEX
 

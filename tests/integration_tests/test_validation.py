@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tests.finished_run import TOKENIZER, load_weights
 from tests.integration_tests.lives import read_lines, read_steps, train
 from tests.integration_tests.tiny_sizes import TINY
-from torchtitan.components.checkpoint_storage import load_alone
+from torchtitan.checkpoint.storage import load_alone
 from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.models.llama3.model.model import Transformer
 

@@ -11,12 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torchtitan.components.loss import CrossEntropyLoss, Loss
+from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.config.job_config import Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters
-from torchtitan.distributed.parallel_dims import Mesh
+from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.pipeline_parallel import build_pipeline
-from torchtitan.protocols.model import Decoder
+from torchtitan.protocols.model import Decoder, Loss
 from torchtitan.protocols.train_spec import ModelArgs
 
 

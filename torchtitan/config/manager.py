@@ -9,6 +9,7 @@ Everything wrong with the TOML and the command line is reported at once. Rules a
 `python -m torchtitan.config.manager [arguments]` prints the resolved configuration as TOML, which can be run again.
 """
 
+import logging
 import os
 import re
 import sys
@@ -29,7 +30,6 @@ from torchtitan.config.errors import ConfigError, raise_all
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import Option, get_options, get_sections, nearest, shown
 from torchtitan.config.upstream import UPSTREAM_OPTIONS, is_worth_a_warning, no_effect_warning, refusal
-from torchtitan.tools.logging import logger
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _CONFIG_FILE = "job.config_file"
@@ -50,7 +50,7 @@ class ConfigManager:
             raise SystemExit(0)
         config, no_effect = resolve(argv)
         if no_effect and warn:
-            logger.warning(no_effect_warning(no_effect))
+            logging.getLogger("torchtitan").warning(no_effect_warning(no_effect))
         return config
 
 

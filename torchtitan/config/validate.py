@@ -1,82 +1,72 @@
-"""Every rule that an option alone cannot know: across sections, against the model and the number of processes.
+"""Every rule that an option alone cannot know: across sections, against the model's shape and the number of processes.
 
 A rule is a generator of messages that name the options, their values and what would work. Nothing here changes the
-configuration, looks at the machine (preflight.py does) or imports torch.
+configuration, looks at the machine (launch/preflight.py does) or imports torch. Who has a whole configuration calls
+`validate_run` of protocols/train_spec.py, which knows the models.
 """
 
 import math
-from collections.abc import Iterator
-from importlib.util import find_spec
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import (
     ConfigError,
     FusedLossWithPipelineError,
     LigerNotInstalledError,
-    TokenizerError,
     raise_all,
 )
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.pipeline_split import ONE_STAGE, TWO_STAGES, get_num_stages
 from torchtitan.config.schema import either, meant_or_known
-from torchtitan.distributed.parallel_dims import ParallelDims
-from torchtitan.distributed.pipeline_split import ONE_STAGE, TWO_STAGES, get_num_stages
-from torchtitan.protocols.train_spec import ModelArgs, get_model_names, get_train_spec
 
 _CHECKPOINT_STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 _ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble")
+
+
+class ModelShape(Protocol):
+    """What the rules ask of a model."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    vocab_size: int
 
 
 def validate(
     config: JobConfig,
     *,
     world_size: int,
+    model: ModelShape | None,
+    problems: Sequence[str] = (),
     num_gpus: int | None = None,
     liger_installed: bool,
     local_world_size: int | None = None,
 ) -> None:
     """Raise ConfigError with every rule that the configuration breaks.
 
+    model: None if it is not known, or not yet; problems: what is wrong with its name.
     num_gpus: GPUs of this machine; 0 means that the run is on CPU, None that it is not known.
     local_world_size: processes on this machine; None means all of them.
     The two errors that the fused loss documents come first, and alone.
     """
     _check_fused_loss(config, liger_installed)
-    problems = [
+    found = [
         *_about_devices(num_gpus, local_world_size or world_size),
-        *_about_model(config),
+        *problems,
         *_about_activation_checkpoint(config),
         *_about_fused_loss(config),
         *_about_async_tensor_parallel(config, num_gpus),
         *_about_checkpoint(config, world_size),
         *_about_length(config),
-        *_about_heads(config),
-        *_about_pipeline(config),
+        *(_about_heads(config, model) if model else ()),
+        *(_about_pipeline(config, model) if model else ()),
     ]
     try:
-        problems += _about_batch(config, ParallelDims.from_config(config.parallelism, world_size))
+        found += _about_batch(config, ParallelDims.from_config(config.parallelism, world_size))
     except ConfigError as error:
-        problems.append(str(error))
-    raise_all([ConfigError(problem) for problem in problems])
-
-
-def get_model_args(config: JobConfig) -> ModelArgs | None:
-    """The shape of the model that is asked for; None if it is not known (yet)."""
-    if config.model.name not in get_model_names():
-        return None
-    return get_train_spec(config.model.name).flavors.get(config.model.flavor)
-
-
-def check_vocab_size(config: JobConfig, vocab_size: int) -> None:
-    """Raise TokenizerError if a tokenizer with so many ids makes some that the model does not have."""
-    model = get_model_args(config)
-    if model and vocab_size > model.vocab_size:
-        raise TokenizerError(
-            f"{_show(config, 'model.tokenizer_path')} makes token ids up to {vocab_size - 1}, and {_named(config)} has"
-            f" a vocabulary of {model.vocab_size}; use a smaller tokenizer or a model.flavor with a larger vocabulary"
-        )
-
-
-def is_liger_installed() -> bool:
-    return find_spec("liger_kernel") is not None
+        found.append(str(error))
+    raise_all([ConfigError(problem) for problem in found])
 
 
 def _check_fused_loss(config: JobConfig, liger_installed: bool) -> None:
@@ -94,16 +84,6 @@ def _about_devices(num_gpus: int | None, local_world_size: int) -> Iterator[str]
             f"{local_world_size} processes on this machine need a GPU each, and it has {num_gpus};"
             f" start at most {num_gpus} (NGPU={num_gpus})"
         )
-
-
-def _about_model(config: JobConfig) -> Iterator[str]:
-    names = get_model_names()
-    if config.model.name in names:
-        flavors = get_train_spec(config.model.name).flavors
-        if config.model.flavor not in flavors:
-            yield f"{_show(config, 'model.flavor')} is unknown; {meant_or_known(config.model.flavor, flavors)}"
-    elif not config.experimental.custom_import:  # which may register the model later
-        yield f"{_show(config, 'model.name')} is unknown; {meant_or_known(config.model.name, names)}"
 
 
 def _about_activation_checkpoint(config: JobConfig) -> Iterator[str]:
@@ -183,10 +163,7 @@ def _about_length(config: JobConfig) -> Iterator[str]:
             )
 
 
-def _about_heads(config: JobConfig) -> Iterator[str]:
-    model = get_model_args(config)
-    if model is None:
-        return
+def _about_heads(config: JobConfig, model: ModelShape) -> Iterator[str]:
     shared = math.gcd(model.n_heads, model.n_kv_heads)
     if shared % config.parallelism.tensor_parallel_degree:
         yield (
@@ -206,9 +183,9 @@ def _gives_all_ranks_words(vocab_size: int, tp: int) -> bool:
     return (tp - 1) * math.ceil(vocab_size / tp) < vocab_size
 
 
-def _about_pipeline(config: JobConfig) -> Iterator[str]:
-    model, pp = get_model_args(config), config.parallelism.pipeline_parallel_degree
-    if model is None or pp == 1:
+def _about_pipeline(config: JobConfig, model: ModelShape) -> Iterator[str]:
+    pp = config.parallelism.pipeline_parallel_degree
+    if pp == 1:
         return
     if config.parallelism.module_fqns_per_model_part is not None:
         yield from _about_stage_modules(config.parallelism.module_fqns_per_model_part, model.n_layers)

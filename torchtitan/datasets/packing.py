@@ -11,17 +11,23 @@ one's first. So every token of the stream but the very first is the label of exa
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.datasets.documents import DocumentStream, Position
 
 GROUP_CHARS = 2**18
 GROUP_DOCUMENTS = 64
+
+
+class Encoder(Protocol):
+    """What turns texts into token ids: components/tokenizer.py."""
+
+    def encode_batch(self, texts: Sequence[str], *, add_bos: bool, add_eos: bool) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Cursor:
 
 def pack(
     documents: DocumentStream,
-    tokenizer: Tokenizer,
+    tokenizer: Encoder,
     *,
     seq_len: int,
     start: Cursor,

@@ -1,13 +1,19 @@
 """Activation checkpointing: a block's activations are recomputed in backward instead of kept from forward.
 
-Each block's `forward` is wrapped, not the block, so parameter names stay.
+Each block's `forward` is wrapped, not the block, so parameter names stay. What recomputation by "op" keeps is named by
+module: the operations of a named module run under an annotation of torch.fx.traceback, which eager code and a traced
+graph carry alike, so that another product in the block, or one that runs as `_scaled_mm`, changes nothing.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
+from types import MethodType
 from typing import Any
 
 import torch
+from torch import nn
+from torch.fx import traceback
+from torch.fx.traceback import annotate
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from torchtitan.config.job_config import ActivationCheckpoint
@@ -15,17 +21,20 @@ from torchtitan.protocols.model import Decoder
 
 ContextFn = Callable[[], tuple[Any, Any]]
 
+_KEPT = "torchtitan.kept"
+"""What a module's results are marked with."""
+
 
 def apply_ac(
     model: Decoder,
     config: ActivationCheckpoint,
     *,
-    kept_products: Sequence[bool] = (True, False),
+    kept_results: Collection[str] = (),
     keep_cpu_attention: bool = False,
 ) -> None:
     """Checkpoint the blocks of `model` in place, as [activation_checkpoint] says.
 
-    kept_products tells, for a block's matrix products in their order, whether "op" keeps the result; it repeats.
+    kept_results names the modules of a block whose matrix products "op" keeps.
     keep_cpu_attention exempts attention on a CPU from recomputation. torch 2.13 cannot recompute it in a compiled
     block of DTensors: it counts attention among the random operations, whose saved state it then confuses with a mesh.
     """
@@ -34,12 +43,25 @@ def apply_ac(
     context_fn: ContextFn | None = _keep_cpu_attention if keep_cpu_attention else None
     every_nth = 1
     if config.mode == "selective" and config.selective_ac_option == "op":
-        context_fn = functools.partial(_keep_costly_ops, tuple(kept_products))
+        context_fn = _keep_costly_ops
     elif config.mode == "selective":
         every_nth = int(config.selective_ac_option)
     for number, block in enumerate(model.layers.values(), start=1):
         if number % every_nth == 0:
+            if context_fn is _keep_costly_ops:
+                for name in kept_results:
+                    _mark(block.get_submodule(name))
             block.forward = _checkpointed(block.forward, context_fn)
+
+
+def _mark(module: nn.Module) -> None:
+    """Have what `module` computes carry the mark, eagerly and in a compiled block's graph."""
+    module.forward = MethodType(_marked_forward, module)
+
+
+def _marked_forward(module: nn.Module, *args: Any) -> Any:
+    with annotate({_KEPT: True}):
+        return type(module).forward(module, *args)  # the class may have changed since: mixed_precision.py does that
 
 
 def _checkpointed(forward: Callable[..., Any], context_fn: ContextFn | None) -> Callable[..., Any]:
@@ -57,19 +79,20 @@ def _keep_cpu_attention() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts([torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default])
 
 
-def _keep_costly_ops(kept_products: Sequence[bool]) -> tuple[Any, Any]:
-    """Keep what is dear to recompute for its size: attention, what came over the network, and the products named."""
-    num_products = {False: 0, True: 0}  # by "is this the recomputation"
+def _keep_costly_ops() -> tuple[Any, Any]:
+    """Keep what is dear to recompute for its size: attention, what came over the network, the marked products."""
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op == torch.ops.aten.mm.default:
-            keep = kept_products[num_products[ctx.is_recompute] % len(kept_products)]
-            num_products[ctx.is_recompute] += 1
-        else:
-            keep = op in _costly_ops()
+        is_marked = traceback.current_meta.get("custom", {}).get(_KEPT, False)
+        keep = op in _costly_ops() or (is_marked and op in _products())
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+@functools.cache
+def _products() -> frozenset[Any]:
+    return frozenset({torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default})
 
 
 @functools.cache

@@ -23,8 +23,9 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import ReshardPolicy
-from torchtitan.distributed.parallel_dims import Mesh, ParallelDims
+from torchtitan.distributed.mesh import Mesh
 from torchtitan.protocols.model import Decoder
 
 

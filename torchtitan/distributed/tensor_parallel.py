@@ -7,6 +7,8 @@ The final norm's output is a DTensor with the sequence sharded: the output proje
 does a fused loss, which gathers it once.
 """
 
+from collections.abc import Mapping
+
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -20,40 +22,31 @@ from torch.distributed.tensor.parallel import (
 
 from torchtitan.protocols.model import Decoder
 
+SEQUENCE = Shard(1)
+"""How hidden states (B, S, D) lie between blocks."""
 
-def apply_tp(model: Decoder, tp_mesh: DeviceMesh, *, loss_parallel: bool) -> None:
-    """Split `model`, or a pipeline stage of one, in place.
+
+def apply_tp(
+    model: Decoder, tp_mesh: DeviceMesh, block_plan: Mapping[str, ParallelStyle], *, loss_parallel: bool
+) -> None:
+    """Split `model`, or a pipeline stage of one, in place; each block as its plan says, by name of module.
 
     With loss_parallel the logits are a DTensor with the vocabulary sharded, which the loss must understand;
     without, each rank gets all of them as a plain tensor.
     """
-    sequence = Shard(1)
     parts: dict[str, ParallelStyle] = {
-        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=sequence),
+        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=SEQUENCE),
         "norm": SequenceParallel(),
         "output": ColwiseParallel(
-            input_layouts=sequence,
+            input_layouts=SEQUENCE,
             output_layouts=Shard(-1) if loss_parallel else Replicate(),
             use_local_output=not loss_parallel,
         ),
     }
-    block: dict[str, ParallelStyle] = {
-        "attention_norm": SequenceParallel(),
-        "attention": _gathered_sequence(sequence, None),
-        "attention.wq": ColwiseParallel(),
-        "attention.wk": ColwiseParallel(),
-        "attention.wv": ColwiseParallel(),
-        "attention.wo": RowwiseParallel(output_layouts=sequence),
-        "ffn_norm": SequenceParallel(),
-        "feed_forward": _gathered_sequence(sequence),
-        "feed_forward.w1": ColwiseParallel(),
-        "feed_forward.w3": ColwiseParallel(),
-        "feed_forward.w2": RowwiseParallel(output_layouts=sequence),
-    }
     present = {name: style for name, style in parts.items() if getattr(model, name) is not None}
     parallelize_module(model, tp_mesh, present)
     for layer in model.layers.values():
-        parallelize_module(layer, tp_mesh, block)
+        parallelize_module(layer, tp_mesh, dict(block_plan))
     if model.tok_embeddings is not None:
         # What comes out of a collective is an AsyncCollectiveTensor, and one that enters a compiled block loses its
         # gradient without a word (torch 2.13). Any operation that is not a view waits for it; the copy is small.
@@ -69,7 +62,7 @@ def enable_async_tp(tp_mesh: DeviceMesh) -> None:
     enable_symm_mem_for_group(tp_mesh.get_group().group_name)
 
 
-def _gathered_sequence(*layouts: Shard | None) -> PrepareModuleInput:
+def gathered_sequence(*layouts: Shard | None) -> PrepareModuleInput:
     """Inputs with a layout are gathered; None passes as it is."""
     return PrepareModuleInput(
         input_layouts=layouts,

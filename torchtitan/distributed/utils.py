@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import Comm
-from torchtitan.distributed.parallel_dims import Mesh
+from torchtitan.distributed.mesh import Mesh
 from torchtitan.tools.device import get_device_type
 
 

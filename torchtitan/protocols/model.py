@@ -1,6 +1,6 @@
 """What the trainer and the parallelisms expect of a model: equal blocks between an embedding and an output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -57,8 +57,18 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
 
+class Loss(Protocol):
+    """What the trainer calls; components/loss/__init__.py has the shapes and the meaning."""
+
+    def __call__(self, hidden: Tensor, head: OutputHead, labels: Tensor, scale: Tensor) -> Tensor: ...
+
+
 class StateDictAdapter(Protocol):
     """Hugging Face's names and layouts for a model's weights, and back."""
+
+    @property
+    def hf_config_keys(self) -> Collection[str]:
+        """The entries of config.json that decide the shapes and the maths; what concerns rope without its sub-table."""
 
     def to_hf(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]: ...
 

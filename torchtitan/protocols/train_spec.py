@@ -10,17 +10,19 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torchtitan.models
-from torchtitan.config.errors import ConfigError
+import torchtitan
+from torchtitan.config.degrees import ParallelDims
+from torchtitan.config.errors import ConfigError, TokenizerError
+from torchtitan.config.job_config import ActivationCheckpoint, JobConfig, Model, Parallelism, Training
+from torchtitan.config.schema import meant_or_known
+from torchtitan.config.validate import validate
 
 if TYPE_CHECKING:
-    from torchtitan.components.loss import Loss
-    from torchtitan.config.job_config import ActivationCheckpoint, Model, Parallelism, Training
-    from torchtitan.distributed.parallel_dims import Mesh, ParallelDims
-    from torchtitan.protocols.model import Decoder, StateDictAdapter
+    from torchtitan.protocols.model import Decoder, Loss, StateDictAdapter
 
 
 class ModelArgs(Protocol):
@@ -37,8 +39,8 @@ class ModelArgs(Protocol):
 
     def get_num_flops_per_token(self, seq_len: int) -> int: ...
 
-    def for_run(self, *, max_seq_len: int, use_scaled_rope: bool) -> ModelArgs:
-        """The same shape, with what a run's options decide."""
+    def for_run(self, model: Model, *, max_seq_len: int) -> ModelArgs:
+        """The same shape, with what a run's [model] options and its longest sequence decide."""
 
 
 class ParallelizeFn(Protocol):
@@ -52,7 +54,7 @@ class ParallelizeFn(Protocol):
         self,
         model: Any,
         *,
-        mesh: Mesh,
+        mesh: Any,  # a Mesh of distributed/mesh.py
         parallel_dims: ParallelDims,
         parallelism: Parallelism,
         training: Training,
@@ -70,6 +72,10 @@ class ModelCode:
     parallelize_fn: ParallelizeFn
     state_dict_adapter: Callable[[Any], StateDictAdapter | None]
     """Builds the adapter from the model's ModelArgs; None where Hugging Face has no such model."""
+    tensor_parallel_plan: Mapping[str, Any] = field(default_factory=dict)
+    """The style of torch.distributed.tensor.parallel of each module of a block; empty where it cannot be split."""
+    args_from_hf_config: Callable[[dict[str, Any]], Any] | None = None
+    """The ModelArgs that a config.json describes. Raises CheckpointError for what the model lacks."""
     build_loss: Callable[..., Loss] | None = None
     """In place of components.loss.build_loss, with its arguments: a loss of the family's own. Not for pipelines."""
 
@@ -81,6 +87,8 @@ class TrainSpec:
     flavors: Mapping[str, Any]
     """ModelArgs by the name of the size."""
     load: Callable[[], ModelCode]
+    hf_model_type: str | None = None
+    """What transformers' config.json calls the family."""
 
 
 # Filled while modules are imported, read afterwards.
@@ -95,7 +103,7 @@ def register_train_spec(name: str, spec: TrainSpec) -> None:
 
 
 def get_model_names() -> list[str]:
-    in_tree = [module.name for module in pkgutil.iter_modules(torchtitan.models.__path__)]
+    in_tree = [module.name for module in pkgutil.iter_modules([str(Path(torchtitan.__path__[0], "models"))])]
     return sorted([*in_tree, *_registered])
 
 
@@ -113,4 +121,68 @@ def get_train_spec(name: str) -> TrainSpec:
 def get_run_args(model: Model, *, max_seq_len: int) -> Any:
     """The ModelArgs of the flavour that is asked for, with what the run's options decide."""
     flavor = get_train_spec(model.name).flavors[model.flavor]
-    return flavor.for_run(max_seq_len=max_seq_len, use_scaled_rope=model.use_scaled_rope)
+    return flavor.for_run(model, max_seq_len=max_seq_len)
+
+
+def find_hf_family(model_type: object) -> TrainSpec:
+    """The family of a config.json's model_type; ConfigError if there is none."""
+    families = {spec.hf_model_type: spec for spec in map(get_train_spec, get_model_names())}
+    families.pop(None, None)
+    if not isinstance(model_type, str) or model_type not in families:
+        known = " or ".join(map(repr, families))
+        raise ConfigError(f"model_type is {model_type!r}; the families of this package have {known}")
+    return families[model_type]
+
+
+def find_model(config: JobConfig) -> ModelArgs | None:
+    """The shape of the model that the options name; None if experimental.custom_import may yet register it.
+
+    Raises:
+        ConfigError: there is no such family or flavour.
+    """
+    model, names = config.model, get_model_names()
+    if model.name not in names:
+        if config.experimental.custom_import:
+            return None
+        raise ConfigError(f"model.name={model.name} is unknown; {meant_or_known(model.name, names)}")
+    flavors = get_train_spec(model.name).flavors
+    if model.flavor not in flavors:
+        raise ConfigError(f"model.flavor={model.flavor} is unknown; {meant_or_known(model.flavor, flavors)}")
+    return flavors[model.flavor]
+
+
+def validate_run(
+    config: JobConfig,
+    *,
+    world_size: int,
+    num_gpus: int | None = None,
+    liger_installed: bool,
+    local_world_size: int | None = None,
+) -> None:
+    """All of config/validate.py's rules, those about the model's shape among them."""
+    model, problems = None, []
+    try:
+        model = find_model(config)
+    except ConfigError as error:
+        problems.append(str(error))
+    validate(
+        config,
+        world_size=world_size,
+        model=model,
+        problems=problems,
+        num_gpus=num_gpus,
+        liger_installed=liger_installed,
+        local_world_size=local_world_size,
+    )
+
+
+def check_vocab_size(config: JobConfig, vocab_size: int) -> None:
+    """Raise TokenizerError if a tokenizer with so many ids makes some that the model, where it is known, lacks."""
+    spec = get_train_spec(config.model.name) if config.model.name in get_model_names() else None
+    model = spec.flavors.get(config.model.flavor) if spec else None
+    if model and vocab_size > model.vocab_size:
+        raise TokenizerError(
+            f"model.tokenizer_path={config.model.tokenizer_path} makes token ids up to {vocab_size - 1}, and"
+            f" {config.model.name} {config.model.flavor} has a vocabulary of {model.vocab_size}; use a"
+            " smaller tokenizer or a model.flavor with a larger vocabulary"
+        )

@@ -18,6 +18,7 @@ from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.config.errors import ConfigError
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.tensor_parallel import apply_tp
+from torchtitan.models.llama3.infra.parallelize import TENSOR_PARALLEL_PLAN
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 from torchtitan.models.llama3.model.model import Transformer
 
@@ -87,7 +88,7 @@ def test_tokens_on_a_gpu_are_the_most_probable_ones(prompt):
 def generate_with_two_ranks() -> dict[str, list[int]]:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     model = build_model()
-    apply_tp(model, mesh, loss_parallel=False)
+    apply_tp(model, mesh, TENSOR_PARALLEL_PLAN, loss_parallel=False)
     run = partial(generate, model, tp_mesh=mesh)
     # each rank would draw other tokens: those of the first count
     unequal = torch.Generator().manual_seed(mesh.get_rank())

@@ -11,9 +11,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from tests.unit_tests.distributed.layouts import ARGS
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.runner import EagerRunner, build_runner
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters
-from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.mesh import build_mesh
 from torchtitan.distributed.pipeline_parallel import PipelineRunner
 from torchtitan.models.llama3.infra.parallelize import parallelize_llama
 from torchtitan.models.llama3.model.model import Transformer
@@ -65,7 +66,7 @@ def last_of_two() -> Iterator[None]:
 @pytest.mark.usefixtures("last_of_two")
 def test_a_pipeline_sums_with_the_loss_that_it_is_given() -> None:
     dims = ParallelDims(pp=2)
-    mesh = dims.build_mesh("cpu")
+    mesh = build_mesh(dims, "cpu")
     parallelism, training = Parallelism(pipeline_parallel_degree=2), Training(local_batch_size=2, seq_len=16)
     loss = CrossEntropyLoss()
     runner = build_runner(

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.config.errors import TokenizerError
-from torchtitan.config.preflight import get_vocab_size
+from torchtitan.launch.preflight import get_vocab_size
 
 SHIPPED = Path("tests/assets/tokenizer")
 

@@ -10,7 +10,7 @@ from torchtitan.config import ConfigError
 from torchtitan.config.manager import ConfigManager, resolve
 from torchtitan.config.schema import get_options
 from torchtitan.config.upstream import UPSTREAM_OPTIONS
-from torchtitan.config.validate import validate
+from torchtitan.protocols.train_spec import validate_run
 
 ASSETS = Path(__file__).parents[2] / "assets" / "upstream"
 
@@ -18,7 +18,7 @@ ASSETS = Path(__file__).parents[2] / "assets" / "upstream"
 @pytest.mark.parametrize("name", ["debug_model", "llama3_8b"])
 def test_upstreams_files_are_valid(name):
     config, _ = resolve(["--job.config_file", str(ASSETS / f"{name}.toml")])
-    validate(config, world_size=8, num_gpus=8, liger_installed=True)
+    validate_run(config, world_size=8, num_gpus=8, liger_installed=True)
 
 
 def test_upstreams_debug_model_keeps_its_values():

@@ -9,8 +9,8 @@ import pytest
 from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.errors import FusedLossWithPipelineError, LigerNotInstalledError
 from torchtitan.config.manager import resolve
-from torchtitan.config.validate import validate
 from torchtitan.models.llama3.model.args import TransformerModelArgs
+from torchtitan.protocols.train_spec import validate_run
 
 TRAIN_CONFIGS = Path(__file__).parents[3] / "torchtitan" / "models"
 FUSED = "--liger_kernel.enable_fused_linear_cross_entropy"
@@ -31,7 +31,7 @@ def check(argv, *, world_size=1, num_gpus=None, liger_installed=True, local_worl
     config = config_of(argv)
     before = copy.deepcopy(config)
     try:
-        validate(
+        validate_run(
             config,
             world_size=world_size,
             num_gpus=num_gpus,
@@ -226,7 +226,7 @@ def test_every_part_of_a_pipeline_needs_modules(tmp_path):
 
 def test_every_tensor_parallel_rank_needs_words(monkeypatch):
     small = TransformerModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=4, ffn_hidden_dim=64, vocab_size=5)
-    monkeypatch.setattr("torchtitan.config.validate.get_model_args", lambda config: small)
+    monkeypatch.setattr("torchtitan.protocols.train_spec.find_model", lambda config: small)
     with pytest.raises(
         ConfigError, match="tensor_parallel_degree=4 leaves a rank without words of the 5 of .*; use 1 or 2$"
     ):
@@ -297,5 +297,5 @@ def test_the_shipped_configurations_are_valid(path):
     config, no_effect = resolve(["--job.config_file", str(path)])
     axes = config.parallelism
     ranks = 8 * axes.tensor_parallel_degree * axes.context_parallel_degree * axes.pipeline_parallel_degree
-    validate(config, world_size=ranks * axes.data_parallel_replicate_degree, liger_installed=True)
+    validate_run(config, world_size=ranks * axes.data_parallel_replicate_degree, liger_installed=True)
     assert no_effect == []

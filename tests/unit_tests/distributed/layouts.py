@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters
-from torchtitan.distributed.parallel_dims import Mesh, ParallelDims
+from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.models.llama3.infra.parallelize import parallelize_llama
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 from torchtitan.models.llama3.model.model import Transformer
@@ -35,7 +36,7 @@ def build_model(
         model = Transformer(ARGS(**args))
     parallelize_llama(
         model,
-        mesh=mesh or dims.build_mesh("cpu"),
+        mesh=mesh or build_mesh(dims, "cpu"),
         parallel_dims=dims,
         parallelism=parallelism or Parallelism(),
         training=training or Training(mixed_precision_param="float32"),

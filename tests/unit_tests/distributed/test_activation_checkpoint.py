@@ -1,10 +1,9 @@
 from collections import Counter
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit_tests.distributed.layouts import ARGS, get_batch, get_gradients, loss_sum
@@ -12,6 +11,7 @@ from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import _checkpointed, _keep_costly_ops, apply_ac
 from torchtitan.distributed.context_parallel import attend_to_prefix
 from torchtitan.distributed.init_weights import init_parameters
+from torchtitan.models.llama3.infra.parallelize import KEPT_RESULTS
 from torchtitan.models.llama3.model.model import Transformer
 
 N_LAYERS = 4
@@ -61,8 +61,37 @@ def test_recomputation_is_as_asked() -> None:
     # Of a block's seven products the last is never needed again.
     assert mm["full"] - mm["none"] == 6 * N_LAYERS
     assert mm["second"] - mm["none"] == 6 * N_LAYERS // 2
-    assert mm["op"] - mm["none"] == 3 * N_LAYERS  # every second one, by default
-    assert run(EVERY_OP, kept_products=(True, True, True, True, True, False, False))[1]["mm"] - mm["none"] == N_LAYERS
+    assert mm["op"] - mm["none"] == 6 * N_LAYERS  # attention alone is kept, unless modules are named
+    assert run(EVERY_OP, kept_results=KEPT_RESULTS)[1]["mm"] - mm["none"] == N_LAYERS
+
+
+class MoreProducts(nn.Module):
+    """A block with products before, between and inside those that are named."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.kept, self.last = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.kept(self.first(x).sin() @ x.t() @ x).sin()).sin()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_kept_is_named_whatever_else_the_block_multiplies(compiled: bool) -> None:
+    block = MoreProducts()
+    model = Transformer(ARGS(n_layers=1))
+    model.layers["0"] = block
+    apply_ac(model, EVERY_OP, kept_results=("kept",))
+    x = torch.randn(4, 8, requires_grad=True)
+    forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager") if compiled else block.forward
+    out = forward(x)
+    with OpCounter() as backward:
+        out.sum().backward()
+    expected = MoreProducts.forward(block, x)
+    with OpCounter() as plain:
+        expected.sum().backward()
+    # `first`, the two products and `last` again, but not `kept`
+    assert backward.counts["mm"] - plain.counts["mm"] == 4
 
 
 @pytest.mark.parametrize(
@@ -76,7 +105,7 @@ def test_context_parallel_attention_on_a_gpu_is_not_recomputed_by_op(dtype: torc
     """On the meta device, which goes a GPU's way."""
     q, k, v = (torch.empty(1, 2, n, 8, dtype=dtype, device="meta", requires_grad=True) for n in (4, 8, 8))
     with OpCounter() as forward:
-        out = _checkpointed(attend_to_prefix, partial(_keep_costly_ops, (True,)))(q, k, v)
+        out = _checkpointed(attend_to_prefix, _keep_costly_ops)(q, k, v)
     with OpCounter() as backward:
         out.sum().backward()
     assert (forward.counts[kernel], backward.counts[kernel]) == (1, 0)

@@ -10,10 +10,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.unit_tests.distributed.layouts import ARGS, build_model, get_batch, get_gradients, loss_sum
 from tests.unit_tests.distributed.processes import run_processes
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import Parallelism, Training
 from torchtitan.distributed.fsdp import ReshardPolicy, should_reshard_after_forward
 from torchtitan.distributed.init_weights import init_parameters
-from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.mesh import build_mesh
 from torchtitan.models.llama3.model.model import Transformer
 
 POLICIES: list[ReshardPolicy] = ["default", "always", "never"]
@@ -30,7 +31,7 @@ def chunked_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def step_with_chunks(policy: ReshardPolicy) -> dict[str, Any]:
     dims = ParallelDims(dp_shard=2)
-    mesh = dims.build_mesh("cpu")
+    mesh = build_mesh(dims, "cpu")
     model = build_model(dims, mesh=mesh, parallelism=Parallelism(fsdp_reshard_after_forward=policy))
     tokens, labels = (part.chunk(2)[mesh["dp"].get_local_rank()] for part in get_batch())
     with CommDebugMode() as comm:

@@ -4,9 +4,10 @@ import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import Parallelism
-from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.mesh import build_mesh
 
 
 def test_shard_degree_takes_the_ranks_that_are_left() -> None:
@@ -79,7 +80,7 @@ def last_of_four() -> Iterator[None]:
     ],
 )
 def test_every_axis_has_its_ranks(dims: ParallelDims, expected: dict[str, list[int]]) -> None:
-    mesh = dims.build_mesh("cpu")
+    mesh = build_mesh(dims, "cpu")
     for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "dp", "dp_shard_cp"):
         assert dist.get_process_group_ranks(mesh[axis].get_group()) == expected.get(axis, [3]), axis
     assert mesh["hsdp"].shape == (dims.dp_replicate, dims.fsdp)

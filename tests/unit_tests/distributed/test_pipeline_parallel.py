@@ -13,12 +13,13 @@ from torch.distributed.tensor import DTensor
 
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
+from torchtitan.config.pipeline_split import get_stage_modules, get_stages_of_rank
 from torchtitan.distributed.context_parallel import ContextSharder
 from torchtitan.distributed.init_weights import init_parameters
-from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.mesh import build_mesh
 from torchtitan.distributed.pipeline_parallel import build_pipeline, keep_modules
-from torchtitan.distributed.pipeline_split import get_stage_modules, get_stages_of_rank
 from torchtitan.models.llama3.infra.parallelize import parallelize_llama
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 from torchtitan.models.llama3.model.model import Transformer
@@ -125,7 +126,7 @@ def run_cases(cases: list[Case]) -> list[dict[str, Tensor]]:
 def run_case(case: Case) -> dict[str, Tensor]:
     torch._dynamo.reset()
     dims = case.dims
-    mesh = dims.build_mesh("cpu")
+    mesh = build_mesh(dims, "cpu")
     parallelism = Parallelism(
         pipeline_parallel_degree=2,
         pipeline_parallel_schedule=case.schedule,

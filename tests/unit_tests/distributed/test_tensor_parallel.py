@@ -6,7 +6,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from tests.unit_tests.distributed.layouts import ARGS, build_model, get_batch
 from tests.unit_tests.distributed.processes import run_processes
-from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.config.degrees import ParallelDims
 
 
 def observe(loss_parallel: bool) -> dict[str, Any]:

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests.unit_tests.distributed.processes import run_processes
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import Comm
 from torchtitan.distributed import utils
-from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.mesh import build_mesh
 from torchtitan.distributed.utils import (
     check_gpus,
     dist_max,
@@ -31,7 +32,7 @@ from torchtitan.distributed.utils import (
 
 def on_two_ranks() -> dict[str, Any]:
     rank = dist.get_rank()
-    mesh = ParallelDims(dp_shard=2).build_mesh("cpu")
+    mesh = build_mesh(ParallelDims(dp_shard=2), "cpu")
     found: dict[str, Any] = {}
 
     mine = torch.tensor([1.0 + rank, 5.0 - rank])
@@ -46,7 +47,7 @@ def on_two_ranks() -> dict[str, Any]:
     on_other = [distribute_tensor(alike, mesh["hsdp"], [Shard(0), Replicate()])]
     found["norm"] = get_total_norm([*on_one_mesh, *on_other])
 
-    stages = ParallelDims(pp=2).build_mesh("cpu")
+    stages = build_mesh(ParallelDims(pp=2), "cpu")
     stage = [big, alike] if rank == 0 else [small]
     found["norm over stages"] = get_total_norm(
         [distribute_tensor(grad, stages["dp_shard_cp"], [Shard(0)]) for grad in stage]

@@ -24,7 +24,7 @@ and returns `scale * sum of this rank's token losses`, a float32 scalar. Summed 
 data ranks this is the mean over all valid tokens. Nothing else divides: not FSDP, not the trainer.
 """
 
-from torchtitan.components.loss.build import Loss, build_loss
+from torchtitan.components.loss.build import build_loss
 from torchtitan.components.loss.cross_entropy import IGNORE_INDEX, CrossEntropyLoss, cross_entropy_sum
 from torchtitan.components.loss.fused_linear import FusedLinearCrossEntropyLoss, fused_linear_cross_entropy
 from torchtitan.components.loss.vocab_shard import VocabShard
@@ -33,7 +33,6 @@ __all__ = [
     "IGNORE_INDEX",
     "CrossEntropyLoss",
     "FusedLinearCrossEntropyLoss",
-    "Loss",
     "VocabShard",
     "build_loss",
     "cross_entropy_sum",

@@ -1,23 +1,14 @@
 """The choice of the loss, made once, and the lines that say which it was."""
 
-from typing import Protocol
-
 import torch
-from torch import Tensor
 
 from torchtitan.components.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.components.loss.fused_linear import FusedLinearCrossEntropyLoss
 from torchtitan.config.errors import ConfigError, LigerNotInstalledError
 from torchtitan.config.job_config import LigerKernel
-from torchtitan.config.validate import is_liger_installed
-from torchtitan.protocols.model import OutputHead
+from torchtitan.protocols.model import Loss
 from torchtitan.tools.logging import logger
-
-
-class Loss(Protocol):
-    """What the trainer calls; see the package's docstring for shapes and meaning."""
-
-    def __call__(self, hidden: Tensor, head: OutputHead, labels: Tensor, scale: Tensor) -> Tensor: ...
+from torchtitan.tools.packages import is_liger_installed
 
 
 def build_loss(

@@ -7,11 +7,17 @@ __all__ = ["llama3_flavors", "train_spec"]
 
 
 def _load() -> ModelCode:
-    from torchtitan.models.llama3.infra.parallelize import parallelize_llama
+    from torchtitan.models.llama3.infra.parallelize import TENSOR_PARALLEL_PLAN, parallelize_llama
     from torchtitan.models.llama3.model.model import Transformer
     from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
-    return ModelCode(Transformer, parallelize_llama, Llama3StateDictAdapter)
+    return ModelCode(
+        Transformer,
+        parallelize_llama,
+        Llama3StateDictAdapter,
+        tensor_parallel_plan=TENSOR_PARALLEL_PLAN,
+        args_from_hf_config=Llama3StateDictAdapter.args_from_hf_config,
+    )
 
 
-train_spec = TrainSpec(flavors=llama3_flavors, load=_load)
+train_spec = TrainSpec(flavors=llama3_flavors, load=_load, hf_model_type="llama")

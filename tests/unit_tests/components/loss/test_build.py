@@ -63,7 +63,7 @@ def test_the_section_s_budget_and_dtype_reach_the_loss(monkeypatch):
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_a_missing_liger_kernel_is_an_import_error_unless_it_is_not_asked_for(device_type, monkeypatch):
-    monkeypatch.setattr("torchtitan.config.validate.find_spec", lambda name: None)
+    monkeypatch.setattr("torchtitan.tools.packages.find_spec", lambda name: None)
     for implementation in ("auto", "liger"):
         with pytest.raises(
             ImportError, match="Liger-Kernel is not installed. Please install it with: pip install liger"

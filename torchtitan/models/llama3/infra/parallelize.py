@@ -1,66 +1,28 @@
-"""Llama 3 on many devices: the parallelisms of torchtitan/distributed, applied in the order that they need."""
+"""Llama 3 on many devices: what is its own of the way that distributed/parallelize.py divides a model."""
 
-import torch
+from functools import partial
 
-from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
-from torchtitan.distributed.activation_checkpoint import apply_ac
-from torchtitan.distributed.compile import apply_compile
-from torchtitan.distributed.context_parallel import apply_context_parallel
-from torchtitan.distributed.fsdp import apply_fsdp
-from torchtitan.distributed.mixed_precision import apply_mixed_precision
-from torchtitan.distributed.parallel_dims import Mesh, ParallelDims
-from torchtitan.distributed.tensor_parallel import apply_tp, enable_async_tp
-from torchtitan.models.llama3.model.model import Transformer
-from torchtitan.tools.logging import logger
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
-# Of wq, wk, wv, wo, w1, w3, w2. The results of w1 and w3 are the large ones: one of them is recomputed. Nothing in
-# backward needs that of w2, since the next block keeps its own input.
-KEPT_PRODUCTS = (True, True, True, True, True, False, False)
+from torchtitan.distributed.parallelize import parallelize_decoder
+from torchtitan.distributed.tensor_parallel import SEQUENCE, gathered_sequence
 
+# Of the feed-forward's results those of w1 and w3 are the large ones: one of them is recomputed. Nothing in backward
+# needs that of w2, since the next block keeps its own input.
+KEPT_RESULTS = ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1")
 
-def parallelize_llama(
-    model: Transformer,  # on the meta device; also a pipeline stage of the model
-    *,
-    mesh: Mesh,
-    parallel_dims: ParallelDims,
-    parallelism: Parallelism,
-    training: Training,
-    activation_checkpoint: ActivationCheckpoint,
-    loss_parallel: bool,
-) -> None:
-    """Divide `model` over the mesh, in place.
+TENSOR_PARALLEL_PLAN = {
+    "attention_norm": SequenceParallel(),
+    "attention": gathered_sequence(SEQUENCE, None),
+    "attention.wq": ColwiseParallel(),
+    "attention.wk": ColwiseParallel(),
+    "attention.wv": ColwiseParallel(),
+    "attention.wo": RowwiseParallel(output_layouts=SEQUENCE),
+    "ffn_norm": SequenceParallel(),
+    "feed_forward": gathered_sequence(SEQUENCE),
+    "feed_forward.w1": ColwiseParallel(),
+    "feed_forward.w3": ColwiseParallel(),
+    "feed_forward.w2": RowwiseParallel(output_layouts=SEQUENCE),
+}
 
-    Tensor parallel comes first, because FSDP shards what it leaves to a rank. What wraps a block's forward goes from
-    the inside out: attention's kernel, checkpointing, compilation, and FSDP's hooks around all.
-    """
-    if parallel_dims.tp > 1:
-        apply_tp(model, mesh["tp"], loss_parallel=loss_parallel)
-        logger.info("Applied tensor parallel with sequence parallel to the model")
-        if parallelism.enable_async_tensor_parallel:
-            enable_async_tp(mesh["tp"])
-            logger.info("Enabled async tensor parallel")
-    if parallel_dims.cp > 1:
-        apply_context_parallel(model, mesh["cp"])
-        logger.info("Applied context parallel to the model")
-    if activation_checkpoint.mode != "none":
-        keep_cpu_attention = training.compile and parallel_dims.tp > 1 and mesh.device_type == "cpu"
-        apply_ac(model, activation_checkpoint, kept_products=KEPT_PRODUCTS, keep_cpu_attention=keep_cpu_attention)
-        logger.info(f"Applied {activation_checkpoint.mode} activation checkpointing to the model")
-    if training.compile:
-        apply_compile(model)
-        logger.info("Compiling each TransformerBlock with torch.compile")
-    param_dtype = getattr(torch, training.mixed_precision_param)
-    if parallel_dims.world_size == 1 and not training.enable_cpu_offload:
-        apply_mixed_precision(model, param_dtype)
-        logger.info(f"One process: nothing to shard; computing in {training.mixed_precision_param}")
-        return
-    apply_fsdp(
-        model,
-        mesh,
-        parallel_dims,
-        param_dtype=param_dtype,
-        reduce_dtype=getattr(torch, training.mixed_precision_reduce),
-        reshard_policy=parallelism.fsdp_reshard_after_forward,
-        cpu_offload=training.enable_cpu_offload,
-    )
-    logger.info("Applied FSDP to the model")
+parallelize_llama = partial(parallelize_decoder, tensor_parallel_plan=TENSOR_PARALLEL_PLAN, kept_results=KEPT_RESULTS)

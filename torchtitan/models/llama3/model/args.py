@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from torchtitan.config.job_config import Model
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -37,9 +39,9 @@ class TransformerModelArgs:
     def head_dim(self) -> int:
         return self.dim // self.n_heads
 
-    def for_run(self, *, max_seq_len: int, use_scaled_rope: bool) -> TransformerModelArgs:
+    def for_run(self, model: Model, *, max_seq_len: int) -> TransformerModelArgs:
         """The same shape, with what a run's options decide."""
-        scaling = RopeScaling() if use_scaled_rope else self.rope_scaling
+        scaling = RopeScaling() if model.use_scaled_rope else self.rope_scaling
         return replace(self, max_seq_len=max_seq_len, rope_scaling=scaling)
 
     def num_params(self) -> int:

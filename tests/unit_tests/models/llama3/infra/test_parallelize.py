@@ -12,10 +12,11 @@ from torch import Tensor
 
 from tests.unit_tests.distributed.layouts import ARGS, build_model, get_batch, get_gradients, loss_sum, whole
 from tests.unit_tests.distributed.processes import run_processes
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
 from torchtitan.distributed.context_parallel import ContextSharder
 from torchtitan.distributed.init_weights import init_parameters
-from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.mesh import build_mesh
 from torchtitan.distributed.utils import dist_sum, get_total_norm
 from torchtitan.models.llama3.model.model import Transformer
 
@@ -60,7 +61,7 @@ CASES = {
 
 
 def step(case: Case) -> dict[str, Tensor]:
-    mesh = case.dims.build_mesh("cpu")
+    mesh = build_mesh(case.dims, "cpu")
     model = build_model(case.dims, mesh=mesh, **case.options)
     tokens, labels = (part.chunk(case.dims.dp)[mesh["dp"].get_local_rank()] for part in get_batch())
     tokens, labels, positions = ContextSharder(mesh["cp"])(tokens, labels)

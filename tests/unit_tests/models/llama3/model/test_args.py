@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from torchtitan.config.job_config import Model
 from torchtitan.models.llama3.flavors import llama3_flavors
 from torchtitan.models.llama3.model.args import RopeScaling, TransformerModelArgs
 from torchtitan.models.llama3.model.model import Transformer
@@ -16,7 +17,7 @@ NUM_PARAMS = {
 
 @pytest.mark.parametrize("flavor", llama3_flavors)
 def test_flavor_has_its_published_size(flavor: str) -> None:
-    args = llama3_flavors[flavor].for_run(max_seq_len=8, use_scaled_rope=False)
+    args = llama3_flavors[flavor].for_run(Model(), max_seq_len=8)
     with torch.device("meta"):
         model = Transformer(args)
     assert sum(parameter.numel() for parameter in model.parameters()) == NUM_PARAMS[flavor]
@@ -44,7 +45,7 @@ def test_flops_are_counted_by_products() -> None:
 
 
 def test_for_run_changes_only_what_it_is_given() -> None:
-    args = llama3_flavors["8B"].for_run(max_seq_len=77, use_scaled_rope=True)
+    args = llama3_flavors["8B"].for_run(Model(use_scaled_rope=True), max_seq_len=77)
     assert (args.max_seq_len, args.rope_scaling) == (77, RopeScaling())
     assert args.num_params() == llama3_flavors["8B"].num_params()
-    assert args.for_run(max_seq_len=8, use_scaled_rope=False).rope_scaling == RopeScaling()
+    assert args.for_run(Model(), max_seq_len=8).rope_scaling == RopeScaling()

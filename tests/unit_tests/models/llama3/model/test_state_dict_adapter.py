@@ -93,7 +93,6 @@ def test_config_comes_back_from_a_file(args: TransformerModelArgs, tmp_path: Pat
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("model_type", "mistral"),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("head_dim", 16),

@@ -19,13 +19,14 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan.components.loss import CrossEntropyLoss, cross_entropy_sum
 from torchtitan.components.loss.chunking import liger_chunk_mem_const, liger_chunk_rows, rows_in_budget
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import ActivationCheckpoint, JobConfig
-from torchtitan.distributed.parallel_dims import Mesh, ParallelDims
+from torchtitan.distributed.mesh import Mesh, build_mesh
+from torchtitan.memory.head_cost import get_fused_logits_bytes
+from torchtitan.memory.trace import MemoryTrace, with_gpu_kernels
 from torchtitan.protocols.model import Decoder
 from torchtitan.protocols.train_spec import get_run_args, get_train_spec
-from torchtitan.tools.head_cost import get_fused_logits_bytes
 from torchtitan.tools.logging import logger
-from torchtitan.tools.memory_trace import MemoryTrace, with_gpu_kernels
 
 BlockKind = Literal["none", "op", "full"]
 """How a block is checkpointed."""
@@ -132,7 +133,7 @@ def _mesh_of_shapes(dims: ParallelDims) -> Iterator[Mesh]:
     shapes_only = ParallelDims(cp=dims.cp, tp=dims.tp)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shapes_only.world_size)
     try:
-        yield shapes_only.build_mesh("cpu")
+        yield build_mesh(shapes_only, "cpu")
     finally:
         dist.destroy_process_group()
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan.config.custom_import import check_custom_import, maybe_import_custom
 from torchtitan.config.errors import ConfigError
+from torchtitan.protocols.custom_import import check_custom_import, maybe_import_custom
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_the_check_imports_nothing(folder: Path) -> None:
     (folder / "my_package").mkdir()
     (folder / "my_package/__init__.py").write_text("import torch")
     code = (
-        "import sys; from torchtitan.config.custom_import import check_custom_import;"
+        "import sys; from torchtitan.protocols.custom_import import check_custom_import;"
         "check_custom_import('my_package.models'); assert not {'torch', 'my_package'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(Path(__file__).parents[3])})

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.memory.trace import MemoryTrace, with_gpu_kernels
+from torchtitan.models.llama3.infra.parallelize import KEPT_RESULTS
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 from torchtitan.models.llama3.model.model import Transformer
-from torchtitan.tools.memory_trace import MemoryTrace, with_gpu_kernels
 
 ARGS = TransformerModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, ffn_hidden_dim=192, vocab_size=100)
 
@@ -90,7 +91,7 @@ def test_kept_when_compiled_is_what_the_partitioner_keeps(option: str, kernel: t
     block = model.layers["0"]
     block.attention.sdpa = kernel()
     if option == "op":
-        apply_ac(model, ActivationCheckpoint(mode="selective", selective_ac_option="op"))
+        apply_ac(model, ActivationCheckpoint(mode="selective", selective_ac_option="op"), kept_results=KEPT_RESULTS)
 
     trace = MemoryTrace()
     with trace:

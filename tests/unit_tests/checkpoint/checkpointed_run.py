@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchtitan.components.checkpoint import CheckpointManager, build_checkpoint_manager
+from torchtitan.checkpoint.manager import CheckpointManager, build_checkpoint_manager
 from torchtitan.components.dataloader import DataloaderStateError
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.optimizer import build_optimizer
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import ActivationCheckpoint, Checkpoint, LRScheduler, Optimizer, Parallelism, Training
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.init_weights import init_parameters
-from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.distributed.mesh import build_mesh
 from torchtitan.models.llama3.infra.parallelize import parallelize_llama
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 from torchtitan.models.llama3.model.model import Transformer
@@ -134,7 +135,7 @@ def build_run(
     dims = dims or ParallelDims()
     torch.manual_seed(1)
     random.seed(1)
-    mesh = dims.build_mesh(device)
+    mesh = build_mesh(dims, device)
     with torch.device("meta"):
         model = Transformer(args)
     parallelize_llama(

@@ -1,24 +1,12 @@
-"""How many ranks each kind of parallelism takes, and the device mesh of that layout.
-
-Degrees are plain numbers: torch is imported only when the mesh is built, so that options are checked fast.
-"""
+"""How many ranks each kind of parallelism takes. Plain numbers; distributed/mesh.py makes a device mesh of them."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import Parallelism
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
-
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-"""The mesh's axes, outermost first: the ranks of one tp group are neighbours, those of one pp group far apart."""
 
 
 @dataclass(frozen=True)
@@ -68,44 +56,6 @@ class ParallelDims:
     def fsdp(self) -> int:
         """Ranks over which FSDP shards: context-parallel ranks hold equal weights, so they share them out too."""
         return self.dp_shard * self.cp
-
-    def build_mesh(self, device_type: str) -> Mesh:
-        """The mesh of this layout; a collective call."""
-        from torch.distributed.device_mesh import init_device_mesh
-
-        shape = (self.pp, self.dp_replicate, self.dp_shard, self.cp, self.tp)
-        return Mesh(init_device_mesh(device_type, shape, mesh_dim_names=AXES))
-
-
-class Mesh:
-    """The ranks by axis. Every axis is there, also where its size is 1.
-
-    mesh["tp"] and so on for each of AXES; besides them
-    | dp           | dp_replicate x dp_shard      | ranks that read different sequences           |
-    | dp_shard_cp  | dp_shard x cp                | ranks over which FSDP shards the weights      |
-    | hsdp         | dp_replicate, dp_shard x cp  | two-dimensional: copies of those shards       |
-    """
-
-    def __init__(self, root: DeviceMesh):
-        self.device_type = root.device_type
-        self._axes = {axis: root[axis] for axis in AXES}
-        self._axes["dp"] = root["dp_replicate", "dp_shard"]._flatten("dp")
-        self._axes["dp_shard_cp"] = root["dp_shard", "cp"]._flatten("dp_shard_cp")
-        with warnings.catch_warnings():
-            # torch asks to keep flattened axes oneself, as is done above, but has no public way yet to pair one up.
-            warnings.filterwarnings("ignore", message="Slicing a flattened dim")
-            self._axes["hsdp"] = root["dp_replicate", "dp_shard_cp"]
-
-    def __getitem__(self, axis: str) -> DeviceMesh:
-        return self._axes[axis]
-
-    def is_first(self, *axes: str) -> bool:
-        """Whether this rank comes first on each of the axes."""
-        return all(self[axis].get_local_rank() == 0 for axis in axes)
-
-    def get_groups(self) -> list[ProcessGroup]:
-        """The process group of each axis that this rank is in."""
-        return [mesh.get_group() for axis, mesh in self._axes.items() if axis != "hsdp"]
 
 
 def _explain_misfit(degrees: dict[str, int], world_size: int) -> str:

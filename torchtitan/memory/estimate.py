@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.pipeline_split import ONE_STAGE, get_stage_modules, get_stages_of_rank
 from torchtitan.distributed.fsdp import should_reshard_after_forward
-from torchtitan.distributed.parallel_dims import Mesh, ParallelDims
-from torchtitan.distributed.pipeline_split import ONE_STAGE, get_stage_modules, get_stages_of_rank
-from torchtitan.tools.logging import logger
-from torchtitan.tools.memory_measure import (
+from torchtitan.distributed.mesh import Mesh
+from torchtitan.memory.measure import (
     Measured,
     Unit,
     get_block_kinds,
@@ -30,6 +30,7 @@ from torchtitan.tools.memory_measure import (
     is_one_process,
     measure,
 )
+from torchtitan.tools.logging import logger
 
 GIB = 1 << 30
 

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from torchtitan.components.checkpoint_storage import reason
+from torchtitan.checkpoint.storage import reason
 from torchtitan.config.errors import CheckpointError
 
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """The check before the processes of a run start: the options, and what they point to on this machine.
 
-    python -m torchtitan.config.preflight --nproc N [--nnodes M] [--num_gpus G] -- [options of the run]
+    python -m torchtitan.launch.preflight --nproc N [--nnodes M] [--num_gpus G] -- [options of the run]
 
 Exits 0 without a word, or 1 with one message. It imports no torch, so that a mistake costs a fraction of a second.
 Without --num_gpus nothing is assumed about GPUs; 0 means that the run is on CPU.
@@ -12,19 +12,19 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
 from torchtitan.components.tokenizer import PATH_ADVICE, find_tokenizer_file
-from torchtitan.config.custom_import import check_custom_import
 from torchtitan.config.errors import CheckpointError, ConfigError, DatasetError, TokenizerError, raise_all
 from torchtitan.config.job_config import JobConfig, Training, Validation
 from torchtitan.config.manager import REPOSITORY, ConfigManager
 from torchtitan.config.schema import either, meant_or_known
-from torchtitan.config.validate import check_vocab_size, is_liger_installed, validate
 from torchtitan.datasets import get_dataset_names, open_dataset
 from torchtitan.datasets.local import walk_files
+from torchtitan.protocols.custom_import import check_custom_import
+from torchtitan.protocols.train_spec import check_vocab_size, validate_run
+from torchtitan.tools.packages import is_installed, is_liger_installed
 
 
 def check_machine(config: JobConfig) -> None:
@@ -134,7 +134,7 @@ def _has_data(path: Path) -> bool:
 
 
 def _about_metrics(config: JobConfig) -> Iterator[ConfigError]:
-    if config.metrics.enable_wandb and find_spec("wandb") is None:
+    if config.metrics.enable_wandb and not is_installed("wandb"):
         yield ConfigError("metrics.enable_wandb needs the package wandb: pip install wandb")
 
 
@@ -153,7 +153,7 @@ def _about_initial_checkpoint(config: JobConfig) -> Iterator[ConfigError]:
 
 def main(argv: Sequence[str]) -> int:
     """Check a run before it is started; the exit status."""
-    parser = argparse.ArgumentParser("torchtitan.config.preflight", allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser("torchtitan.launch.preflight", allow_abbrev=False, add_help=False)
     parser.add_argument("--nproc", type=int, required=True)
     parser.add_argument("--nnodes", type=int, default=1)
     parser.add_argument("--num_gpus", type=int)
@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> int:
     launch = parser.parse_args(argv[:split])
     try:
         config = ConfigManager().parse_args(argv[split + 1 :], warn=False)
-        validate(
+        validate_run(
             config,
             world_size=launch.nproc * launch.nnodes,
             local_world_size=launch.nproc,

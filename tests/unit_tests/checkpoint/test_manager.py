@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.unit_tests.components.checkpointed_run import (
+from tests.unit_tests.checkpoint.checkpointed_run import (
     MODEL,
     MODES,
     Numbers,
@@ -23,14 +23,14 @@ from tests.unit_tests.components.checkpointed_run import (
     names,
 )
 from tests.unit_tests.distributed.processes import run_processes
-from torchtitan.components.checkpoint_storage import (
+from torchtitan.checkpoint.storage import (
     find_weights,
     load_alone,
     read_metadata,
 )
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import CheckpointError
 from torchtitan.distributed.init_weights import init_parameters
-from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.llama3.model.model import Transformer
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -428,7 +428,7 @@ def test_all_ranks_take_a_restart_for_one_if_one_does(tmp_path):
 
 def test_random_state_is_one_value_for_each_rank_and_is_restored():
     """It is opaque to torch.distributed.checkpoint."""
-    from torchtitan.components.checkpoint import RandomState
+    from torchtitan.checkpoint.manager import RandomState
 
     state = RandomState(3).state_dict()
     expected = (torch.rand(3), random.random())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchtitan.components.checkpoint_storage import find_weights, load_alone, read_metadata, save_alone
+from torchtitan.checkpoint.storage import find_weights, load_alone, read_metadata, save_alone
 from torchtitan.config.errors import CheckpointError
 from torchtitan.distributed.init_weights import local_shard
 from torchtitan.protocols.model import StateDictAdapter
@@ -27,27 +27,6 @@ SINGLE_FILE = "model.safetensors"
 BYTES_PER_FILE = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# In transformers' config.json, what decides the shapes and the maths; an export may lack some or add others.
-MODEL_KEYS = (
-    "model_type",
-    "hidden_act",
-    "attention_bias",
-    "mlp_bias",
-    "head_dim",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_type",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
 
 
 class HuggingFaceFormat:
@@ -163,7 +142,7 @@ class HuggingFaceFormat:
             return  # the shapes of the weights still have to fit
         theirs = _flatten_rope(read_json(path / "config.json"))
         ours = _flatten_rope(self._adapter.to_hf_config())
-        for key in MODEL_KEYS:
+        for key in self._adapter.hf_config_keys:
             if theirs.get(key) is not None and theirs[key] != ours.get(key):
                 raise CheckpointError(
                     f"{path / 'config.json'}: {key} is {theirs[key]!r}, and {ours.get(key)!r} in this model"

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.unit_tests.components.checkpointed_run import MODEL, assert_same, build_run, damage, folder, names, no_space
-from torchtitan.components import hf_checkpoint
-from torchtitan.components.checkpoint_storage import read_metadata
+from tests.unit_tests.checkpoint.checkpointed_run import MODEL, assert_same, build_run, damage, folder, names, no_space
+from torchtitan.checkpoint import hugging_face
+from torchtitan.checkpoint.storage import read_metadata
 from torchtitan.config.errors import CheckpointError
 from torchtitan.models.llama3.model.args import TransformerModelArgs
 from torchtitan.models.llama3.model.model import Transformer
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 @pytest.mark.parametrize("bytes_per_file", [5 * 10**9, 20_000])
 def test_hugging_face_round_trip_is_bit_exact(tmp_path, bytes_per_file, monkeypatch):
-    monkeypatch.setattr(hf_checkpoint, "BYTES_PER_FILE", bytes_per_file)
+    monkeypatch.setattr(hugging_face, "BYTES_PER_FILE", bytes_per_file)
     run = build_run(tmp_path, steps=3, last_save_in_hf=True)
     run.train(3)
     path = folder(run) / "step-3"
@@ -44,10 +44,10 @@ def test_there_and_back_keeps_where_a_text_ends(tmp_path):
     (theirs / "config.json").write_text(json.dumps({**config, "eos_token_id": [1, 5, 7]}))
     (theirs / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
     (theirs / "chat_template.jinja").write_text("{{ messages }}")
-    hugging_face = hf_checkpoint.HuggingFaceFormat(Llama3StateDictAdapter(MODEL), bos_id=59, eos_id=60)
+    ours_to_theirs = hugging_face.HuggingFaceFormat(Llama3StateDictAdapter(MODEL), bos_id=59, eos_id=60)
     shapes = {name: weight.shape for name, weight in Transformer(MODEL).state_dict().items()}
-    hugging_face.convert_back(theirs, ours, shapes)
-    hugging_face.convert(ours, back)
+    ours_to_theirs.convert_back(theirs, ours, shapes)
+    ours_to_theirs.convert(ours, back)
     assert json.loads((back / "config.json").read_bytes())["eos_token_id"] == [1, 5, 7]
     assert (back / "generation_config.json").read_text() == '{"eos_token_id": [1, 5]}'
     assert (ours / "chat_template.jinja").exists()
@@ -62,8 +62,8 @@ def test_the_tokenizer_of_an_export_is_the_file_that_was_named(tmp_path, beside)
     if beside is not None:
         (tmp_path / "tok/tokenizer.json").write_text(beside)
     adapter = Llama3StateDictAdapter(MODEL)
-    hugging_face = hf_checkpoint.HuggingFaceFormat(adapter, tokenizer_path=tmp_path / "tok/mine.json")
-    hugging_face.convert(folder(export) / "step-1", tmp_path / "out")
+    ours_to_theirs = hugging_face.HuggingFaceFormat(adapter, tokenizer_path=tmp_path / "tok/mine.json")
+    ours_to_theirs.convert(folder(export) / "step-1", tmp_path / "out")
     assert (tmp_path / "out/tokenizer.json").read_text() == "mine"
 
 
@@ -95,7 +95,7 @@ def test_transformers_own_save_is_loaded(tmp_path, tied):
 def test_failed_conversion_leaves_the_weights_in_our_format(tmp_path, monkeypatch):
     run = build_run(tmp_path, steps=3, last_save_in_hf=True)
     run.train(2)
-    monkeypatch.setattr(hf_checkpoint.safetensors.torch, "save_file", no_space)
+    monkeypatch.setattr(hugging_face.safetensors.torch, "save_file", no_space)
     with pytest.raises(
         CheckpointError, match=r"step-3 could not be rewritten .*No space left on device.*holds the weights"
     ):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan.config.preflight import get_vocab_size, main
+from torchtitan.launch.preflight import get_vocab_size, main
 
 ROOT = Path(__file__).parents[3]
 DATASET_ADVICE = "it takes a file or a folder on this machine, of text, JSON lines or Parquet"
@@ -61,7 +61,7 @@ def test_options_and_rules_are_checked(refused):
 
 def test_the_documented_errors_keep_their_names(refused, monkeypatch):
     fused = "--liger_kernel.enable_fused_linear_cross_entropy"
-    monkeypatch.setattr("torchtitan.config.validate.find_spec", lambda name: None)
+    monkeypatch.setattr("torchtitan.tools.packages.find_spec", lambda name: None)
     assert refused(fused) == (
         "ImportError: Liger-Kernel is not installed. Please install it with: pip install liger-kernel"
     )
@@ -171,7 +171,7 @@ def test_c4_test_needs_a_path(refused, valid, tmp_path):
 
 
 def test_weights_and_biases_must_be_installed(refused, monkeypatch):
-    monkeypatch.setattr("torchtitan.config.preflight.find_spec", lambda name: None)
+    monkeypatch.setattr("torchtitan.tools.packages.find_spec", lambda name: None)
     assert refused("--metrics.enable_wandb") == (
         "ConfigError: metrics.enable_wandb needs the package wandb: pip install wandb"
     )
@@ -199,7 +199,7 @@ def test_a_folder_that_may_not_be_read_is_not_called_empty(refused, tmp_path, mo
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr("torchtitan.config.preflight.os.scandir", refuse)  # nothing is forbidden to root
+    monkeypatch.setattr("torchtitan.launch.preflight.os.scandir", refuse)  # nothing is forbidden to root
     text = refused("--training.dataset_path", str(tmp_path))
     assert text == f"DatasetError: training.dataset_path={tmp_path} cannot be read: Permission denied"
 
@@ -226,7 +226,7 @@ def test_faults_of_the_machine_are_reported_together(refused, tmp_path):
 
 def test_no_torch_is_imported(valid):
     code = (
-        "import sys; from torchtitan.config.preflight import main; status = main(sys.argv[1:]);"
+        "import sys; from torchtitan.launch.preflight import main; status = main(sys.argv[1:]);"
         "assert status == 0; assert not {'torch', 'datasets', 'pyarrow'} & sys.modules.keys()"
     )
     argv = ["--nproc", "2", "--", *valid, "--parallelism.tensor_parallel_degree", "2"]
@@ -236,7 +236,7 @@ def test_no_torch_is_imported(valid):
 
 def test_the_module_fails_with_one_message():
     argv = ["--nproc", "1", "--", "--training.seq_len", "abc"]
-    command = [sys.executable, "-m", "torchtitan.config.preflight", *argv]
+    command = [sys.executable, "-m", "torchtitan.launch.preflight", *argv]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "ConfigError: --training.seq_len abc: must be an integer >= 1\n"

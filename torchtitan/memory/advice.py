@@ -7,11 +7,12 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.validate import validate
-from torchtitan.distributed.parallel_dims import Mesh, ParallelDims
-from torchtitan.tools.memory_estimate import GIB, describe, estimate_memory
+from torchtitan.distributed.mesh import Mesh
+from torchtitan.memory.estimate import GIB, describe, estimate_memory
+from torchtitan.protocols.train_spec import validate_run
 
 _SMALL_BUDGET_MIB = 256
 _WORTH_NAMING = 0.01
@@ -62,7 +63,7 @@ def get_remedies(
     remedies = []
     for text, changed, ranks in _changes(config, world_size, liger_installed):
         try:
-            validate(changed, world_size=ranks, liger_installed=liger_installed)
+            validate_run(changed, world_size=ranks, liger_installed=liger_installed)
         except ConfigError:
             continue  # not with this run's other options
         after = estimate_memory(changed, world_size=ranks, mesh=mesh).peak

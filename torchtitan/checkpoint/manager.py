@@ -31,9 +31,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from torchtitan.components.checkpoint_background import BackgroundSaver
-from torchtitan.components.checkpoint_ranks import Ranks
-from torchtitan.components.checkpoint_storage import (
+from torchtitan.checkpoint.background import BackgroundSaver
+from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
+from torchtitan.checkpoint.ranks import Ranks
+from torchtitan.checkpoint.storage import (
     STATES,
     CheckpointFolder,
     CheckpointReader,
@@ -45,7 +46,6 @@ from torchtitan.components.checkpoint_storage import (
     reason,
 )
 from torchtitan.components.dataloader import DataloaderStateError
-from torchtitan.components.hf_checkpoint import HuggingFaceFormat
 from torchtitan.config.errors import CheckpointError
 from torchtitan.config.job_config import Checkpoint
 from torchtitan.protocols.model import StateDictAdapter

@@ -1,8 +1,8 @@
 """The message tells what was in use and what would free how much, and only what this run can do."""
 
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.tools.memory_estimate import estimate_memory
-from torchtitan.tools.out_of_memory import explain_out_of_memory, get_remedies
+from torchtitan.memory.advice import explain_out_of_memory, get_remedies
+from torchtitan.memory.estimate import estimate_memory
 
 LARGE = "--model.flavor 1B --training.local_batch_size 4 --training.seq_len 4096"
 TORCH_SAYS = (

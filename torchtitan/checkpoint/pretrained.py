@@ -13,23 +13,22 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan.components.checkpoint_storage import (
+from torchtitan.checkpoint.hugging_face import HuggingFaceFormat, read_json
+from torchtitan.checkpoint.storage import (
     OPTIONS,
     CheckpointFolder,
     check_weights,
     load_alone,
     read_metadata,
 )
-from torchtitan.components.hf_checkpoint import HuggingFaceFormat, read_json
 from torchtitan.components.tokenizer import Tokenizer, build_tokenizer
 from torchtitan.config import ConfigManager
-from torchtitan.config.custom_import import maybe_import_custom
 from torchtitan.config.errors import CheckpointError, ConfigError, TokenizerError
 from torchtitan.config.schema import either
 from torchtitan.distributed.tensor_parallel import apply_tp
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.protocols.custom_import import maybe_import_custom
 from torchtitan.protocols.model import Decoder, StateDictAdapter
-from torchtitan.protocols.train_spec import ModelArgs, ModelCode, get_run_args, get_train_spec
+from torchtitan.protocols.train_spec import ModelArgs, ModelCode, find_hf_family, get_run_args, get_train_spec
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class PretrainedModel:
         model = self.build_on_meta().to(dtype)
         if tp_mesh is not None:
             check_divisible(self.args, tp_mesh.size())
-            apply_tp(model, tp_mesh, loss_parallel=False)
+            apply_tp(model, tp_mesh, self.code.tensor_parallel_plan, loss_parallel=False)
         model.to_empty(device=device)
         model.init_buffers(device)  # in float32, whatever the dtype of the weights
         self._load_weights(model.state_dict())
@@ -156,11 +155,13 @@ def _read_hf_config(path: Path, file: Path, *, in_hf: bool) -> PretrainedModel:
     try:
         if "quantization_config" in config:
             raise CheckpointError("quantized weights are not supported; get the model in bfloat16 or float32")
-        args = Llama3StateDictAdapter.args_from_hf_config(config)
-    except CheckpointError as error:
+        code = find_hf_family(config.get("model_type")).load()
+        assert code.args_from_hf_config is not None, "a family with a hf_model_type reads its config.json"
+        args = code.args_from_hf_config(config)
+    except ConfigError as error:
         raise CheckpointError(f"{file}: {str(error).removeprefix('config.json: ')}") from error
     except KeyError as error:
-        raise CheckpointError(f"{file} has no {error}, which a Llama needs") from error
+        raise CheckpointError(f"{file} has no {error}, which the model needs") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} describes no model: {error}") from error
     generation = file.with_name("generation_config.json")
@@ -170,7 +171,7 @@ def _read_hf_config(path: Path, file: Path, *, in_hf: bool) -> PretrainedModel:
         path,
         in_hf,
         args,
-        get_train_spec("llama3").load(),
+        code,
         tokenizer_path=file.parent,
         eos_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
     )

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from torchtitan.config.errors import ConfigError, raise_all
 from torchtitan.config.job_config import NonNegativeInt, PositiveInt, Range
-from torchtitan.config.preflight import check_writable
-from torchtitan.config.preflight import main as preflight
 from torchtitan.config.schema import either, nearest, option_of
+from torchtitan.launch.preflight import check_writable
+from torchtitan.launch.preflight import main as preflight
 from torchtitan.tools.terminal import ProgressTerminal, send_progress
 
 if TYPE_CHECKING:

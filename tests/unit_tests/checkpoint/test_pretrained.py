@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.finished_run import CONTEXT, TOKENIZER, load_weights, save_run
-from torchtitan.components.pretrained import check_divisible, find_pretrained
+from torchtitan.checkpoint.pretrained import check_divisible, find_pretrained
 from torchtitan.config.errors import ConfigError
+from torchtitan.config.job_config import Model
 from torchtitan.models.llama3 import llama3_flavors
 from torchtitan.models.llama3.model.args import RopeScaling
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
@@ -42,7 +43,7 @@ def hf_folder(path: Path, **config) -> Path:
 def test_checkpoint_of_a_run_is_what_its_config_says(run_checkpoint):
     found = find_pretrained(run_checkpoint)
     assert not found.in_hf
-    assert found.args == llama3_flavors["debugmodel"].for_run(max_seq_len=CONTEXT, use_scaled_rope=False)
+    assert found.args == llama3_flavors["debugmodel"].for_run(Model(), max_seq_len=CONTEXT)
     assert found.tokenizer_path == TOKENIZER
     assert found.build_tokenizer().eos_id == 1
     found.check_weights()
@@ -101,11 +102,14 @@ def test_folders_without_a_model_are_explained(run_checkpoint, tmp_path):
 
 
 def test_models_that_we_do_not_have_are_named(tmp_path):
-    fails("config.json: model_type is 'mistral'", hf_folder(tmp_path / "1", model_type="mistral"))
+    fails(
+        "config.json: model_type is 'mistral'; the families of this package have 'llama'",
+        hf_folder(tmp_path / "1", model_type="mistral"),
+    )
     fails("quantized weights are not supported", hf_folder(tmp_path / "2", quantization_config={"bits": 4}))
     path = hf_folder(tmp_path / "3")
     (path / "config.json").write_text("{}")
-    fails("config.json has no 'num_attention_heads', which a Llama needs", path)
+    fails("config.json has no 'num_attention_heads', which the model needs", path)
     (path / "config.json").write_text("{")
     fails("config.json cannot be read", path)
     for config in (Path("nowhere.toml"), tmp_path):

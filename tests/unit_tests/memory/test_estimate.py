@@ -12,14 +12,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from scripts.estimate_memory import main
 from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, fused_linear
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.distributed.parallel_dims import ParallelDims
+from torchtitan.config.degrees import ParallelDims
+from torchtitan.config.job_config import Model
+from torchtitan.distributed.mesh import build_mesh
+from torchtitan.memory import estimate as memory_estimate
+from torchtitan.memory.estimate import GIB, MemoryEstimate, Moment, describe, estimate_memory, to_table
+from torchtitan.memory.measure import measure
+from torchtitan.memory.trace import MemoryTrace, with_gpu_kernels
 from torchtitan.models.llama3 import llama3_flavors
 from torchtitan.models.llama3.infra.parallelize import parallelize_llama
 from torchtitan.models.llama3.model.model import Transformer
-from torchtitan.tools import memory_estimate
-from torchtitan.tools.memory_estimate import GIB, MemoryEstimate, Moment, describe, estimate_memory, to_table
-from torchtitan.tools.memory_measure import measure
-from torchtitan.tools.memory_trace import MemoryTrace, with_gpu_kernels
 
 COMPILE = "--training.compile"
 FLAG = "--liger_kernel.enable_fused_linear_cross_entropy"
@@ -37,7 +39,7 @@ def estimate(options: str = "", *, world_size: int = 1) -> MemoryEstimate:
 
 def trace_whole_step(config: JobConfig) -> int:
     """Bytes at the worst moment of forward, loss and backward on one process, beside what it always holds."""
-    args = llama3_flavors[config.model.flavor].for_run(max_seq_len=config.training.seq_len, use_scaled_rope=False)
+    args = llama3_flavors[config.model.flavor].for_run(Model(), max_seq_len=config.training.seq_len)
     with torch.device("meta"):
         model = Transformer(args)
     for module in (*model.layers.values(), model.norm):
@@ -131,7 +133,7 @@ def test_units_are_fsdps(tp: int) -> None:
             model = Transformer(llama3_flavors["debugmodel"])
         parallelize_llama(
             model,
-            mesh=dims.build_mesh("cpu"),
+            mesh=build_mesh(dims, "cpu"),
             parallel_dims=dims,
             parallelism=config.parallelism,
             training=config.training,
@@ -173,7 +175,7 @@ def test_a_run_gives_its_own_mesh() -> None:
     alone = estimate(options, world_size=8)
     dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=8)
     try:
-        mesh = ParallelDims(dp_shard=2, cp=2, tp=2).build_mesh("cpu")
+        mesh = build_mesh(ParallelDims(dp_shard=2, cp=2, tp=2), "cpu")
         assert estimate_memory(parse(options), world_size=8, mesh=mesh).parts == alone.parts
     finally:
         dist.destroy_process_group()

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.distributed.tensor import DTensor
 
-from torchtitan.components.checkpoint_storage import CheckpointWriter
+from torchtitan.checkpoint.storage import CheckpointWriter
 from torchtitan.tools.logging import logger
 
 State = dict[str, Any]

@@ -7,7 +7,7 @@ import time
 import pytest
 from torch.distributed.tensor import DTensor
 
-from tests.unit_tests.components.checkpointed_run import MODES, assert_same, build_run, names
+from tests.unit_tests.checkpoint.checkpointed_run import MODES, assert_same, build_run, names
 
 pytestmark = pytest.mark.usefixtures("process_group")
 

@@ -13,12 +13,12 @@ import pytest
 import torch.distributed as dist
 
 from tests.full_disk import small_disk
-from tests.unit_tests.components.checkpointed_run import MODES, build_run, damage, folder, names, no_space
+from tests.unit_tests.checkpoint.checkpointed_run import MODES, build_run, damage, folder, names, no_space
 from tests.unit_tests.distributed.processes import run_processes
-from torchtitan.components import checkpoint_background
-from torchtitan.components.checkpoint_storage import CheckpointFolder, CheckpointWriter
+from torchtitan.checkpoint import background
+from torchtitan.checkpoint.storage import CheckpointFolder, CheckpointWriter
+from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import CheckpointError
-from torchtitan.distributed.parallel_dims import ParallelDims
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -234,17 +234,17 @@ def fail_on_one_of_two_ranks(dump_folder: Path) -> tuple[list[str], list[str]]:
     handler = logging.Handler()
     handler.emit = lambda record: logs.append(record.getMessage())
     logging.getLogger("torchtitan").addHandler(handler)
-    write_data, write = CheckpointWriter.write_data, checkpoint_background.WriterProcess.write
+    write_data, write = CheckpointWriter.write_data, background.WriterProcess.write
     result = []
     for mode in MODES:
         run = build_run(dump_folder / mode, ParallelDims(dp_shard=2), async_mode=mode)
         run.train(2)
         run.checkpointer._wait_for_save()
         if dist.get_rank() == 1:
-            CheckpointWriter.write_data = checkpoint_background.WriterProcess.write = no_space
+            CheckpointWriter.write_data = background.WriterProcess.write = no_space
         run.train(4)
         run.checkpointer._wait_for_save()
-        CheckpointWriter.write_data, checkpoint_background.WriterProcess.write = write_data, write
+        CheckpointWriter.write_data, background.WriterProcess.write = write_data, write
         dist.barrier()
         result += [f"{mode} {name}" for name in names(run)]
         if mode == "async":  # a copy that fails on one rank, before there is anything to write

@@ -9,12 +9,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.finished_run import load_script
 from torchtitan.components.loss import VocabShard, fused_linear_cross_entropy
-from torchtitan.tools.head_cost import (
+from torchtitan.memory.head_cost import (
     about_logits_memory,
     get_fused_logits_bytes,
     get_head_cost,
 )
-from torchtitan.tools.memory_trace import MemoryTrace
+from torchtitan.memory.trace import MemoryTrace
 
 LLAMA_8B = {"vocab_size": 128256, "dim": 4096, "num_tokens": 8192}
 

@@ -1,0 +1,1 @@
+"""All of saving and loading."""

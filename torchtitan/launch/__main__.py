@@ -1,0 +1,5 @@
+import sys
+
+from torchtitan.launch.launcher import main
+
+sys.exit(main())
