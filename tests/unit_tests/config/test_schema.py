@@ -63,17 +63,19 @@ def test_every_option_is_read_outside_the_configuration():
 def _attributes_read() -> set[tuple[str, str]]:
     """(a, b) for each `a.b` and `x.a.b` in the package: the name before the dot and the one after it.
 
-    In the file that is named as a section, `config` is that section.
+    In the file or the folder that is named as a section, `config` is that section.
     """
     pairs = set()
+    arithmetic = ("degrees.py", "pipeline_split.py")  # what follows from options, which others use
     for file in PACKAGE.rglob("*.py"):
-        if file.is_relative_to(PACKAGE / "config"):
+        if file.is_relative_to(PACKAGE / "config") and file.name not in arithmetic:
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
                 owner = node.value
                 before = (owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")).strip("_")
-                pairs.add((file.stem if before == "config" else before, node.attr))
+                owners = (file.stem, file.parent.name) if before == "config" else (before,)
+                pairs.update((name, node.attr) for name in owners)
     return pairs
 
 

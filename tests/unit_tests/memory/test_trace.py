@@ -120,7 +120,8 @@ def test_kept_when_compiled_is_what_the_partitioner_keeps(option: str, kernel: t
     torch._dynamo.reset()
     assert z.shape == y.shape
     assert trace.live(kept_until, compiled=True) == pytest.approx(sum(kept.values()), rel=0.01)
-    assert trace.live(kept_until, compiled=True) < 0.9 * trace.live(kept_until)
+    if option == "none":  # by op no more is kept eagerly than what is named
+        assert trace.live(kept_until, compiled=True) < 0.9 * trace.live(kept_until)
 
 
 def test_with_gpu_kernels_no_score_matrix_is_made() -> None:
