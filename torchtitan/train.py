@@ -11,10 +11,10 @@ whatever the number of ignored labels on each rank. Between two log steps the ho
 
 import datetime
 import math
-import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -25,28 +25,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.elastic.multiprocessing.errors import record
 
-from torchtitan.checkpoint.manager import build_checkpoint_manager
+from torchtitan.checkpoint.manager import CheckpointManager, build_checkpoint_manager
 from torchtitan.components.dataloader import Batch, build_dataloader
 from torchtitan.components.loss import IGNORE_INDEX, build_loss
 from torchtitan.components.lr_scheduler import build_lr_scheduler
-from torchtitan.components.metrics import build_metrics
+from torchtitan.components.metrics import MetricsProcessor, build_metrics
 from torchtitan.components.optimizer import build_optimizer
-from torchtitan.components.runner import build_runner
+from torchtitan.components.runner import Runner, build_runner
 from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.components.validate import build_validator
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError, NonFiniteError
 from torchtitan.config.manager import to_toml, write_resolved
-from torchtitan.distributed import last_words, utils
+from torchtitan.distributed import utils
 from torchtitan.distributed.context_parallel import ContextSharder
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.memory.advice import explain_out_of_memory
 from torchtitan.memory.estimate import log_memory_estimate
 from torchtitan.memory.head_cost import about_logits_memory
 from torchtitan.protocols.custom_import import maybe_import_custom
+from torchtitan.protocols.model import Loss
 from torchtitan.protocols.train_spec import check_vocab_size, get_run_args, get_train_spec, validate_run
 from torchtitan.tools.device import DeviceMemoryMonitor
 from torchtitan.tools.gc import GarbageCollection
@@ -70,30 +70,27 @@ class Trainer:
         logger.info(f"Starting job: {config.job.description}")
 
         # processes, and the mesh they form
-        world = utils.get_world()
         self.device = utils.init_distributed(
             config.comm,
             dump_folder=config.job.dump_folder,
             enable_cpu_offload=config.training.enable_cpu_offload,
         )
-        self.parallel_dims = ParallelDims.from_config(config.parallelism, world.size)
+        self.parallel_dims = ParallelDims.from_config(config.parallelism, utils.get_world().size)
         self.mesh = build_mesh(self.parallel_dims, self.device.type)
-        start_timeout = datetime.timedelta(seconds=config.comm.init_timeout_seconds)
-        utils.set_pg_timeouts(start_timeout, self.mesh, self.device)  # the mesh's groups have torch's own
+        self._set_timeouts(config.comm.init_timeout_seconds)  # the mesh's groups have torch's own
         self.gc = GarbageCollection(config.training.gc_freq, debug=config.training.gc_debug)
         self.seed = utils.set_determinism(
             config.training.seed, self.device, deterministic=config.training.deterministic
         )
 
         # text to batches
-        dp_rank = self.mesh["dp"].get_local_rank()
         self.tokenizer = build_tokenizer(config.model.tokenizer_path)
         check_vocab_size(config, self.tokenizer.vocab_size)
         self.dataloader = build_dataloader(
             dataset=config.training.dataset,
             dataset_path=config.training.dataset_path,
             tokenizer=self.tokenizer,
-            dp_rank=dp_rank,
+            dp_rank=self.mesh["dp"].get_local_rank(),
             dp_world_size=self.parallel_dims.dp,
             batch_size=config.training.local_batch_size,
             seq_len=config.training.seq_len,
@@ -105,39 +102,11 @@ class Trainer:
         self.counts_tokens = self.mesh.is_first("pp", "cp", "tp")
 
         # batches to gradients
-        code = get_train_spec(config.model.name).load()
+        self.model_code = get_train_spec(config.model.name).load()
         self.model_args = get_run_args(config.model, max_seq_len=config.max_seq_len)
         logger.info(f"Building {config.model.name} {config.model.flavor} with {self.model_args}")
-        if code.build_loss is not None and self.parallel_dims.pp > 1:
-            raise ConfigError(
-                f"model.name={config.model.name} has a loss of its own, and pipelines use the standard one;"
-                f" parallelism.pipeline_parallel_degree={self.parallel_dims.pp} must be 1"
-            )
-        self.loss = (code.build_loss or build_loss)(
-            config.liger_kernel,
-            device_type=self.device.type,
-            tensor_parallel=self.parallel_dims.tp > 1,
-            compile=config.training.compile,
-        )
-        self.runner = build_runner(
-            partial(code.model_cls, self.model_args),
-            self.model_args,
-            self.loss,
-            parallelize=partial(
-                code.parallelize_fn,
-                mesh=self.mesh,
-                parallel_dims=self.parallel_dims,
-                parallelism=config.parallelism,
-                training=config.training,
-                activation_checkpoint=config.activation_checkpoint,
-                loss_parallel=not config.parallelism.disable_loss_parallel,
-            ),
-            mesh=self.mesh,
-            parallelism=config.parallelism,
-            training=config.training,
-            device=self.device,
-            seed=self.seed,
-        )
+        self.loss = self._build_loss()
+        self.runner = self._build_runner()
         self._report_model()
 
         # gradients to weights
@@ -145,39 +114,12 @@ class Trainer:
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, config.training.steps)
 
         # what the run says, keeps and checks
-        self.metrics = build_metrics(
-            config.metrics,
-            dump_folder=config.job.dump_folder,
-            start_time=utils.get_start_time(),
-            config=config.to_dict(),
-            device=self.device,
-            rank=world.rank,
-            total_steps=config.training.steps,
-            num_flops_per_token=self.model_args.get_num_flops_per_token(config.training.seq_len),
-            non_data_parallel_degree=self.parallel_dims.cp * self.parallel_dims.tp * self.parallel_dims.pp,
-            on_terminal=utils.get_progress_rank() is not None,
-            owns_progress_line=utils.get_progress_rank() == world.local_rank,
-        )
-        self.checkpointer = build_checkpoint_manager(
-            config.checkpoint,
-            dump_folder=config.job.dump_folder,
-            model_parts=self.runner.model_parts,
-            optimizer=self.optimizer,
-            lr_scheduler=self.lr_scheduler,
-            dataloader=self.dataloader,
-            train_state=self,
-            steps=config.training.steps,
-            options=lambda: to_toml(self.get_options_in_force()),
-            is_restart=world.restart_count > 0,
-            adapter=code.state_dict_adapter(self.model_args),
-            tokenizer_path=config.model.tokenizer_path,
-            bos_id=self.tokenizer.bos_id,
-            eos_id=self.tokenizer.eos_id,
-        )
+        self.metrics = self._build_metrics()
+        self.checkpointer = self._build_checkpointer()
         self.validator = build_validator(
             config.validation,
             tokenizer=self.tokenizer,
-            dp_rank=dp_rank,
+            dp_rank=self.mesh["dp"].get_local_rank(),
             dp_world_size=self.parallel_dims.dp,
             runner=self.runner,
             metrics=self.metrics,
@@ -239,8 +181,7 @@ class Trainer:
                 self.validator.maybe_validate(self.step)
                 profile_step()
                 if self.step == first_step:
-                    timeout = datetime.timedelta(seconds=config.comm.train_timeout_seconds)
-                    utils.set_pg_timeouts(timeout, self.mesh, self.device)
+                    self._set_timeouts(config.comm.train_timeout_seconds)
                 if stop:
                     self._stop()
         logger.info("Training completed")
@@ -366,6 +307,79 @@ class Trainer:
         sequences = training.local_batch_size * self.parallel_dims.dp  # divides global_batch_size: config/validate.py
         return 1 if training.global_batch_size == -1 else training.global_batch_size // sequences
 
+    def _set_timeouts(self, seconds: int) -> None:
+        utils.set_pg_timeouts(datetime.timedelta(seconds=seconds), self.mesh, self.device)
+
+    def _build_loss(self) -> Loss:
+        config, build_own = self.config, self.model_code.build_loss
+        if build_own is not None and self.parallel_dims.pp > 1:
+            raise ConfigError(
+                f"model.name={config.model.name} has a loss of its own, and pipelines use the standard one;"
+                f" parallelism.pipeline_parallel_degree={self.parallel_dims.pp} must be 1"
+            )
+        return (build_own or build_loss)(
+            config.liger_kernel,
+            device_type=self.device.type,
+            tensor_parallel=self.parallel_dims.tp > 1,
+            compile=config.training.compile,
+        )
+
+    def _build_runner(self) -> Runner:
+        config = self.config
+        return build_runner(
+            partial(self.model_code.model_cls, self.model_args),
+            self.model_args,
+            self.loss,
+            parallelize=partial(
+                self.model_code.parallelize_fn,
+                mesh=self.mesh,
+                parallel_dims=self.parallel_dims,
+                parallelism=config.parallelism,
+                training=config.training,
+                activation_checkpoint=config.activation_checkpoint,
+                loss_parallel=not config.parallelism.disable_loss_parallel,
+            ),
+            mesh=self.mesh,
+            parallelism=config.parallelism,
+            training=config.training,
+            device=self.device,
+            seed=self.seed,
+        )
+
+    def _build_metrics(self) -> MetricsProcessor:
+        world = utils.get_world()
+        return build_metrics(
+            self.config.metrics,
+            dump_folder=self.config.job.dump_folder,
+            start_time=utils.get_start_time(),
+            config=self.config.to_dict(),
+            device=self.device,
+            rank=world.rank,
+            total_steps=self.config.training.steps,
+            num_flops_per_token=self.model_args.get_num_flops_per_token(self.config.training.seq_len),
+            non_data_parallel_degree=self.parallel_dims.cp * self.parallel_dims.tp * self.parallel_dims.pp,
+            on_terminal=utils.get_progress_rank() is not None,
+            owns_progress_line=utils.get_progress_rank() == world.local_rank,
+        )
+
+    def _build_checkpointer(self) -> CheckpointManager:
+        return build_checkpoint_manager(
+            self.config.checkpoint,
+            dump_folder=self.config.job.dump_folder,
+            model_parts=self.runner.model_parts,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            dataloader=self.dataloader,
+            train_state=self,
+            steps=self.config.training.steps,
+            options=lambda: to_toml(self.get_options_in_force()),
+            is_restart=utils.get_world().restart_count > 0,
+            adapter=self.model_code.state_dict_adapter(self.model_args),
+            tokenizer_path=self.config.model.tokenizer_path,
+            bos_id=self.tokenizer.bos_id,
+            eos_id=self.tokenizer.eos_id,
+        )
+
     def _report_model(self) -> None:
         config = self.config
         memory = DeviceMemoryMonitor(self.device)
@@ -391,7 +405,6 @@ class Trainer:
             logger.info(advice)
 
 
-@record
 def main(argv: list[str]) -> int:
     """Train as the arguments say; the exit status."""
     init_logger()
@@ -422,27 +435,24 @@ def main(argv: list[str]) -> int:
         failed = False
         return 0
     except Exception as error:
-        report = _explain(error, config, trainer)
-        if report is None:
-            raise
-        logger.error(report)
+        if utils.is_of_lost_rank(error):
+            if trainer is not None:
+                trainer.metrics.close(failed=True)
+            utils.end_after_lost_rank(error, step=trainer.step if trainer is not None else 0)
+        logger.error(_explain(error, config, trainer) or traceback.format_exc())
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
         if trainer is not None:
             trainer.close(failed=failed)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        utils.leave_process_group(failed=failed)
 
 
 def _explain(error: Exception, config: JobConfig | None, trainer: Trainer | None) -> str | None:
-    """What the user reads of a failure, and the other ranks hear of it; None for a bug, whose traceback is needed."""
+    """What the user reads of a failure; None for a bug, whose traceback is needed."""
     if isinstance(error, ConfigError | NonFiniteError):
-        last_words.leave(error.report())
         return error.report()
-    if not last_words.is_of_lost_rank(error):
-        last_words.leave(f"{type(error).__name__}: {str(error).partition(' If reserved but')[0]}")
     if "DefaultCPUAllocator: can't allocate memory" in str(error):
         return (
             f"OutOfMemoryError: the machine's memory does not suffice: {error}. Use a smaller training.local_batch_size"
@@ -459,17 +469,9 @@ def _explain(error: Exception, config: JobConfig | None, trainer: Trainer | None
             mesh=trainer.mesh if trainer is not None else None,
             liger_installed=is_liger_installed(),
         )
-    if not last_words.is_of_lost_rank(error):
-        return None
-    lost = last_words.find_lost_ranks(error)
-    report = lost.report(trainer.step if trainer is not None else 0)
-    if lost.silent:  # they would be waited for by the save in flight, for as long as a save may take
-        logger.error(report)
-        if trainer is not None:
-            trainer.metrics.close(failed=True)
-        os._exit(1)
-    return report
+    return None
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    utils.end_process(status) if dist.is_initialized() else sys.exit(status)

@@ -1,12 +1,12 @@
 """How a model is divided over processes; each file applies one idea to a model from outside.
 
-parallel_dims             the degrees, and the device mesh they make
+mesh                      the device mesh of a layout
+parallelize               the parallelisms below, applied to a model in the order that they need
 utils                     the process group, seeds, reductions, clipping
-last_words                what a rank that fails tells the others
 init_weights              starting weights that do not depend on the layout
 tensor_parallel           matrices and the sequence between them, split
 context_parallel          the sequence, split
-pipeline_parallel         the layers, split; pipeline_split says where
+pipeline_parallel         the layers, split
 activation_checkpoint     recompute instead of keep
 compile                   torch.compile, block by block
 fsdp                      weights, gradients and optimizer states, sharded; mixed precision

@@ -4,7 +4,10 @@ import atexit
 import datetime
 import math
 import os
+import re
+import signal
 import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,9 @@ from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import Comm
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.tools.device import get_device_type
+from torchtitan.tools.logging import logger
+
+_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,14 @@ def init_distributed(
     return device
 
 
+def leave_process_group(*, failed: bool) -> None:
+    """Not after a failure over NCCL, whose shutdown waits for ranks that know nothing of it: they hear of it, and the
+    launcher does, when this process ends.
+    """
+    if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
+        dist.destroy_process_group()
+
+
 def end_process(status: int) -> NoReturn:
     """End as sys.exit does, but without freeing Python's objects: for a process that ends right after a collective.
 
@@ -93,6 +107,27 @@ def end_process(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def is_of_lost_rank(error: Exception) -> bool:
+    """Whether a collective failed, and not this rank itself."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def end_after_lost_rank(error: Exception, *, step: int) -> NoReturn:
+    """End because another rank has: as the second one to fail, so that the launcher names the first and its words.
+
+    Over NCCL this is not reached: its watchdog aborts the process.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(_PATIENCE_S)  # the launcher stops this rank meanwhile, unless the other one hangs
+    # without the line of its source code, and advice to read logs
+    symptom = re.sub(r"^\[.*?\] |\. This is typically.*", "", str(error).partition("\n")[0])
+    logger.error(
+        f"LostRankError: a collective of rank {get_world().rank} failed in step {step} ({symptom}): another rank ended"
+        " or hangs, or was slower than [comm] allows"
+    )
+    end_process(1)  # a save in flight would wait for the other rank
 
 
 def _enable_flight_recorder(comm: Comm, dump_folder: Path) -> None:
