@@ -23,8 +23,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from torchtitan.config.errors import ConfigError, raise_all
-from torchtitan.config.job_config import NonNegativeInt, PositiveInt, Range
 from torchtitan.config.schema import either, nearest, option_of
+from torchtitan.config.types import FilePath, NonNegativeInt, PositiveInt, Range
 from torchtitan.launch.preflight import check_writable
 from torchtitan.launch.preflight import main as preflight
 from torchtitan.tools.terminal import ProgressTerminal, send_progress
@@ -48,7 +48,7 @@ FLAGS: dict[str, Any] = {
     "local_addr": str,
     "max_restarts": NonNegativeInt,
     "monitor_interval": Annotated[float, Range(above=0, max=10**9)],
-    "log_dir": str,
+    "log_dir": FilePath,
     "local_ranks_filter": str,
     "redirects": str,
     "tee": str,
