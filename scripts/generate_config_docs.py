@@ -20,7 +20,7 @@ INTRODUCTION = """\
 
 <!-- Written by scripts/generate_config_docs.py from torchtitan/config/job_config.py: edit that file, then run it. -->
 
-A run is described by a TOML file and by flags. A flag wins over the file, the file over the defaults below.
+A run is described by a TOML file (1.1) and by flags. A flag wins over the file, the file over the defaults below.
 
 ```bash
 CONFIG_FILE="./torchtitan/models/llama3/train_configs/debug_model.toml" ./run_train.sh --training.steps 20
@@ -39,7 +39,8 @@ CONFIG_FILE="./torchtitan/models/llama3/train_configs/debug_model.toml" ./run_tr
 
 What is unknown, of the wrong type or out of range stops the run before anything starts, with one message that names
 the option, what was given, what is allowed, and the nearest name. Integers go up to 2**63 - 1, numbers are finite, text
-is UTF-8. A text that begins with dashes is given in one word, `--job.description=...`.
+is UTF-8, and `~` at the begin of a path is the home folder. A text that begins with dashes is given in one word,
+`--job.description=...`.
 
 ```bash
 python -m torchtitan.config.manager --training.compile    # prints the resolved configuration, as TOML

@@ -2,7 +2,7 @@
 # Set up what is missing (on first use), then check everything: format, lint, types, tests.
 #
 #   ./scripts/test.sh                      everything
-#   ./scripts/test.sh -k loss -x ...       only pytest, with these arguments
+#   ./scripts/test.sh -k loss -x ...       only pytest, with these arguments; -n 0 runs the tests one after the other
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,5 +14,9 @@ if [ $# -eq 0 ]; then
     "$PYTHON" -m ruff check .
     "$PYTHON" -m mypy
 fi
+# As many tests at once as there are cores, each file's one after the other in one process, since they share what is
+# costly to make. On a GPU there is one at a time: tests measure its memory and its speed.
+workers=(-n 0)
+if [ "$(count_gpus)" -eq 0 ]; then workers=(-n auto --maxprocesses 8 --dist loadfile); fi
 # Tests are many small computations and, some of them, several processes: more threads would only get in each other's way.
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" exec "$PYTHON" -m pytest "$@"
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" exec "$PYTHON" -m pytest "${workers[@]}" "$@"

@@ -9,12 +9,13 @@ import ast
 import importlib
 import re
 import shlex
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+
+import tomli
 
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.manager import resolve
@@ -316,8 +317,8 @@ def _anchors(text: str) -> set[str]:
 
 def _about_toml(text: str) -> Iterator[str]:
     try:
-        sections = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        sections = tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
         yield f"not TOML: {error}"
         return
     for section, options in sections.items():

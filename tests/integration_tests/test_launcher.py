@@ -4,13 +4,13 @@ import contextlib
 import json
 import os
 import pty
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -102,6 +102,12 @@ def run(repo: Path, mode: str, *arguments: str, **variables: str) -> subprocess.
     )
 
 
+def time_of_children() -> float:
+    """Seconds of a core that processes of this test, which have ended, have taken: not longer where others wait."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def worker(repo: Path, rank: int) -> dict[str, object]:
     return json.loads((repo / f"worker{rank}.json").read_text())
 
@@ -122,9 +128,9 @@ def test_workers_get_the_options_and_nothing_of_the_launchers(repo: Path) -> Non
 
 
 def test_a_mistake_costs_one_message_and_no_start(repo: Path) -> None:
-    start = time.monotonic()
+    start = time_of_children()
     result = run(repo, "succeed", "--training.seqlen", "128")
-    assert time.monotonic() - start < 3
+    assert time_of_children() - start < 3
     assert result.returncode == 1
     assert "--training.seq_len" in result.stderr
     assert len(result.stderr.splitlines()) == 1

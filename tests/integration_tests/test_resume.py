@@ -1,13 +1,13 @@
 """A run that is continued is the run that was never stopped: to the bit on its own layout, to 1e-5 on another."""
 
 import shutil
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli
 import torch
 
 import torchtitan.train
@@ -156,8 +156,8 @@ def test_place_in_the_data_is_not_carried_to_another_number_of_readers(tmp_path,
 def test_config_toml_is_of_the_last_start_that_was_not_refused_and_has_the_seed(tmp_path):
     folder = train(tmp_path / "run", f"{SAVING} --training.steps 2 --training.seed None").folder
     said = (folder / "config.toml").read_text()
-    seed = tomllib.loads(said)["training"]["seed"]
-    of_checkpoint = tomllib.loads((folder / "checkpoint/step-2/config.toml").read_text())
+    seed = tomli.loads(said)["training"]["seed"]
+    of_checkpoint = tomli.loads((folder / "checkpoint/step-2/config.toml").read_text())
     assert of_checkpoint["model"]["flavor"] == "tiny"
     (tmp_path / "other.jsonl").write_text('{"text": "%s"}' % ("other words " * 300))
     refused = train(folder, f"{SAVING} --training.dataset_path {tmp_path / 'other.jsonl'}", status=1)
@@ -168,6 +168,6 @@ def test_config_toml_is_of_the_last_start_that_was_not_refused_and_has_the_seed(
     told = f"The data's order goes on with the checkpoint's seed, {seed}; training.seed={seed + 1} changes nothing"
     assert told in resumed.output()
     for file in ("config.toml", "checkpoint/step-3/config.toml"):
-        assert tomllib.loads((folder / file).read_text())["training"]["seed"] == seed
+        assert tomli.loads((folder / file).read_text())["training"]["seed"] == seed
     again = train(tmp_path / "again", f"{SAVING} --training.steps 3 --training.seed {seed}").folder
     assert read_steps(again) == read_steps(folder)

@@ -13,7 +13,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -42,8 +42,6 @@ T = TypeVar("T")
 class DataloaderStateError(CheckpointError):
     """A saved position that means nothing to this run's data."""
 
-    title = "DataloaderStateError"
-
 
 class Batch(NamedTuple):
     """Token ids and, at each place, the id that follows; on the CPU, in pinned memory where there is a GPU."""
@@ -67,7 +65,7 @@ def build_dataloader(
     source = open_dataset(dataset, dataset_path)
     documents = DocumentStream(source, seed=seed, infinite=True, rank=dp_rank, world_size=dp_world_size)
     logger.info(f"Training data: {source.name}, in {len(source)} shards")
-    return TrainingDataLoader(documents, tokenizer, dataset=dataset, batch_size=batch_size, seq_len=seq_len)
+    return TrainingDataLoader(documents, tokenizer, dataset, batch_size, seq_len)
 
 
 def build_validation_dataloader(
@@ -82,51 +80,36 @@ def build_validation_dataloader(
 ) -> "ValidationDataLoader":
     """For validation; raises as build_dataloader does."""
     documents = DocumentStream(open_dataset(dataset, dataset_path), seed=VALIDATION_SEED, infinite=False)
-    return ValidationDataLoader(
-        documents,
-        tokenizer,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
-        batch_size=batch_size,
-        seq_len=seq_len,
-    )
+    return ValidationDataLoader(documents, tokenizer, dp_rank, dp_world_size, batch_size, seq_len)
 
 
+@dataclass
 class TrainingDataLoader:
     """Endless; iterating again goes on behind the last batch that was handed out."""
 
-    def __init__(
-        self, documents: DocumentStream, tokenizer: Tokenizer, *, dataset: str, batch_size: int, seq_len: int
-    ) -> None:
-        self._documents = documents
-        self._tokenizer = tokenizer
-        self._dataset = dataset
-        self._batch_size = batch_size
-        self._seq_len = seq_len
+    documents: DocumentStream
+    tokenizer: Tokenizer
+    dataset: str
+    batch_size: int
+    seq_len: int
+
+    def __post_init__(self) -> None:
         self._cursor = Cursor()
-        self._tokenizer_fingerprint = _fingerprint(tokenizer)
+        self._tokenizer_fingerprint = _fingerprint(self.tokenizer)
         self._ahead: Prefetcher[tuple[Rows, Cursor]] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
-        sequences = pack(self._documents, self._tokenizer, seq_len=self._seq_len, start=self._cursor)
-        self._ahead = Prefetcher(_stack(sequences, self._batch_size))
+        sequences = pack(self.documents, self.tokenizer, seq_len=self.seq_len, start=self._cursor)
+        self._ahead = Prefetcher(_stack(sequences, self.batch_size))
         for rows, cursor in self._ahead:
             self._cursor = cursor
             yield _to_batch(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """The place behind the last batch that was handed out; what is read ahead does not count."""
-        state = {
-            "dp_world_size": self._documents.world_size,
-            "cursor": self._cursor.to_list(),
-            "seed": self._documents.seed,
-            "dataset": self._dataset,
-            "fingerprint": self._documents.source.fingerprint,
-            "tokenizer": self._tokenizer_fingerprint,
-        }
         # One string under this rank's own name: a checkpoint merges the dictionaries of all ranks.
-        return {self._key: json.dumps(state)}
+        return {self._key: json.dumps({**self._reading(), "cursor": self._cursor.to_list(), "seed": self.seed})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved place; to be called before iterating.
@@ -134,41 +117,54 @@ class TrainingDataLoader:
         Raises:
             DataloaderStateError: the place cannot be found again: other ranks, other data or another tokenizer.
         """
+        own = self._reading()
         saved = state_dict.get(self._key) or next(iter(state_dict.values()), None)
         if saved is None:
             raise DataloaderStateError(
-                f"the checkpoint's data was read by fewer data-parallel ranks than the {self._documents.world_size} of"
+                f"the checkpoint's data was read by fewer data-parallel ranks than the {own['dp_world_size']} of"
                 f" this run, and a place in the data cannot be carried over; {START_ANEW}, or use as many as before"
             )
         state = json.loads(saved)
-        if state["dp_world_size"] != self._documents.world_size:
-            raise DataloaderStateError(
-                f"the checkpoint's data was read by {state['dp_world_size']} data-parallel ranks, this run has"
-                f" {self._documents.world_size}, and a place in the data cannot be carried over;"
-                f" {START_ANEW}, or use as many data-parallel ranks as before"
-            )
-        if state["fingerprint"] != self._documents.source.fingerprint:
-            raise DataloaderStateError(
-                f"the checkpoint's place in the data is not one in {self._documents.source.name}: files were added,"
-                " removed, renamed or are of another size, or it is another dataset;"
-                f" {START_ANEW}, or give the same data as before"
-            )
-        # Older checkpoints have no dataset's name and no tokenizer's fingerprint; they are trusted.
-        if state.get("dataset", self._dataset) != self._dataset:
-            raise DataloaderStateError(
-                f"the checkpoint's data was read as training.dataset={state['dataset']}, this run's is"
-                f" {self._dataset}, and a place in the one means nothing in the other; {START_ANEW}, or set"
-                " training.dataset as before"
-            )
-        if state.get("tokenizer", self._tokenizer_fingerprint) != self._tokenizer_fingerprint:
-            raise DataloaderStateError(
-                "the checkpoint's data was read with another tokenizer, and a place in the data, which counts tokens,"
-                f" cannot be carried over; {START_ANEW}, or set model.tokenizer_path to the tokenizer of before"
-            )
+        # By what a place in the data is one of: what it is in the checkpoint, and what to do.
+        misfits = {
+            "dp_world_size": (
+                f"data was read by {state['dp_world_size']} data-parallel ranks, this run has {own['dp_world_size']},"
+                " and a place in the data cannot be carried over",
+                "use as many data-parallel ranks as before",
+            ),
+            "fingerprint": (
+                f"place in the data is not one in {self.documents.source.name}: files were added, removed, renamed or"
+                " are of another size, or it is another dataset",
+                "give the same data as before",
+            ),
+            "dataset": (
+                f"data was read as training.dataset={state.get('dataset')}, this run's is {self.dataset}, and a place"
+                " in the one means nothing in the other",
+                "set training.dataset as before",
+            ),
+            "tokenizer": (
+                "data was read with another tokenizer, and a place in the data, which counts tokens, cannot be carried"
+                " over",
+                "set model.tokenizer_path to the tokenizer of before",
+            ),
+        }
+        for name, (what, remedy) in misfits.items():
+            # Older checkpoints have no dataset's name and no tokenizer's fingerprint; they are trusted.
+            if state.get(name, own[name]) != own[name]:
+                raise DataloaderStateError(f"the checkpoint's {what}; {START_ANEW}, or {remedy}")
         self.close()
         # The order of documents is the seed's, so a run without training.seed goes on with the one it began with.
-        self._documents = replace(self._documents, seed=state["seed"])
+        self.documents = replace(self.documents, seed=state["seed"])
         self._cursor = Cursor.from_list(state["cursor"])
+
+    def _reading(self) -> dict[str, Any]:
+        """What a place in the data is one of."""
+        return {
+            "dp_world_size": self.documents.world_size,
+            "dataset": self.dataset,
+            "fingerprint": self.documents.source.fingerprint,
+            "tokenizer": self._tokenizer_fingerprint,
+        }
 
     def close(self) -> None:
         """Stop reading ahead. Interpreter exit does it too."""
@@ -178,43 +174,34 @@ class TrainingDataLoader:
     @property
     def seed(self) -> int:
         """Of the documents' order: the one it was built with, or a loaded state's."""
-        return self._documents.seed
+        return self.documents.seed
 
     @property
     def _key(self) -> str:
-        return f"dp_rank_{self._documents.rank}"
+        return f"dp_rank_{self.documents.rank}"
 
 
+@dataclass
 class ValidationDataLoader:
     """One pass over the data each time it is iterated, always the same batches.
 
     Batches are kept as they are first made (4 bytes a token), and each later pass costs nothing.
     """
 
-    def __init__(
-        self,
-        documents: DocumentStream,
-        tokenizer: Tokenizer,
-        *,
-        dp_rank: int,
-        dp_world_size: int,
-        batch_size: int,
-        seq_len: int,
-    ) -> None:
-        self._documents = documents
-        self._tokenizer = tokenizer
-        self._dp_rank = dp_rank
-        self._dp_world_size = dp_world_size
-        self._batch_size = batch_size
-        self._seq_len = seq_len
-        self._ahead: Prefetcher[Rows] | None = None
-        self._kept: list[Rows] = []
+    documents: DocumentStream
+    tokenizer: Tokenizer
+    dp_rank: int
+    dp_world_size: int
+    batch_size: int
+    seq_len: int
+    _ahead: "Prefetcher[Rows] | None" = None
+    _kept: list[Rows] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Batch]:
         # A pass that is broken off leaves the reader where it is: a later, longer one goes on from there.
         if self._ahead is None:
-            sequences = pack(self._documents, self._tokenizer, seq_len=self._seq_len, start=Cursor())
-            rows = _deal(sequences, self._dp_rank, self._dp_world_size, self._batch_size, self._seq_len)
+            sequences = pack(self.documents, self.tokenizer, seq_len=self.seq_len, start=Cursor())
+            rows = _deal(sequences, self.dp_rank, self.dp_world_size, self.batch_size, self.seq_len)
             self._ahead = Prefetcher(rows)
         ahead, kept = self._ahead, self._kept
         for index in count():

@@ -215,6 +215,3 @@ class TextStream:
     def _rest(self) -> str:
         given = self._decode(self._ids[: self._num_given])
         return self._decode(self._ids)[len(given) :]
-
-
-__all__ = ["KVCache", "Sampling", "TextStream", "cached_attention", "generate", "get_num_new_tokens"]

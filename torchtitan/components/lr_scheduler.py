@@ -81,16 +81,15 @@ def build_lr_scheduler(optimizer: OptimizersContainer, lr_scheduler: LRScheduler
     if warmup_steps > steps:
         logger.warning(f"lr_scheduler.warmup_steps={warmup_steps} is shortened to training.steps={steps}")
         warmup_steps = steps
-    if lr_scheduler.decay_ratio is None:
-        decay_steps = steps - warmup_steps
-    else:
-        decay_steps = round(steps * lr_scheduler.decay_ratio)
-        if warmup_steps + decay_steps > steps:
-            logger.warning(
-                f"lr_scheduler: {warmup_steps} steps of warm-up and {decay_steps} of decay are more than"
-                f" training.steps={steps}; the decay is shortened to {steps - warmup_steps}"
-            )
-            decay_steps = steps - warmup_steps
+    longest_decay = steps - warmup_steps
+    ratio = lr_scheduler.decay_ratio
+    decay_steps = longest_decay if ratio is None else round(steps * ratio)
+    if decay_steps > longest_decay:
+        logger.warning(
+            f"lr_scheduler: {warmup_steps} steps of warm-up and {decay_steps} of decay are more than"
+            f" training.steps={steps}; the decay is shortened to {longest_decay}"
+        )
+        decay_steps = longest_decay
     factor = partial(
         lr_factor,
         steps=steps,
@@ -100,6 +99,3 @@ def build_lr_scheduler(optimizer: OptimizersContainer, lr_scheduler: LRScheduler
         min_lr_factor=lr_scheduler.min_lr_factor,
     )
     return LRSchedule(optimizer, factor)
-
-
-__all__ = ["LRSchedule", "build_lr_scheduler", "lr_factor"]

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,17 +77,15 @@ class TensorBoard:
             logger.info(f"TensorBoard events go to {folder}")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        if self._writer is None:
-            return
         with self._ending_at_an_error():
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+            if self._writer:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
 
     def close(self, *, failed: bool) -> None:
-        if self._writer is None:
-            return
         with self._ending_at_an_error():
-            self._writer.close()
+            if self._writer:
+                self._writer.close()
 
     @contextmanager
     def _ending_at_an_error(self) -> Iterator[None]:
@@ -115,30 +114,22 @@ class WeightsAndBiases:
         self._run.finish(exit_code=int(failed))
 
 
+@dataclass
 class MetricsProcessor:
     """Gathers what happens between two log steps and says it at the second; `build_metrics` makes one."""
 
-    def __init__(
-        self,
-        *,
-        sinks: list[Sink],
-        memory: DeviceMemoryMonitor,
-        log_freq: int,
-        total_steps: int,
-        num_flops_per_token: float,
-        non_data_parallel_degree: int,
-        use_color: bool = False,
-        show_progress: bool = False,
-    ) -> None:
-        self._sinks = sinks
-        self._memory = memory
-        self._log_freq = log_freq
-        self._total_steps = total_steps
-        self._num_flops_per_token = num_flops_per_token
-        self._non_data_parallel_degree = non_data_parallel_degree
-        self._use_color = use_color
-        self._show_progress = show_progress
-        self._peak_flops = get_peak_flops(memory.name)
+    sinks: list[Sink]
+    memory: DeviceMemoryMonitor
+    log_freq: int
+    total_steps: int
+    num_flops_per_token: float
+    non_data_parallel_degree: int
+    """Ranks that work on the same sequences."""
+    use_color: bool = False
+    show_progress: bool = False
+
+    def __post_init__(self) -> None:
+        self._peak_flops = get_peak_flops(self.memory.name)
         self._held_peak: MemoryStats | None = None
         self._validation_start: float | None = None
         self._last_progress = 0.0
@@ -149,11 +140,11 @@ class MetricsProcessor:
         """Call at the begin of every step."""
         self._n_steps += 1
         now = time.perf_counter()
-        if self._show_progress and now - self._last_progress > _PROGRESS_INTERVAL_S:
+        if self.show_progress and now - self._last_progress > _PROGRESS_INTERVAL_S:
             self._last_progress = now
-            bar = ("=" * round(20 * (step - 1) / self._total_steps)).ljust(20)
-            memory = f"{self._memory.get_peak().max_reserved_gib:.1f} GiB"
-            send_progress(f"step {step}/{self._total_steps}  {self._status}  {memory}  [{bar}]")
+            bar = ("=" * round(20 * (step - 1) / self.total_steps)).ljust(20)
+            memory = f"{self.memory.get_peak().max_reserved_gib:.1f} GiB"
+            send_progress(f"step {step}/{self.total_steps}  {self._status}  {memory}  [{bar}]")
 
     def count_tokens(self, n_tokens: int) -> None:
         """Tokens of a batch that this rank's data-parallel group is about to work on."""
@@ -164,7 +155,7 @@ class MetricsProcessor:
         self._data_loading_s += seconds
 
     def should_log(self, step: int) -> bool:
-        return step == 1 or step % self._log_freq == 0
+        return step == 1 or step % self.log_freq == 0
 
     def log(
         self, step: int, *, loss_avg: float, loss_max: float, grad_norm: float, lr: float, n_tokens_seen: int
@@ -173,10 +164,10 @@ class MetricsProcessor:
         seconds = time.perf_counter() - self._last_log
         seconds_per_step = seconds / max(self._n_steps, 1)
         tps = self._tokens_per_second(self._n_tokens, seconds)
-        flops = self._num_flops_per_token * tps
+        flops = self.num_flops_per_token * tps
         mfu = None if self._peak_flops is None else 100 * flops / self._peak_flops
         memory = self._get_peak_memory()
-        eta = _clock_time((self._total_steps - step) * seconds_per_step)
+        eta = _clock_time((self.total_steps - step) * seconds_per_step)
         self._status = f"loss {loss_avg:.4f}  {tps:,.0f} tokens/s  {eta} left"
         self._say(
             (f"step: {step:2}", _RED),
@@ -210,17 +201,17 @@ class MetricsProcessor:
     def validating(self) -> Iterator[None]:
         """Wrap a validation, `log_validation` included: its time and memory are kept out of the training's."""
         self._held_peak = self._get_peak_memory()
-        self._memory.reset_peak()
+        self.memory.reset_peak()
         self._validation_start = time.perf_counter()
         yield
         self._last_log += time.perf_counter() - self._validation_start
         self._validation_start = None
-        self._memory.reset_peak()
+        self.memory.reset_peak()
 
     def log_validation(self, step: int, *, loss: float, n_tokens: int) -> None:
         """Say and write the loss on the validation set, of which `n_tokens` were this data-parallel rank's."""
         assert self._validation_start is not None, "log_validation() belongs inside validating()"
-        memory = self._memory.get_peak()
+        memory = self.memory.get_peak()
         tps = self._tokens_per_second(n_tokens, time.perf_counter() - self._validation_start)
         self._say(
             (f"validate step: {step:2}", _RED),
@@ -228,17 +219,13 @@ class MetricsProcessor:
             (_memory_field(memory), _CYAN),
             (f"tps: {round(tps):,}", _BLUE),
         )
-        values = {
-            "validation_metrics/loss": loss,
-            "validation_metrics/throughput(tps)": tps,
-            **_memory_values("validation_metrics/memory", memory),
-        }
-        self._write(step, values)
+        values = {"validation_metrics/loss": loss, "validation_metrics/throughput(tps)": tps}
+        self._write(step, values | _memory_values("validation_metrics/memory", memory))
 
     def close(self, *, failed: bool) -> None:
-        if self._show_progress:
+        if self.show_progress:
             send_progress("")
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.close(failed=failed)
 
     def _start_interval(self) -> None:
@@ -247,23 +234,23 @@ class MetricsProcessor:
         self._n_steps = self._n_tokens = 0
         self._data_loading_s = 0.0
         self._held_peak = None
-        self._memory.reset_peak()
+        self.memory.reset_peak()
 
     def _tokens_per_second(self, n_tokens: int, seconds: float) -> float:
         """Per device: the ranks that share a batch share its tokens."""
-        return n_tokens / (seconds * self._non_data_parallel_degree)
+        return n_tokens / (seconds * self.non_data_parallel_degree)
 
     def _get_peak_memory(self) -> MemoryStats:
         """The training's peak since the last log, also over a validation in between."""
-        peak = self._memory.get_peak()
+        peak = self.memory.get_peak()
         held = self._held_peak or peak
         return MemoryStats(*(max(values) for values in zip(peak, held, strict=True)))
 
     def _say(self, *fields: tuple[str, str]) -> None:
-        logger.info("  ".join(f"{color}{text}{_RESET}" if self._use_color else text for text, color in fields))
+        logger.info("  ".join(f"{color}{text}{_RESET}" if self.use_color else text for text, color in fields))
 
     def _write(self, step: int, values: dict[str, float]) -> None:
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.write(step, values)
 
 
@@ -314,20 +301,12 @@ def _memory_field(memory: MemoryStats) -> str:
 
 
 def _memory_values(prefix: str, memory: MemoryStats) -> dict[str, float]:
-    return {
-        f"{prefix}/max_active(GiB)": memory.max_active_gib,
-        f"{prefix}/max_active(%)": memory.max_active_pct,
-        f"{prefix}/max_reserved(GiB)": memory.max_reserved_gib,
-        f"{prefix}/max_reserved(%)": memory.max_reserved_pct,
-        f"{prefix}/num_alloc_retries": memory.num_alloc_retries,
-        f"{prefix}/num_ooms": memory.num_ooms,
-    }
+    names = [f"max_{kind}({unit})" for kind in ("active", "reserved") for unit in ("GiB", "%")]
+    values = zip([*names, "num_alloc_retries", "num_ooms"], memory, strict=True)
+    return {f"{prefix}/{name}": value for name, value in values}
 
 
 def _clock_time(seconds: float) -> str:
     """3725 -> 1:02:05"""
     minutes, s = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
-
-
-__all__ = ["MetricsProcessor", "build_metrics"]

@@ -1,13 +1,13 @@
 """Configuration of a run. Nothing in this package imports torch, so that a mistake is found in an instant.
 
-job_config.py     the schema: one dataclass per TOML [section]
-schema.py         the schema as a table of options: types, ranges, documentation, reading one value
-upstream.py       options that only upstream has: without effect here, or refused
-manager.py        defaults < TOML < command line -> JobConfig; `python -m torchtitan.config.manager` prints it
-validate.py       every rule across sections, pure
-custom_import.py  the user's module that registers models and datasets
-preflight.py      what only a look at this machine can tell, before the processes start
-errors.py         mistakes of the user
+job_config.py      the schema: one dataclass per TOML [section]; types.py has what types its fields may have
+schema.py          the schema as a table of options: types, ranges, documentation, reading one value
+upstream.py        options that only upstream has: without effect here, or refused
+manager.py         defaults < TOML < command line -> JobConfig; `python -m torchtitan.config.manager` prints it
+degrees.py         how many ranks each kind of parallelism takes
+pipeline_split.py  which modules each pipeline stage has
+validate.py        every rule across sections, pure
+errors.py          mistakes of the user
 """
 
 from typing import TYPE_CHECKING, Any

@@ -10,29 +10,24 @@ from collections.abc import Sequence
 class ConfigError(ValueError):
     """An option, or a combination of options, that cannot work."""
 
-    title = "ConfigError"
+    title: str | None = None
+    """What the documentation calls it, where that is not the class's own name."""
 
     def report(self) -> str:
         """What the user reads."""
-        return f"{self.title}: {self}"
+        return f"{self.title or type(self).__name__}: {self}"
 
 
 class DatasetError(ConfigError):
     """Data that is missing, empty or not in the format it should be in."""
 
-    title = "DatasetError"
-
 
 class TokenizerError(ConfigError):
     """A tokenizer that cannot be read or does not fit the model."""
 
-    title = "TokenizerError"
-
 
 class CheckpointError(ConfigError):
     """A checkpoint that is missing, damaged or does not fit the run."""
-
-    title = "CheckpointError"
 
 
 class LigerNotInstalledError(ConfigError, ImportError):

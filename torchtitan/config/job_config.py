@@ -1,37 +1,18 @@
 """Every option of a run: one dataclass per TOML [section], one doc line per field.
 
-A field is a name, a type, a default and the string under it. The type carries the range
-(`PositiveInt`), the choices (`Literal`) or that it is a path (`FilePath`); schema.py reads all four for the command
-line, `--help` and docs/configuration.md. Rules across fields live in validate.py.
+A field is a name, a type (types.py), a default and the string under it; schema.py reads all four for the command line,
+`--help` and docs/configuration.md. Rules across fields live in validate.py.
 """
 
 import math
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from torchtitan.config.types import FilePath, NonNegativeFloat, NonNegativeInt, PositiveInt, PositiveIntOrAuto, Range
 
-@dataclass(frozen=True)
-class Range:
-    """Allowed values of a number: min and max are inclusive, above and below exclusive; `also` are allowed too."""
-
-    min: float | None = None
-    max: float | None = None
-    above: float | None = None
-    below: float | None = None
-    also: tuple[float, ...] = ()
-
-
-PositiveInt = Annotated[int, Range(min=1)]
-NonNegativeInt = Annotated[int, Range(min=0)]
-PositiveIntOrAuto = Annotated[int, Range(min=1, also=(-1,))]
-PositiveFloatOrInf = Annotated[float, Range(above=0, also=(math.inf,))]
-NonNegativeFloat = Annotated[float, Range(min=0)]
-Fraction = Annotated[float, Range(min=0, max=1)]
 Decay = Annotated[float, Range(min=0, below=1)]
-# torch counts time-outs in nanoseconds, in 64 bits.
-Seconds = Annotated[int, Range(min=1, max=10**9)]
-FilePath = Annotated[str, Path]
+Fraction = Annotated[float, Range(min=0, max=1)]
+Seconds = Annotated[int, Range(min=1, max=10**9)]  # torch counts time-outs in nanoseconds, in 64 bits
 DecayType = Literal["linear", "sqrt", "cosine"]
 ReshardPolicy = Literal["default", "always", "never"]
 PipelineSchedule = Literal["GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"]
@@ -181,7 +162,7 @@ class Training:
     seq_len: PositiveInt = 2048
     """Tokens per sequence."""
 
-    max_norm: PositiveFloatOrInf = 1.0
+    max_norm: Annotated[float, Range(above=0, also=(math.inf,))] = 1.0
     """Gradients are clipped to this global 2-norm; inf leaves them as they are."""
 
     steps: PositiveInt = 10000

@@ -9,12 +9,12 @@ Everything wrong with the TOML and the command line is reported at once. Rules a
 `python -m torchtitan.config.manager [arguments]` prints the resolved configuration as TOML, which can be run again.
 """
 
+import errno
 import logging
 import os
 import re
 import sys
 import textwrap
-import tomllib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -24,6 +24,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import tomli
 import tomli_w
 
 from torchtitan.config.errors import ConfigError, raise_all
@@ -210,23 +211,23 @@ def _read_toml(file: str) -> Iterator[_Setting]:
 
 def _load_toml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        # the message ends with the place, in brackets; only at the end of the text it names no line
-        found = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error))
-        last = text.splitlines() or [""]
-        what, line, column = found.groups() if found else (str(error), len(last), len(last[-1]) + 1)
-        raise ConfigError(f"{path}, line {line}, column {column}: not valid TOML: {what}") from None
+        if path.exists() and not path.is_file() and not path.is_dir():  # it may have no end, or be read only once
+            raise OSError(errno.EINVAL, "a pipe or a device, which not every process of a run can read; name a file")
+        return tomli.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
+    except tomli.TOMLDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ConfigError(f"{path}, {place}: not valid TOML: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: byte {error.start} is not UTF-8") from None
     except RecursionError:
         raise ConfigError(f"{path}: cannot be read: arrays or tables are nested too deep") from None
     except ValueError as error:  # of an integer with more digits than Python reads
         raise ConfigError(f"{path}: cannot be read: {str(error).partition(';')[0]}") from None
-    except OSError as error:
-        others = get_close_matches(path.name, [other.name for other in path.parent.glob("*.toml")], n=1)
-        hint = f"; did you mean {path.parent / others[0]}?" if others else f" (looked in {Path.cwd()})"
+    except OSError as error:  # a folder too
+        hint = ""
+        if isinstance(error, FileNotFoundError):
+            others = get_close_matches(path.name, [other.name for other in path.parent.glob("*.toml")], n=1)
+            hint = f"; did you mean {path.parent / others[0]}?" if others else f" (looked in {Path.cwd()})"
         raise ConfigError(f"cannot read {_CONFIG_FILE} {path}: {error.strerror}{hint}") from None
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torchtitan.config import job_config
-from torchtitan.config.job_config import JobConfig, Range
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.types import Range
 
 _BOOLEANS = {"true": True, "false": False}
 _MAX_INT = 2**63 - 1  # what tensors and checkpoints hold
@@ -71,6 +72,11 @@ class Option:
             raise ValueError(f"must be {self.allowed()}, and finite")
         if not _is_utf8(value):
             raise ValueError(f"must be {self.allowed()}; these bytes are not UTF-8")
+        if self.is_path and str(value).startswith("~"):
+            try:
+                return str(Path(str(value)).expanduser())
+            except RuntimeError:
+                raise ValueError(f"must be {self.allowed()}; no user has that home, and a name is ./{value}") from None
         return value
 
     def parse(self, text: str) -> Any:

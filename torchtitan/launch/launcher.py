@@ -23,10 +23,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from torchtitan.config.errors import ConfigError, raise_all
-from torchtitan.config.job_config import NonNegativeInt, PositiveInt, Range
 from torchtitan.config.schema import either, nearest, option_of
-from torchtitan.launch.preflight import check_writable
-from torchtitan.launch.preflight import main as preflight
+from torchtitan.config.types import FilePath, NonNegativeInt, PositiveInt, Range
+from torchtitan.launch import preflight
 from torchtitan.tools.terminal import ProgressTerminal, send_progress
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ FLAGS: dict[str, Any] = {
     "local_addr": str,
     "max_restarts": NonNegativeInt,
     "monitor_interval": Annotated[float, Range(above=0, max=10**9)],
-    "log_dir": str,
+    "log_dir": FilePath,
     "local_ranks_filter": str,
     "redirects": str,
     "tee": str,
@@ -68,12 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(line_buffering=True)
     try:
         launcher, options = split_arguments(sys.argv[1:] if argv is None else argv)
-        checked = {"nproc": launcher.nproc_per_node, "nnodes": launcher.nnodes.partition(":")[0]}
-        if "num_gpus" in launcher:
-            checked["num_gpus"] = launcher.num_gpus
-        status = preflight([f"--{name}={value}" for name, value in checked.items()] + ["--", *options])
-        if status != 0:
-            return status
+        num_gpus = getattr(launcher, "num_gpus", None)
+        nnodes = int(launcher.nnodes.partition(":")[0])
+        preflight.check(options, nproc=launcher.nproc_per_node, nnodes=nnodes, num_gpus=num_gpus)
         _check_flags(launcher)
         if sys.stdout.isatty():
             sys.stdout = ProgressTerminal(sys.stdout)
@@ -81,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stderr = sys.stdout
             # For the workers, whose own output is a file: this one's progress line is shown.
             os.environ["TORCHTITAN_PROGRESS_RANK"] = launcher.local_ranks_filter.partition(",")[0]
-        if "num_gpus" in launcher:  # for the workers, whose torch may be unable to use them
-            os.environ["TORCHTITAN_NUM_GPUS"] = str(launcher.num_gpus)
+        if num_gpus is not None:  # for the workers, whose torch may be unable to use them
+            os.environ["TORCHTITAN_NUM_GPUS"] = str(num_gpus)
         with tempfile.TemporaryDirectory(prefix="torchtitan_", ignore_cleanup_errors=True) as log_dir:
             flags = {name: value for name, value in vars(launcher).items() if name not in ("num_gpus", "standalone")}
             return run_workers({"log_dir": log_dir, **flags}, options)
@@ -169,7 +165,7 @@ def _check_flags(launcher: argparse.Namespace) -> None:
     raise_all([ConfigError(problem) for problem in problems])
     log_dir = given.get("log_dir", os.devnull)
     if log_dir != os.devnull:  # which torchrun knows how to take
-        check_writable(Path(log_dir), given=f"--log_dir {log_dir}")
+        preflight.check_writable(Path(log_dir), given=f"--log_dir {log_dir}")
 
 
 def run_workers(flags: dict[str, object], options: list[str]) -> int:

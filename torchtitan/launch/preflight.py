@@ -1,23 +1,19 @@
 """The check before the processes of a run start: the options, and what they point to on this machine.
 
-    python -m torchtitan.launch.preflight --nproc N [--nnodes M] [--num_gpus G] -- [options of the run]
-
-Exits 0 without a word, or 1 with one message. It imports no torch, so that a mistake costs a fraction of a second.
-Without --num_gpus nothing is assumed about GPUs; 0 means that the run is on CPU.
+Imports no torch, so that a mistake costs a fraction of a second.
 """
 
-import argparse
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 from torchtitan.components.tokenizer import PATH_ADVICE, find_tokenizer_file
 from torchtitan.config.errors import CheckpointError, ConfigError, DatasetError, TokenizerError, raise_all
-from torchtitan.config.job_config import JobConfig, Training, Validation
+from torchtitan.config.job_config import JobConfig
 from torchtitan.config.manager import REPOSITORY, ConfigManager
 from torchtitan.config.schema import either, meant_or_known
 from torchtitan.datasets import get_dataset_names, open_dataset
@@ -27,22 +23,35 @@ from torchtitan.protocols.train_spec import check_vocab_size, validate_run
 from torchtitan.tools.packages import is_installed, is_liger_installed
 
 
-def check_machine(config: JobConfig) -> None:
-    """Raise ConfigError with everything that the options point to and that is not there, or does not fit.
+def check(options: Sequence[str], *, nproc: int, nnodes: int = 1, num_gpus: int | None = None) -> None:
+    """Raise ConfigError with everything that is wrong with a run's options or with what they point to.
 
-    Creates the run's output folder, to know that it can be written.
+    Creates the run's output folder, to know that it can be written. `--help` among the options prints and raises
+    SystemExit.
+
+    Args:
+        nproc: processes on this machine, of which there are `nnodes`.
+        num_gpus: of this machine; 0 means that the run is on CPU, None that it is not known.
     """
+    config = ConfigManager().parse_args(options, warn=False)
+    validate_run(
+        config,
+        world_size=nproc * nnodes,
+        local_world_size=nproc,
+        num_gpus=num_gpus,
+        liger_installed=is_liger_installed(),
+    )
     raise_all(
         [
             *_about_custom_import(config),
             *_about_tokenizer(config),
-            *_about_datasets(config),
+            *_about_dataset(config, "training"),
+            *(_about_dataset(config, "validation") if config.validation.enabled else ()),
             *_about_metrics(config),
             *_about_initial_checkpoint(config),
         ]
     )
-    folder = Path(config.job.dump_folder)
-    check_writable(folder, given=f"job.dump_folder={folder}")
+    check_writable(Path(config.job.dump_folder), given=f"job.dump_folder={Path(config.job.dump_folder)}")
 
 
 def check_writable(folder: Path, *, given: str) -> None:
@@ -90,26 +99,19 @@ def _is_absent(path: Path, *looked_in: Path) -> str:
     return "does not exist" + ("" if path.is_absolute() else f" in {either(dict.fromkeys(looked_in))}")
 
 
-def _about_datasets(config: JobConfig) -> Iterator[ConfigError]:
-    sections: dict[str, Training | Validation] = {"training": config.training}
-    if config.validation.enabled:
-        sections["validation"] = config.validation
-    for section, options in sections.items():
-        names, given = get_dataset_names(), f"{section}.dataset={options.dataset}"
-        if options.dataset not in names:
-            if not config.experimental.custom_import:  # which may register the dataset later
-                yield DatasetError(f"{given} is unknown; {meant_or_known(options.dataset, names)}")
-        elif options.dataset == "c4_test" and options.dataset_path is None:  # to open the others takes long
-            yield from _about_opening(given, options.dataset)
-        if options.dataset_path is not None:
-            yield from _about_dataset_path(f"{section}.dataset_path={options.dataset_path}", Path(options.dataset_path))
-
-
-def _about_opening(given: str, name: str) -> Iterator[ConfigError]:
-    try:
-        open_dataset(name)
-    except DatasetError as error:
-        yield DatasetError(f"{given}: {error}")
+def _about_dataset(config: JobConfig, section: Literal["training", "validation"]) -> Iterator[ConfigError]:
+    options = getattr(config, section)
+    names, given = get_dataset_names(), f"{section}.dataset={options.dataset}"
+    if options.dataset not in names:
+        if not config.experimental.custom_import:  # which may register the dataset later
+            yield DatasetError(f"{given} is unknown; {meant_or_known(options.dataset, names)}")
+    elif options.dataset == "c4_test" and options.dataset_path is None:  # to open the others takes long
+        try:
+            open_dataset(options.dataset)
+        except DatasetError as error:
+            yield DatasetError(f"{given}: {error}")
+    if options.dataset_path is not None:
+        yield from _about_dataset_path(f"{section}.dataset_path={options.dataset_path}", Path(options.dataset_path))
 
 
 def _about_dataset_path(given: str, path: Path) -> Iterator[ConfigError]:
@@ -149,31 +151,3 @@ def _about_initial_checkpoint(config: JobConfig) -> Iterator[ConfigError]:
             yield CheckpointError(f"{given} {_is_absent(Path(path), Path.cwd())}; it takes the folder of a checkpoint")
     except OSError as error:
         yield CheckpointError(f"{given} cannot be read: {error.strerror}")
-
-
-def main(argv: Sequence[str]) -> int:
-    """Check a run before it is started; the exit status."""
-    parser = argparse.ArgumentParser("torchtitan.launch.preflight", allow_abbrev=False, add_help=False)
-    parser.add_argument("--nproc", type=int, required=True)
-    parser.add_argument("--nnodes", type=int, default=1)
-    parser.add_argument("--num_gpus", type=int)
-    split = list(argv).index("--") if "--" in argv else len(argv)
-    launch = parser.parse_args(argv[:split])
-    try:
-        config = ConfigManager().parse_args(argv[split + 1 :], warn=False)
-        validate_run(
-            config,
-            world_size=launch.nproc * launch.nnodes,
-            local_world_size=launch.nproc,
-            num_gpus=launch.num_gpus,
-            liger_installed=is_liger_installed(),
-        )
-        check_machine(config)
-    except ConfigError as error:
-        print(error.report(), file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -108,11 +108,15 @@ def get_model_names() -> list[str]:
 
 
 def get_train_spec(name: str) -> TrainSpec:
-    """A family in this package is the package torchtitan.models.<name>, which has a `train_spec`."""
+    """A family in this package is the package torchtitan.models.<name>, which has a `train_spec`.
+
+    Raises:
+        ConfigError: there is no such family.
+    """
     if name in _registered:
         return _registered[name]
-    if name not in get_model_names():
-        raise ConfigError(f"model.name={name!r} is unknown; known are {', '.join(get_model_names())}.")
+    if name not in (names := get_model_names()):
+        raise ConfigError(f"model.name={name} is unknown; {meant_or_known(name, names)}")
     spec = importlib.import_module(f"torchtitan.models.{name}").train_spec
     assert isinstance(spec, TrainSpec)
     return spec
@@ -140,11 +144,9 @@ def find_model(config: JobConfig) -> ModelArgs | None:
     Raises:
         ConfigError: there is no such family or flavour.
     """
-    model, names = config.model, get_model_names()
-    if model.name not in names:
-        if config.experimental.custom_import:
-            return None
-        raise ConfigError(f"model.name={model.name} is unknown; {meant_or_known(model.name, names)}")
+    model = config.model
+    if config.experimental.custom_import and model.name not in get_model_names():
+        return None
     flavors = get_train_spec(model.name).flavors
     if model.flavor not in flavors:
         raise ConfigError(f"model.flavor={model.flavor} is unknown; {meant_or_known(model.flavor, flavors)}")
@@ -178,11 +180,13 @@ def validate_run(
 
 def check_vocab_size(config: JobConfig, vocab_size: int) -> None:
     """Raise TokenizerError if a tokenizer with so many ids makes some that the model, where it is known, lacks."""
-    spec = get_train_spec(config.model.name) if config.model.name in get_model_names() else None
-    model = spec.flavors.get(config.model.flavor) if spec else None
+    try:
+        model = find_model(config)
+    except ConfigError:  # validate_run tells of it
+        return
     if model and vocab_size > model.vocab_size:
         raise TokenizerError(
             f"model.tokenizer_path={config.model.tokenizer_path} makes token ids up to {vocab_size - 1}, and"
-            f" {config.model.name} {config.model.flavor} has a vocabulary of {model.vocab_size}; use a"
-            " smaller tokenizer or a model.flavor with a larger vocabulary"
+            f" {config.model.name} {config.model.flavor} has a vocabulary of {model.vocab_size}; use a smaller"
+            " tokenizer or a model.flavor with a larger vocabulary"
         )

@@ -114,6 +114,3 @@ def _peak_resident_memory() -> int:
         return 1024 * int(kib.group(1))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
-
-
-__all__ = ["DeviceMemoryMonitor", "MemoryStats", "get_device_name", "get_device_type", "get_peak_flops"]

@@ -38,6 +38,3 @@ def _collect_and_report(step: int) -> None:
         mib = sum(size for size, _ in sizes) / 2**20
         kinds = ", ".join(sorted({kind.removeprefix("torch.") for _, kind in sizes}))
         logger.warning(f"step {step}: reference cycles kept {len(sizes)} tensors ({mib:.1f} MiB) alive: {kinds}")
-
-
-__all__ = ["GarbageCollection"]

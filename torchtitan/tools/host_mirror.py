@@ -30,6 +30,3 @@ class HostMirror:
         if event is not None:
             event.synchronize()
         return copy.tolist()
-
-
-__all__ = ["HostMirror"]

@@ -14,6 +14,3 @@ def init_logger() -> None:
     logger.setLevel(logging.INFO)
     # The root logger may have handlers of its own (a notebook, another library): each line is printed once.
     logger.propagate = False
-
-
-__all__ = ["init_logger", "logger"]

@@ -17,6 +17,3 @@ def end_with_launcher() -> None:
     """
     if sys.platform == "linux" and dist.is_torchelastic_launched():
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-__all__ = ["end_with_launcher"]

@@ -128,6 +128,3 @@ def _ends_with(path: Path, end: bytes) -> bool:
     with path.open("rb") as file:
         file.seek(-len(end), os.SEEK_END)
         return file.read() == end
-
-
-__all__ = ["maybe_profile"]

@@ -56,6 +56,3 @@ class ProgressTerminal:
 
     def fileno(self) -> int:
         return self._terminal.fileno()
-
-
-__all__ = ["ProgressTerminal", "send_progress"]

@@ -141,7 +141,7 @@ def listen(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_the_line_is_upstreams_with_the_time_left(build: Build, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     metrics = build()
-    metrics._memory.peak = 12.345
+    metrics.memory.peak = 12.345
     for step in range(1, 11):
         metrics.start_step(step)
         metrics.count_tokens(50_000)
@@ -187,7 +187,7 @@ def test_values_are_those_since_the_last_log(build: Build, clock: Clock, sink: R
         metrics.record_data_loading(0.5)
         clock.now += 2
         if step != 2:
-            metrics._memory.peak = 10.0 * step
+            metrics.memory.peak = 10.0 * step
             log(metrics, step)
     (_, first), (step, values) = sink.written
     assert first["throughput(tps)"] == 6000 / 2 / 4
@@ -213,14 +213,14 @@ def test_validation_is_kept_out_of_the_trainings_time_and_memory(
     metrics = build()
     metrics.start_step(1)
     metrics.count_tokens(1000)
-    metrics._memory.peak = 20.0
+    metrics.memory.peak = 20.0
     clock.now += 1
     with metrics.validating():
-        metrics._memory.peak = 50.0
+        metrics.memory.peak = 50.0
         clock.now += 100
         metrics.log_validation(1, loss=2.5, n_tokens=3000)
     clock.now += 1
-    metrics._memory.peak = 5.0
+    metrics.memory.peak = 5.0
     log(metrics, 2)
     assert messages(caplog)[0] == "validate step:  1  loss:  2.5000  memory: 50.00GiB(50.00%)  tps: 30"
     (_, validation), (_, training) = sink.written
@@ -240,7 +240,7 @@ class TestProgressLine:
         clock.now += 1
         metrics.count_tokens(2000)
         log(metrics, 1)
-        metrics._memory.peak = 2.5
+        metrics.memory.peak = 2.5
         for _ in range(3):
             clock.now += 0.05
             metrics.start_step(6)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,12 @@ def test_toml_values(toml):
     assert config.parallelism.module_fqns_per_model_part == [["tok_embeddings", "layers.0"], ["norm", "output"]]
 
 
+def test_toml_is_read_by_version_1_1(toml):
+    """Inline tables over several lines, with a comma at their end; the escapes \\e and \\x."""
+    config = parse(toml('training = {\n  steps = 7,  # few\n  seq_len = 64,\n}\n[job]\ndescription = "\\e[1m\\x41"'))
+    assert (config.training.steps, config.training.seq_len, config.job.description) == (7, 64, "\x1b[1mA")
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
@@ -255,7 +262,8 @@ def test_mistakes_on_the_command_line(argv, parts):
         (f"[training]\nsteps = 0x{'f' * 5000}", ["training.steps = ...", "the largest is 2**63 - 1"]),
         (f"[training]\nsteps = {'9' * 5000}", ["cannot be read", "value has 5000 digits"]),
         (f"[training]\nsteps = {'[' * 5000}{']' * 5000}", ["cannot be read", "nested too deep"]),
-        (f"[{'.'.join(['training'] * 5000)}]\na = 1", ["training.training = ...", "unknown option"]),
+        (f"[{'.'.join(['training'] * 900)}]\na = 1", ["training.training = ", "unknown option"]),
+        (f"[{'.'.join(['training'] * 5000)}]\na = 1", ["cannot be read", "nested too deep"]),
         ('[job]\ndump_folder = "a\\u0000"', ["job.dump_folder", "must be a path"]),
         ("[optimizer]\nlr = nan", ["optimizer.lr = NaN", "a number >= 0"]),
         ('[optimizer]\nname = "adamw"', ['optimizer.name = "adamw"', "Adam or AdamW", "did you mean AdamW?"]),
@@ -303,7 +311,32 @@ def test_a_missing_file_and_the_one_that_was_meant(tmp_path):
         [f"--job.config_file={tmp_path}/debug_modle.toml"]
     )
     assert "No such file" in message(["--job.config_file", str(tmp_path / "other")])
-    assert "Is a directory" in message(["--job.config_file", str(tmp_path)])
+
+
+def test_a_config_file_that_is_no_file_is_one_line_and_not_read(tmp_path):
+    """A pipe would be waited for, and /dev/full read until the memory is full."""
+    os.mkfifo(tmp_path / "pipe.toml")
+    for path in (tmp_path / "pipe.toml", "/dev/full", "/dev/stdin"):
+        assert message(["--job.config_file", str(path)]) == (
+            f"cannot read job.config_file {path}: a pipe or a device, which not every process of a run can read;"
+            " name a file"
+        )
+    (tmp_path / "folder.toml").mkdir()
+    told = f"cannot read job.config_file {tmp_path / 'folder.toml'}: Is a directory"
+    assert message(["--job.config_file", str(tmp_path / "folder.toml")]) == told
+
+
+def test_a_path_may_begin_with_the_home_folder(toml, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.toml").write_text('[training]\ndataset_path = "~/texts"\n[job]\ndescription = "~"')
+    config = parse(["--job.config_file=~/run.toml", "--job.dump_folder", "~", "--checkpoint.folder", "~/a"])
+    assert config.training.dataset_path == f"{tmp_path}/texts"
+    assert config.job.dump_folder == str(tmp_path)
+    assert (config.job.description, config.checkpoint.folder) == ("~", "~/a")  # no paths of their own
+    assert parse(["--job.dump_folder", "./~"]).job.dump_folder == "./~"
+    assert message(["--job.dump_folder", "~no.such.user/a"]) == (
+        "--job.dump_folder ~no.such.user/a: must be a path; no user has that home, and a name is ./~no.such.user/a"
+    )
 
 
 def test_all_mistakes_are_reported_together(toml):

@@ -29,7 +29,9 @@ assert "torch" not in sys.modules
 
 
 def test_unknown_model_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="'llama4' is unknown; known are llama3"):
+    with pytest.raises(ConfigError, match=r"^model.name=mixtral is unknown; known are llama3"):
+        get_train_spec("mixtral")
+    with pytest.raises(ConfigError, match=r"^model.name=llama4 is unknown; did you mean llama3\?"):
         get_train_spec("llama4")
 
 
