@@ -1,8 +1,14 @@
-"""Processes that a test watches from outside."""
+"""Processes that a test starts, or watches from outside."""
 
+import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+# One process imports what most tests need, and those that tests start are forked from it: each then begins in a tenth
+# of a second, where one that imports torch anew takes seconds. It has the environment of the first test that asks.
+multiprocessing.set_forkserver_preload(["pytest", "torchtitan.train", "torchtitan.models.llama3.infra.parallelize"])
+FORKED = multiprocessing.get_context("forkserver")
 
 
 def wait_until(condition: Callable[[], bool], what: str = "the condition", seconds: float = 60) -> None:

@@ -5,7 +5,6 @@ tests can afford many. What it printed, its exit status and its metrics.jsonl ar
 """
 
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -22,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 import torchtitan.train
+from tests.processes import FORKED
 
 REPO = Path(__file__).parents[2]
 OPTIONS = f"""
@@ -33,9 +33,6 @@ OPTIONS = f"""
     --metrics.log_freq 1 --comm.init_timeout_seconds 60
 """
 TIMEOUT_S = 240
-
-_FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["pytest", "torchtitan.train", "torchtitan.models.llama3.infra.parallelize", __name__])
 
 Hook = Callable[[], None]
 """Runs in the process before the trainer does: a function of a module, to change what the trainer will find."""
@@ -69,7 +66,7 @@ class Life:
             port = free.getsockname()[1]
         argv = f"{OPTIONS} --job.dump_folder {folder} --training.dataset_path {data} {options}".split()
         self.processes = [
-            _FORKED.Process(target=_live, args=(rank, world_size, port, argv, self._log(rank), hook, on_gpus))
+            FORKED.Process(target=_live, args=(rank, world_size, port, argv, self._log(rank), hook, on_gpus))
             for rank in range(world_size)
         ]
         for process in self.processes:

@@ -24,10 +24,8 @@ REPO = Path(__file__).parents[2]
 WORKER = """
 import json, os, signal, sys, time
 from pathlib import Path
-from torchtitan.tools.process import end_with_launcher
 from torchtitan.tools.terminal import send_progress
 
-end_with_launcher()
 rank = os.environ["RANK"]
 names = ("WORLD_SIZE", "OMP_NUM_THREADS", "TORCHTITAN_PROGRESS_RANK", "TORCHTITAN_NUM_GPUS")
 seen = {name: os.environ.get(name) for name in names}
@@ -43,6 +41,9 @@ if mode == "progress":
     send_progress("step 1 of 2")
     print("a log line", flush=True)
 elif mode != "succeed":
+    from torchtitan.tools.process import end_with_launcher  # here, because it imports torch
+
+    end_with_launcher()
     signal.signal(signal.SIGINT, signal.SIG_IGN if mode == "stubborn" else signal.SIG_DFL)
     Path(f"ready{rank}").touch()
     time.sleep(100)

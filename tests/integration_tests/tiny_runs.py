@@ -2,7 +2,6 @@
 
 import gc
 import json
-import multiprocessing
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ import torch.multiprocessing as mp
 
 import torchtitan.train
 from tests.integration_tests.tiny_sizes import ODD
+from tests.processes import FORKED
 from torchtitan.components.dataloader import Batch
 from torchtitan.components.loss import IGNORE_INDEX
 
@@ -35,9 +35,6 @@ OPTIONS = f"""
     --liger_kernel.implementation native --liger_kernel.logits_memory_budget_mib 1
     --metrics.log_freq 1 --comm.init_timeout_seconds 100
 """
-
-# Workers are forked from a process that has imported what they need.
-multiprocessing.set_forkserver_preload(["torchtitan.train", "torchtitan.models.llama3.infra.parallelize", __name__])
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ def _end_file(folder: str, run: Run, rank: int) -> Path:
 
 def start(worker: Callable[..., None], world_size: int, *args: Any) -> None:
     """Run worker(rank, *args) in this many processes, to their end."""
-    mp.start_processes(worker, args, world_size, start_method="forkserver")
+    mp.start_processes(worker, args, world_size, start_method=FORKED.get_start_method())
 
 
 def serve_store() -> dist.TCPStore:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import CheckpointError
+from torchtitan.config.job_config import Validation
 from torchtitan.datasets import Cursor, DocumentStream, open_dataset, pack
 from torchtitan.tools.logging import logger
 
@@ -69,17 +70,12 @@ def build_dataloader(
 
 
 def build_validation_dataloader(
-    *,
-    dataset: str,
-    dataset_path: str | None,
-    tokenizer: Tokenizer,
-    dp_rank: int,
-    dp_world_size: int,
-    batch_size: int,
-    seq_len: int,
+    validation: Validation, tokenizer: Tokenizer, *, dp_rank: int, dp_world_size: int
 ) -> "ValidationDataLoader":
     """For validation; raises as build_dataloader does."""
-    documents = DocumentStream(open_dataset(dataset, dataset_path), seed=VALIDATION_SEED, infinite=False)
+    source = open_dataset(validation.dataset, validation.dataset_path)
+    documents = DocumentStream(source, seed=VALIDATION_SEED, infinite=False)
+    batch_size, seq_len = validation.local_batch_size, validation.seq_len
     return ValidationDataLoader(documents, tokenizer, dp_rank, dp_world_size, batch_size, seq_len)
 
 

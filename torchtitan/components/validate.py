@@ -84,13 +84,5 @@ def build_validator(
     """A validator of this rank's share of the set. Raises DatasetError: it is missing, empty or in no known format."""
     batches: Iterable[Batch] = []
     if validation.enabled:
-        batches = build_validation_dataloader(
-            dataset=validation.dataset,
-            dataset_path=validation.dataset_path,
-            tokenizer=tokenizer,
-            dp_rank=dp_rank,
-            dp_world_size=dp_world_size,
-            batch_size=validation.local_batch_size,
-            seq_len=validation.seq_len,
-        )
+        batches = build_validation_dataloader(validation, tokenizer, dp_rank=dp_rank, dp_world_size=dp_world_size)
     return Validator(validation, batches, runner, metrics, shard_context, device, counts_tokens, counts_loss)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import Parallelism
 
+_SHARD = "data_parallel_shard_degree"
+
 
 @dataclass(frozen=True)
 class ParallelDims:
@@ -24,17 +26,15 @@ class ParallelDims:
         """Take the degrees from [parallelism]; a shard degree of -1 becomes what the other degrees leave over."""
         degrees = {
             "data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
-            "data_parallel_shard_degree": parallelism.data_parallel_shard_degree,
+            _SHARD: parallelism.data_parallel_shard_degree,
             "context_parallel_degree": parallelism.context_parallel_degree,
             "tensor_parallel_degree": parallelism.tensor_parallel_degree,
             "pipeline_parallel_degree": parallelism.pipeline_parallel_degree,
         }
-        dp_shard = degrees["data_parallel_shard_degree"]
-        others = math.prod(degree for name, degree in degrees.items() if name != "data_parallel_shard_degree")
-        if dp_shard == -1 and world_size % others == 0:
-            dp_shard = world_size // others
-        if dp_shard == -1 or dp_shard * others != world_size:
-            raise ConfigError(_explain_misfit(degrees, world_size))
+        others = math.prod(degrees.values()) // degrees[_SHARD]  # also where that is -1
+        dp_shard = world_size // others if degrees[_SHARD] == -1 else degrees[_SHARD]
+        if dp_shard * others != world_size:
+            raise ConfigError(_explain_misfit(degrees, others, world_size))
         return cls(
             dp_replicate=parallelism.data_parallel_replicate_degree,
             dp_shard=dp_shard,
@@ -58,30 +58,26 @@ class ParallelDims:
         return self.dp_shard * self.cp
 
 
-def _explain_misfit(degrees: dict[str, int], world_size: int) -> str:
-    shard = degrees["data_parallel_shard_degree"]
-    named = [name for name, degree in degrees.items() if degree != 1] or ["data_parallel_shard_degree"]
+def _explain_misfit(degrees: dict[str, int], others: int, world_size: int) -> str:
+    """`others` is the product of all degrees but the shard degree."""
+    shard = degrees[_SHARD]
+    named = [name for name, degree in degrees.items() if degree != 1] or [_SHARD]
     given = ", ".join(f"parallelism.{name}={degrees[name]}" for name in named)
-    others = math.prod(degree for name, degree in degrees.items() if name != "data_parallel_shard_degree")
     product = f"{others} (times the shard degree, -1)" if shard == -1 else f"{others * shard}"
     message = f"The parallel degrees do not fit {world_size} process{'es' * (world_size != 1)}: {given}; "
     message += f"their product is {product}, the world size {world_size}. "
     if world_size % others == 0:
-        return message + f"parallelism.data_parallel_shard_degree={world_size // others} (or -1) would fit."
+        return message + f"parallelism.{_SHARD}={world_size // others} (or -1) would fit."
     needed = others * max(shard, 1)
-    fitting = {name: degree for name, degree in degrees.items() if name != "data_parallel_shard_degree"}
+    fitting = {name: degree for name, degree in degrees.items() if name != _SHARD}
     # Keep as much as possible of what was asked for: give up, in this order, copies, context, stages, tensor.
-    for name in (
-        "data_parallel_replicate_degree",
-        "context_parallel_degree",
-        "pipeline_parallel_degree",
-        "tensor_parallel_degree",
-    ):
+    for kind in ("data_parallel_replicate", "context_parallel", "pipeline_parallel", "tensor_parallel"):
         if world_size % math.prod(fitting.values()) == 0:
             break
-        rest = math.prod(degree for other, degree in fitting.items() if other != name)
-        fitting[name] = math.gcd(fitting[name], world_size // rest) if world_size % rest == 0 else 1
-    fitting["data_parallel_shard_degree"] = world_size // math.prod(fitting.values())
+        asked = fitting[f"{kind}_degree"]
+        rest = math.prod(fitting.values()) // asked
+        fitting[f"{kind}_degree"] = math.gcd(asked, world_size // rest) if world_size % rest == 0 else 1
+    fitting[_SHARD] = world_size // math.prod(fitting.values())
     layout = ", ".join(f"parallelism.{name}={degree}" for name, degree in fitting.items() if degree != 1)
     otherwise = f"use {layout} and 1 for the rest" if layout else "leave all degrees at 1"
     return message + f"Start {needed} processes (NGPU={needed}, or --nproc_per_node {needed}), or {otherwise}."

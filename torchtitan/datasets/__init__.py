@@ -4,7 +4,7 @@
 |---|---|
 | registry.py | the datasets by name; register_dataset |
 | source.py | what a dataset offers: shards of documents |
-| local.py | text, JSON lines and Parquet on this machine |
+| local.py, files.py | a path on this machine to its files; text, JSON lines and Parquet |
 | hub.py | whatever Hugging Face `datasets` loads or streams |
 | documents.py | shuffled, dealt to data ranks, endless, resumable |
 | packing.py | tokenised, joined, cut into sequences |
@@ -13,8 +13,9 @@ components/dataloader.py puts them together and reads ahead of the step.
 """
 
 from torchtitan.datasets.documents import DocumentStream, Position
+from torchtitan.datasets.files import CompressedJsonLinesFiles, JsonLinesFiles, ParquetFiles, TextFiles
 from torchtitan.datasets.hub import HuggingFaceStream
-from torchtitan.datasets.local import CompressedJsonLinesFiles, JsonLinesFiles, ParquetFiles, TextFiles, open_path
+from torchtitan.datasets.local import open_path
 from torchtitan.datasets.packing import Cursor, pack
 from torchtitan.datasets.registry import get_dataset_names, open_dataset, register_dataset
 from torchtitan.datasets.source import Source, Text

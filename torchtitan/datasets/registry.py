@@ -8,8 +8,9 @@ from pathlib import Path
 
 from torchtitan.config.errors import DatasetError
 from torchtitan.config.schema import meant_or_known
+from torchtitan.datasets.files import TextFiles
 from torchtitan.datasets.hub import HuggingFaceStream
-from torchtitan.datasets.local import TextFiles, open_path
+from torchtitan.datasets.local import open_path
 from torchtitan.datasets.source import Source, Text
 
 VALIDATION_STRIDE = 20

@@ -2,7 +2,7 @@
 
 A shard is the unit in which data is shuffled over the whole set and dealt to ranks: a piece of a text
 file, a MiB of JSON lines, a compressed file of them, a row group of Parquet, a file on the hub. Files and
-formats are in local.py and hub.py; order, ranks and resuming in documents.py.
+formats are in files.py and hub.py; order, ranks and resuming in documents.py.
 """
 
 import re

@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -70,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         num_gpus = getattr(launcher, "num_gpus", None)
         nnodes = int(launcher.nnodes.partition(":")[0])
         preflight.check(options, nproc=launcher.nproc_per_node, nnodes=nnodes, num_gpus=num_gpus)
-        _check_flags(launcher)
+        raise_all([ConfigError(problem) for problem in _about_flags(launcher)])
+        if (folder := getattr(launcher, "log_dir", os.devnull)) != os.devnull:  # which torchrun knows how to take
+            preflight.check_writable(Path(folder), given=f"--log_dir {folder}")
         if sys.stdout.isatty():
             sys.stdout = ProgressTerminal(sys.stdout)
             if sys.stderr.isatty():  # not where `2>err.log` asks for it
@@ -128,44 +130,35 @@ def _is_num_nodes(text: str) -> bool:
     return found is not None and int(found[1]) <= int(found[2] or found[1])
 
 
-def _check_flags(launcher: argparse.Namespace) -> None:
-    """Raise ConfigError for what torchrun would take and show nothing, or end in a traceback."""
-    problems = []
-    shown, num_ranks = launcher.local_ranks_filter, launcher.nproc_per_node
-    try:
-        known = all(int(rank) in range(num_ranks) for rank in shown.split(","))
-    except ValueError:
-        known = False
-    if not known:
-        problems.append(
+def _about_flags(flags: argparse.Namespace) -> Iterator[str]:
+    """What torchrun would take and show nothing, or end in a traceback."""
+    shown, ranks = flags.local_ranks_filter, range(flags.nproc_per_node)
+    if not set(shown.split(",")) <= set(map(str, ranks)):
+        yield (
             f"LOG_RANK={shown} (the flag --local_ranks_filter): must be ranks of this machine, separated by commas,"
-            f" each of them {either(range(num_ranks))}"
+            f" each of them {either(ranks)}"
         )
-    given = vars(launcher)
-    if given.get("standalone") and launcher.nnodes not in ("1", "1:1"):  # on one machine every run is so
-        problems.append(f"--standalone is for one machine, and --nnodes is {launcher.nnodes}; leave one of them out")
+    given = vars(flags)
+    if given.get("standalone") and flags.nnodes not in ("1", "1:1"):  # on one machine every run is so
+        yield f"--standalone is for one machine, and --nnodes is {flags.nnodes}; leave one of them out"
     has_master = any(flag in given for flag in _MASTER_FLAGS)
-    if launcher.nnodes.rpartition(":")[2] != "1" and "rdzv_endpoint" not in given and not has_master:
-        problems.append(
-            f"--nnodes {launcher.nnodes}: the machines need a place to meet; add --rdzv_endpoint HOST:PORT, the same on"
+    if flags.nnodes.rpartition(":")[2] != "1" and "rdzv_endpoint" not in given and not has_master:
+        yield (
+            f"--nnodes {flags.nnodes}: the machines need a place to meet; add --rdzv_endpoint HOST:PORT, the same on"
             " all of them"
         )
     if "rdzv_endpoint" in given and has_master:
-        problems.append(
+        yield (
             f"--rdzv_endpoint {given['rdzv_endpoint']} says where the machines meet, and so do --master_addr,"
             " --master_port and --node_rank; leave out the one or the others"
         )
     if "local_addr" in given:  # torchrun would look for it for minutes
         try:
-            socket.getaddrinfo(launcher.local_addr, None)
+            socket.getaddrinfo(flags.local_addr, None)
         except OSError as error:
-            problems.append(f"--local_addr {launcher.local_addr}: not a host or address that is known here: {error}")
+            yield f"--local_addr {flags.local_addr}: not a host or address that is known here: {error}"
     if "numa_binding" in given and given.get("num_gpus") == 0:
-        problems.append("--numa_binding binds processes to the cores near their GPUs; leave it out on CPU")
-    raise_all([ConfigError(problem) for problem in problems])
-    log_dir = given.get("log_dir", os.devnull)
-    if log_dir != os.devnull:  # which torchrun knows how to take
-        preflight.check_writable(Path(log_dir), given=f"--log_dir {log_dir}")
+        yield "--numa_binding binds processes to the cores near their GPUs; leave it out on CPU"
 
 
 def run_workers(flags: dict[str, object], options: list[str]) -> int:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from torchtitan.components.dataloader import (
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer, build_tokenizer
 from torchtitan.config.errors import ConfigError, DatasetError
+from torchtitan.config.job_config import Validation
 
 Loader = TrainingDataLoader | ValidationDataLoader
 
@@ -52,6 +54,13 @@ def path(tmp_path) -> str:
     return str(tmp_path)
 
 
+def build_for_validation(
+    *, tokenizer: Tokenizer, dp_rank: int, dp_world_size: int, batch_size: int, **options: Any
+) -> ValidationDataLoader:
+    validation = Validation(local_batch_size=batch_size, **options)
+    return build_validation_dataloader(validation, tokenizer, dp_rank=dp_rank, dp_world_size=dp_world_size)
+
+
 @pytest.fixture
 def build(tokenizer, path):
     loaders = []
@@ -67,7 +76,7 @@ def build(tokenizer, path):
             "seq_len": 16,
         }
         if validation:
-            loaders.append(build_validation_dataloader(**(arguments | overrides)))
+            loaders.append(build_for_validation(**(arguments | overrides)))
         else:
             loaders.append(build_dataloader(**({"seed": 0} | arguments | overrides)))
         return loaders[-1]
@@ -310,9 +319,12 @@ def test_exit_does_not_wait_for_the_thread(path):
     code = f"""
 from torchtitan.components.dataloader import build_dataloader, build_validation_dataloader
 from torchtitan.components.tokenizer import build_tokenizer
-arguments = dict(dataset="c4", dataset_path={path!r}, tokenizer=build_tokenizer("tests/assets/tokenizer"),
-    dp_rank=0, dp_world_size=1, batch_size=1, seq_len=8)
-loaders = [build_dataloader(**arguments, seed=0), build_validation_dataloader(**arguments)]
+from torchtitan.config.job_config import Validation
+data = dict(dataset="c4", dataset_path={path!r}, seq_len=8)
+arguments = dict(tokenizer=build_tokenizer("tests/assets/tokenizer"), dp_rank=0, dp_world_size=1)
+validation = Validation(**data, local_batch_size=1)
+for_training = build_dataloader(**data, **arguments, batch_size=1, seed=0)
+loaders = [for_training, build_validation_dataloader(validation, **arguments)]
 batches = [next(iter(loader)) for loader in loaders]
 print("done")
 """
@@ -338,7 +350,7 @@ def test_error_is_raised_behind_the_batches_before_it(build, path, monkeypatch):
 
 
 def test_bad_line_stops_the_run_in_either_mode(build, path, monkeypatch):
-    monkeypatch.setattr("torchtitan.datasets.local.CHECKED_BYTES", 0)
+    monkeypatch.setattr("torchtitan.datasets.files.CHECKED_BYTES", 0)
     with (Path(path) / "1.jsonl").open("a") as file:
         file.write("{not JSON\n")
     for validation in (True, False):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from torchtitan.config.errors import DatasetError
-from torchtitan.datasets.local import CompressedJsonLinesFiles, JsonLinesFiles, ParquetFiles, TextFiles, open_path
+from torchtitan.datasets.files import CompressedJsonLinesFiles, JsonLinesFiles, ParquetFiles, TextFiles
+from torchtitan.datasets.local import open_path
 from torchtitan.datasets.source import Source
 
 
@@ -38,7 +39,7 @@ def test_every_document_is_read_once(kind, write, documents):
 )
 def test_long_text_is_cut_without_loss(text, tmp_path, monkeypatch):
     monkeypatch.setattr(TextFiles, "piece_bytes", 64)
-    monkeypatch.setattr("torchtitan.datasets.local.CUT_SEARCH_BYTES", 32)
+    monkeypatch.setattr("torchtitan.datasets.files.CUT_SEARCH_BYTES", 32)
     (tmp_path / "a.txt").write_text(text)
     source = open_path(tmp_path, "text")
     pieces = read_all(source)
@@ -63,7 +64,7 @@ def test_text_that_is_not_utf8_is_read(tmp_path):
 def test_a_line_of_many_pieces_is_searched_for_its_end_once(num_lines, tmp_path, monkeypatch):
     """Not once for each of its pieces."""
     monkeypatch.setattr(JsonLinesFiles, "piece_bytes", 64)
-    monkeypatch.setattr("torchtitan.datasets.local.CUT_SEARCH_BYTES", 32)
+    monkeypatch.setattr("torchtitan.datasets.files.CUT_SEARCH_BYTES", 32)
     rows = [{"text": f"{line} " * 10_000} for line in range(num_lines)]
     path = write_rows(tmp_path / "a.jsonl", [{"text": "short"}, *rows, {"text": "short"}])
     num_read = 0
@@ -126,7 +127,7 @@ def test_bad_bytes_in_json_are_named(tmp_path):
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst"])
 def test_bad_line_far_down_is_found_when_it_is_read(kind, tmp_path, compress, monkeypatch):
     monkeypatch.setattr(JsonLinesFiles, "piece_bytes", 100)
-    monkeypatch.setattr("torchtitan.datasets.local.CHECKED_BYTES", 200)
+    monkeypatch.setattr("torchtitan.datasets.files.CHECKED_BYTES", 200)
     path = tmp_path / f"a.{kind}"
     path.write_bytes(compress(b'{"text": "fine"}\n' * 100 + b"3\n", kind))
     source = open_path(path, "text")
@@ -136,7 +137,7 @@ def test_bad_line_far_down_is_found_when_it_is_read(kind, tmp_path, compress, mo
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
 def test_compressed_file_is_unpacked_as_it_is_read_and_its_damage_named(kind, tmp_path, compress, monkeypatch):
-    monkeypatch.setattr("torchtitan.datasets.local.CHECKED_BYTES", 100)
+    monkeypatch.setattr("torchtitan.datasets.files.CHECKED_BYTES", 100)
     noise = np.random.default_rng(0).bytes(2**18).hex()
     rows = [{"text": noise[i : i + 64]} for i in range(0, len(noise), 64)]
     packed = compress(write_rows(tmp_path / "rows", rows).read_bytes(), kind)

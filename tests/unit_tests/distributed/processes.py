@@ -10,11 +10,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.processes import FORKED
+
 
 def run_processes(worker: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """What worker(*args) returned, by rank. `worker` is a module's function; its failure fails the call."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (worker, world_size, folder, args), nprocs=world_size)
+        arguments = (worker, world_size, folder, args)
+        mp.start_processes(_run, arguments, world_size, start_method=FORKED.get_start_method())
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
 
 

@@ -1,0 +1,317 @@
+"""Documents from files: text, JSON lines, Parquet.
+
+Nothing is indexed, converted or copied: text and JSON lines are read in byte ranges that are moved to
+the next line's start, Parquet by row group, so a run over a TB starts as fast as one over a MB.
+Compressed JSON lines cannot be read from the middle: each file is unpacked from its start, as it is read.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import zlib
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
+
+from torchtitan.config.errors import DatasetError
+from torchtitan.datasets.source import Text, get_text
+
+if TYPE_CHECKING:
+    import pyarrow.parquet
+
+TEXT_PIECE_BYTES = 64 * 2**10
+"""A longer text counts as several documents: one big file can then be shuffled, and dealt to many ranks."""
+JSON_PIECE_BYTES = 2**20
+CHECKED_BYTES = 64 * 2**20
+"""So much of JSON lines is parsed before the run starts, so that a bad line there costs no training."""
+CUT_SEARCH_BYTES = 4096
+UNPACKED_BYTES = 64 * 2**10
+
+
+def count_files(files: Sequence[Path]) -> str:
+    return f"{len(files)} file{'s' if len(files) > 1 else ''}"
+
+
+def _format_size(num_bytes: int) -> str:
+    unit, name = next((u for u in ((2**30, "GiB"), (2**20, "MiB")) if num_bytes >= u[0]), (2**10, "KiB"))
+    return f"{num_bytes / unit:.1f} {name}"
+
+
+class _Files:
+    """Files and their sizes when the run began: a file that has become smaller since must not be read."""
+
+    kind: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]]
+    min_shards_per_rank: ClassVar[int] = 8  # then no rank gets over 1/8 more than another
+    piece_bytes: ClassVar[int | None] = None  # the size of a shard, where it is a piece of a file
+
+    def __init__(self, files: Sequence[Path], *, root: Path, text: Text = "text") -> None:
+        """`root` is what the files' names are below, `text` where a row's text is, if they have rows."""
+        self._files = list(files)
+        self._text = text
+        self._sizes = [file.stat().st_size for file in files]
+        # Of names below the root, sizes, and the size of the pieces, which a position in the data counts.
+        listing = [[os.path.relpath(file, root), size] for file, size in zip(files, self._sizes, strict=True)]
+        self.fingerprint = hashlib.sha256(json.dumps([listing, self.piece_bytes]).encode()).hexdigest()[:16]
+        self.name = f"{root}: {count_files(files)} of {self.kind}, {_format_size(sum(self._sizes))}"
+
+    @contextmanager
+    def _open(self, index: int) -> Iterator[BinaryIO]:
+        path, size = self._files[index], self._sizes[index]
+        advice = "put it back and start again: the run goes on from its last checkpoint"
+        try:
+            with path.open("rb") as file:
+                now = os.fstat(file.fileno()).st_size
+                if now < size:
+                    raise DatasetError(f"{path} was cut while in use, from {size} to {now} bytes; {advice}")
+                yield file
+        except FileNotFoundError:
+            raise DatasetError(f"{path} has disappeared while in use; {advice}") from None
+        except OSError as error:
+            raise DatasetError(f"{path} cannot be read: {error.strerror or error}; {advice}") from error
+
+
+class _PiecedFiles(_Files):
+    """Files in pieces of about `piece_bytes`. A piece runs from one cut to the next; `_cut` says where cuts may be."""
+
+    piece_bytes: ClassVar[int]
+
+    def __init__(self, files: Sequence[Path], *, root: Path, text: Text = "text") -> None:
+        super().__init__(files, root=root, text=text)
+        self._first_piece = list(accumulate((-(-size // self.piece_bytes) for size in self._sizes), initial=0))
+
+    def __len__(self) -> int:
+        return self._first_piece[-1]
+
+    def _cut(self, file: BinaryIO, at: int) -> int:
+        """The first place from byte `at` > 0 on where the file may be cut."""
+        raise NotImplementedError
+
+    def _read_piece(self, shard: int) -> tuple[Path, int, bytes]:
+        """(file, offset in it, bytes)"""
+        index = bisect_right(self._first_piece, shard) - 1
+        size = self._sizes[index]
+        start = (shard - self._first_piece[index]) * self.piece_bytes
+        with self._open(index) as file:
+            # What was appended since the run began is not read.
+            begin = min(self._cut(file, start), size) if start else 0
+            end = start + self.piece_bytes
+            if end <= begin:  # inside something that cannot be cut
+                return self._files[index], begin, b""
+            end = min(self._cut(file, end), size) if end < size else size
+            file.seek(begin)
+            data = file.read(end - begin)
+            if len(data) < end - begin:
+                raise DatasetError(f"{self._files[index]} was cut while it was read; put it back and start again")
+        return self._files[index], begin, data
+
+
+class TextFiles(_PiecedFiles):
+    """Each text file is a document, or several: see TEXT_PIECE_BYTES. Bytes that are not UTF-8 become U+FFFD."""
+
+    kind = "text"
+    # fmt: off
+    suffixes = (
+        ".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml",
+        ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".go", ".java", ".js", ".ts", ".rs", ".sh", ".sql",
+    )
+    # fmt: on
+    piece_bytes = TEXT_PIECE_BYTES
+
+    def _cut(self, file: BinaryIO, at: int) -> int:
+        file.seek(at - 1)
+        ahead = file.read(CUT_SEARCH_BYTES)
+        for mark in (b"\n", b" "):
+            if (found := ahead.find(mark)) >= 0:
+                return at + found
+        # Neither lines nor words: between two characters. Only UTF-8's continuation bytes are 0b10xxxxxx.
+        return at + next((i for i, byte in enumerate(ahead[1:]) if byte & 0xC0 != 0x80), len(ahead) - 1)
+
+    def read(self, shard: int) -> Iterator[str]:
+        _, _, data = self._read_piece(shard)
+        if text := data.decode("utf-8-sig", errors="replace"):
+            yield text
+
+
+def _parse(line: bytes) -> Any:
+    """The row that a line of JSON holds; ValueError, also as UnicodeDecodeError, says what is wrong with the line."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg} at character {error.pos + 1}") from None
+    except RecursionError:
+        raise ValueError("is JSON that is nested too deep to be read") from None
+
+
+class JsonLinesFiles(_PiecedFiles):
+    """Each line is a row and its text a document. Blank lines are passed over."""
+
+    kind = "JSON lines"
+    suffixes = (".jsonl", ".ndjson", ".json")
+    piece_bytes = JSON_PIECE_BYTES
+
+    def __init__(self, files: Sequence[Path], *, root: Path, text: Text) -> None:
+        super().__init__(files, root=root, text=text)
+        self._long_lines: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        """By file, sorted, from where to where one line goes that is longer than a piece: to find its end once."""
+        for shard in range(min(len(self), CHECKED_BYTES // self.piece_bytes)):
+            for _ in self.read(shard):
+                pass
+
+    def _cut(self, file: BinaryIO, at: int) -> int:
+        long_lines = self._long_lines[file.name]
+        before = bisect_right(long_lines, at, key=lambda line: line[0])
+        if before and at <= long_lines[before - 1][1]:
+            return long_lines[before - 1][1]
+        file.seek(at - 1)
+        end = at - 1
+        while block := file.read(CUT_SEARCH_BYTES):
+            newline = block.find(b"\n")
+            end += len(block) if newline < 0 else newline + 1
+            if newline >= 0:
+                break
+        if end - at > self.piece_bytes:
+            long_lines.insert(before, (at, end))
+        return end
+
+    def read(self, shard: int) -> Iterator[str]:
+        path, offset, data = self._read_piece(shard)
+        for line in data.split(b"\n"):
+            if line and not line.isspace():
+                try:
+                    document = get_text(_parse(line), self._text)
+                except ValueError as error:
+                    raise DatasetError(_explain(path, _line_number(path, offset), str(error), self._text)) from None
+                if document:
+                    yield document
+            offset += len(line) + 1
+
+
+class CompressedJsonLinesFiles(_Files):
+    """JSON lines in .gz or .zst. Each file is a shard, unpacked line by line as it is read."""
+
+    kind = "compressed JSON lines"
+    suffixes = tuple(f"{suffix}{packed}" for suffix in JsonLinesFiles.suffixes for packed in (".gz", ".zst"))
+    min_shards_per_rank = 1  # better some ranks get a file more than all unpack everything
+
+    def __init__(self, files: Sequence[Path], *, root: Path, text: Text) -> None:
+        super().__init__(files, root=root, text=text)
+        num_checked = 0
+        for shard in range(len(self)):
+            for number, line in self._read_lines(shard):
+                self._get_text(shard, number, line)
+                num_checked += len(line)
+                if num_checked >= CHECKED_BYTES:
+                    return
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, shard: int) -> Iterator[str]:
+        for number, line in self._read_lines(shard):
+            if document := self._get_text(shard, number, line):
+                yield document
+
+    def _read_lines(self, shard: int) -> Iterator[tuple[int, bytes]]:
+        """Lines that are not blank, with their numbers."""
+        number = 0
+        with self._open(shard) as file, _unpack(file, self._files[shard]) as unpacked:
+            while True:
+                try:
+                    line = unpacked.readline()
+                except (OSError, EOFError, zlib.error) as error:
+                    place, problem = f"{self._files[shard]}, after line {number}", " ".join(str(error).split())
+                    raise DatasetError(
+                        f"{place}: cannot be unpacked: {problem}; the file is damaged or not whole: get it anew"
+                    ) from error
+                if not line:
+                    return
+                number += 1
+                if not line.isspace():
+                    yield number, line.removesuffix(b"\n")
+
+    def _get_text(self, shard: int, number: int, line: bytes) -> str:
+        try:
+            return get_text(_parse(line), self._text)
+        except ValueError as error:
+            raise DatasetError(_explain(self._files[shard], number, str(error), self._text)) from None
+
+
+def _unpack(file: BinaryIO, path: Path) -> io.BufferedIOBase:
+    if path.name.lower().endswith(".gz"):
+        return gzip.GzipFile(fileobj=file)
+    import pyarrow  # has Zstandard, which Python has from 3.14 on
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"), UNPACKED_BYTES)
+
+
+def _line_number(path: Path, offset: int) -> int:
+    """Of the line that begins at byte `offset`."""
+    number = 1
+    with path.open("rb") as file:
+        while offset > 0 and (block := file.read(min(offset, JSON_PIECE_BYTES))):
+            number += block.count(b"\n")
+            offset -= len(block)
+    return number
+
+
+def _explain(path: Path, line_number: int, problem: str, text: Text) -> str:
+    field = text if isinstance(text, str) else "field"
+    return f'{path}, line {line_number}: {problem}. Each line must be an object such as {{"{field}": "..."}}'
+
+
+class ParquetFiles(_Files):
+    """Each row's text is a document, each row group a shard."""
+
+    kind = "Parquet"
+    suffixes = (".parquet", ".pq")
+
+    def __init__(self, files: Sequence[Path], *, root: Path, text: Text) -> None:
+        super().__init__(files, root=root, text=text)
+        self._columns = [text] if isinstance(text, str) else None
+        with ThreadPoolExecutor() as pool:
+            row_groups = list(pool.map(self._find_row_groups, range(len(files))))
+        self._shards = [(index, group) for index, groups in enumerate(row_groups) for group in groups]
+        if not self._shards:
+            raise DatasetError(f"{root} is empty: its Parquet files hold no row")
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def read(self, shard: int) -> Iterator[str]:
+        index, group = self._shards[shard]
+        with self._open_parquet(index) as file:
+            rows = file.read_row_group(group, columns=self._columns).to_pylist()
+        for number, row in enumerate(rows, start=1):
+            try:
+                document = get_text(row, self._text)
+            except ValueError as error:
+                place = f"{self._files[index]}, row {number} of row group {group}"
+                raise DatasetError(f"{place}: {error}") from None
+            if document:
+                yield document
+
+    def _find_row_groups(self, index: int) -> list[int]:
+        with self._open_parquet(index) as file:
+            names = file.schema_arrow.names
+            if isinstance(self._text, str) and self._text not in names:
+                raise DatasetError(f"{self._files[index]} has no column {self._text!r}, but {', '.join(names)}")
+            return [group for group in range(file.num_row_groups) if file.metadata.row_group(group).num_rows > 0]
+
+    @contextmanager
+    def _open_parquet(self, index: int) -> Iterator["pyarrow.parquet.ParquetFile"]:
+        import pyarrow.parquet  # here, because it takes a quarter of a second
+
+        with self._open(index):
+            try:
+                with pyarrow.parquet.ParquetFile(self._files[index]) as file:
+                    yield file
+            except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+                raise DatasetError(f"{self._files[index]} is damaged or not Parquet: {error}") from error
