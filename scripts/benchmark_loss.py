@@ -319,8 +319,8 @@ def main() -> None:
         "--budgets",
         type=float,
         nargs="+",
-        default=[31.4, 62.7, 125.3, 250.6, 512, 1024],
-        help="MiB of logits; the default's smaller four hold what Liger's own chunks do at 4096, 8192, ... tokens",
+        default=[125.3, 250.6, 512, 1024],
+        help="MiB of logits; the default's smaller two hold what Liger's own chunks do at 16384 and 32768 tokens",
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=7)

@@ -5,9 +5,7 @@
 | cross_entropy.py | standard: logits, then cross entropy in float32; the oracle of the others |
 | liger.py | Liger-Kernel's fused linear cross entropy, its chunks sized from a memory budget |
 | fused_linear.py | the in-tree fused linear cross entropy: CPU, GPU, and a vocabulary sharded over ranks |
-| in_place.py | its first tokens under a tight budget: logits in the memory of the weight gradient |
-| vocab_slices.py | its other tokens under a very tight budget: slices of the vocabulary, with logits computed twice |
-| gradient_sum.py | how the gradients of chunks or slices add up |
+| gradients.py | how the gradients of chunks add up, and how backward hands them out |
 | softmax_gradient.py | softmax, loss and gradient of one chunk of logits, in place; _triton.py holds its GPU kernels |
 | vocab_shard.py | which rows of the vocabulary this rank holds; the one place where a DTensor becomes local |
 | chunking.py | how many tokens fit a memory budget |

@@ -1,6 +1,5 @@
 """How many tokens' logits fit a memory budget, the knob of both fused losses for memory and time."""
 
-from math import isqrt
 from typing import NamedTuple
 
 ALIGNMENT = 128
@@ -53,28 +52,6 @@ def equal_chunk_rows(num_tokens: int, max_rows: int) -> int:
 
 def _align_down(number: int, alignment: int) -> int:
     return number - number % alignment
-
-
-class Slices(NamedTuple):
-    """How the in-tree loss walks over its tokens and the vocabulary where few rows of whole logits fit."""
-
-    num_tokens: int
-    """Of a group; the last one may have fewer."""
-    num_words: int
-    """Of the slices of the vocabulary; the last one may have fewer."""
-
-
-def plan_slices(num_tokens: int, *, vocab_size: int, dim: int, bytes_per_logit: int, budget_bytes: int) -> Slices:
-    """Groups and slices whose logits, with a float32 hidden gradient of `dim` a token, fit the budget.
-
-    `vocab_slices.py` derives the balance between many tokens and many words.
-    """
-    best_words = max(1, 2 * isqrt(budget_bytes) // bytes_per_logit)
-    max_tokens = max(1, budget_bytes // (best_words * bytes_per_logit + 4 * dim))
-    # a power of 2: of other sizes the hidden gradient's product leaves part of a GPU without work
-    group = num_tokens if num_tokens <= max_tokens else 1 << (max_tokens.bit_length() - 1)
-    num_words = max(1, (budget_bytes // group - 4 * dim) // bytes_per_logit)
-    return Slices(group, equal_chunk_rows(vocab_size, num_words))
 
 
 def liger_chunk_rows(num_tokens: int, *, dim: int, vocab_size: int, chunk_mem_const: int) -> int:

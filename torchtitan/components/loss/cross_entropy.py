@@ -64,8 +64,14 @@ def cross_entropy_sum(
     return CrossEntropySum()(logits, labels)
 
 
+def get_loss_dtype(logits: Tensor) -> torch.dtype:
+    """What a loss is computed in: float32, and float64 for float64 logits."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
 def _whole_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    x = logits.flatten(0, -2).to(get_loss_dtype(logits))
+    return F.cross_entropy(x, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _sharded_sum(
@@ -75,7 +81,7 @@ def _sharded_sum(
     vocab_size: int,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    x = logits.flatten(0, -2).float()  # (T, Vp)
+    x = logits.flatten(0, -2).to(get_loss_dtype(logits))  # (T, Vp)
     labels = labels.flatten()
     if x.shape[1] == 0:  # more ranks than rows: this one only takes part in the reductions
         x = F.pad(x, (0, 1), value=float("-inf"))
@@ -87,7 +93,7 @@ def _sharded_sum(
     target = torch.where(is_local, target, 0.0)
     sum_exp = (x - row_max.unsqueeze(1)).exp().sum(dim=1)
     sum_exp, target = _SumOverRanks.apply(torch.stack([sum_exp, target]), group).unbind(0)
-    losses = sum_exp.log() + row_max - target
+    losses = (row_max - target) + sum_exp.log()  # in another order a sure token's loss would be lost in rounding
     is_word = (labels >= 0) & (labels < vocab_size)
     losses = torch.where(is_word, losses, float("inf"))  # an error would need the host to wait
     return torch.where(labels == IGNORE_INDEX, 0.0, losses).sum()

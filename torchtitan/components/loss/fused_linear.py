@@ -17,10 +17,6 @@ of float32 softmax and gradient; this holds 2 C Vp, where C comes from a memory 
 8192 tokens that is 1002 MiB of one chunk instead of 10958 (docs/performance.md). Each further chunk costs a read and a
 write of dW.
 
-A budget of less than 2048 rows makes chunks so small that a GPU spends much of its time on dW; then the first D tokens
-are computed in dW's own memory (in_place.py). Below 320 rows even a fourth product costs less: what is left goes over
-slices of the vocabulary, with the logits computed twice (vocab_slices.py).
-
 Vocabulary sharded over n ranks (tensor parallel): H is gathered by the caller (vocab_shard.py), each rank computes
 its own columns, and per chunk one all-gather of 3 float32 a token (12 C bytes a rank) combines maximum, sum and target
 logit. The gather of one chunk runs beside the next chunk's product, so that two logits buffers share the budget.
@@ -34,15 +30,15 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchtitan.components.loss.chunking import plan_chunks, rows_in_budget
-from torchtitan.components.loss.gradient_sum import WeightGradient
-from torchtitan.components.loss.in_place import fill_in_place
+from torchtitan.components.loss.chunking import plan_chunks
+from torchtitan.components.loss.cross_entropy import get_loss_dtype
+from torchtitan.components.loss.gradients import OneBackward, add_product_, multiply_
 from torchtitan.components.loss.softmax_gradient import (
     combine_statistics,
     loss_and_gradient_,
@@ -50,7 +46,6 @@ from torchtitan.components.loss.softmax_gradient import (
     write_gradient_,
 )
 from torchtitan.components.loss.vocab_shard import VocabShard, gather_hidden_local_weight
-from torchtitan.components.loss.vocab_slices import fill_by_vocab_slices
 from torchtitan.protocols.model import OutputHead
 
 collectives = torch.ops._c10d_functional  # the operations below torch.distributed
@@ -58,12 +53,7 @@ collectives = torch.ops._c10d_functional  # the operations below torch.distribut
 _CPU_BUDGET_BYTES = 32 << 20
 """On a CPU larger chunks are slower, since they leave the cache: a larger budget is not used."""
 
-
-_FEW_ROWS = 2048
-"""Below this many rows a chunk, the first tokens are computed in the weight gradient's memory (in_place.py)."""
-
-_VERY_FEW_ROWS = 320
-"""Below this many, the other tokens go over slices of the vocabulary (vocab_slices.py)."""
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class FusedLinearCrossEntropyLoss:
@@ -110,11 +100,33 @@ def fused_linear_cross_entropy(
     Tokens labelled -100 are ignored; if all are, the loss is 0 and so are the gradients. Any other label outside the
     vocabulary makes the loss infinite: to raise an error, the host would have to wait for the device.
 
-    There is one backward, and no second derivative; torch.func's transforms do not know the function.
+    There is one backward, and no second derivative. float64 is computed in float64, and gives a float64 loss.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together.
+        ValueError: shapes, dtypes or devices do not fit together, or are none that the loss can be computed with.
+        RuntimeError: a second backward, create_graph, or one of torch.func's transforms.
     """
+    _check(hidden, weight, labels)
+    if not isinstance(scale, Tensor):
+        scale = torch.full((), scale, dtype=get_loss_dtype(hidden), device=hidden.device)
+    if scale.ndim != 0:
+        raise ValueError(f"scale must be a number or a 0-dim tensor, got the shape {tuple(scale.shape)}")
+    scale = scale.to(hidden.device, get_loss_dtype(hidden))
+    if not torch.is_grad_enabled():  # a parameter asks for its gradient all the same
+        hidden, weight = hidden.detach(), weight.detach()
+    # copies only where they are not contiguous
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]).contiguous(), labels.reshape(-1).contiguous()
+    accum_dtype = torch.promote_types(accum_dtype or weight.dtype, weight.dtype)
+    options = _Options(budget_bytes, accum_dtype, shard)
+    return OneBackward.apply(_FusedLinearCrossEntropy.apply(hidden, weight, labels, scale, options))
+
+
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.func's transforms (vmap, grad, jvp, ...) do not know the fused linear cross entropy: "
+            "use torch.autograd and a batch dim of the hidden states, or cross_entropy_sum of the logits"
+        )
     if isinstance(weight, DTensor):
         raise ValueError("the weight is sharded: gather it, or call the loss through OutputHead.with_weight")
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[-1] or weight.ndim != 2:
@@ -122,22 +134,18 @@ def fused_linear_cross_entropy(
             "expected hidden (..., D), weight (V, D) and labels (...), "
             f"got {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}"
         )
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}")
+    if hidden.dtype != weight.dtype or hidden.dtype not in _DTYPES:
+        raise ValueError(
+            "hidden and weight must have one dtype, bfloat16, float16, float32 or float64,"
+            f" got {hidden.dtype} and {weight.dtype}"
+        )
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, got {labels.dtype}")
-    if isinstance(scale, Tensor):
-        scale = scale.to(hidden.device, torch.float32)
-    else:
-        scale = torch.full((), scale, device=hidden.device)
-    if scale.ndim != 0:
-        raise ValueError(f"scale must be a number or a 0-dim tensor, got the shape {tuple(scale.shape)}")
-    if not torch.is_grad_enabled():  # a parameter asks for its gradient all the same
-        hidden, weight = hidden.detach(), weight.detach()
-    # copies only where they are not contiguous
-    hidden, labels = hidden.reshape(-1, hidden.shape[-1]).contiguous(), labels.reshape(-1).contiguous()
-    options = _Options(budget_bytes, accum_dtype or weight.dtype, shard)
-    return _FusedLinearCrossEntropy.apply(hidden, weight, labels, scale, options)
+    if not hidden.device == weight.device == labels.device or hidden.is_meta:
+        raise ValueError(
+            "hidden, weight and labels must be on one device, and not on meta, where they have no values; "
+            f"got {hidden.device}, {weight.device} and {labels.device}"
+        )
 
 
 @dataclass(frozen=True)
@@ -158,91 +166,45 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         options: _Options,
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        losses = scale.new_empty(hidden.shape[0])
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = WeightGradient(weight, options.accum_dtype) if needs_weight else None
-        losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+        d_weight = weight.new_empty(weight.shape, dtype=options.accum_dtype) if needs_weight else None
         # Triton launches on the current device
         with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
-            for tokens, fill in _ways_by_tokens(hidden, weight, options, needs_weight=needs_weight):
-                fill(
-                    hidden[tokens],
-                    weight,
-                    labels[tokens],
-                    scale,
-                    losses=losses[tokens],
-                    d_hidden=d_hidden[tokens] if d_hidden is not None else None,
-                    d_weight=d_weight,
-                    budget_bytes=options.budget_bytes,
-                )
-        ctx.save_for_backward(d_hidden, d_weight.finish() if d_weight is not None else None)
+            _fill(hidden, weight, labels, scale, options, losses, d_hidden, d_weight)
+        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype) if d_weight is not None else None)
         return losses.sum() * scale
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        if torch.is_grad_enabled():  # by create_graph=True: what was computed in forward has no graph
-            raise RuntimeError("the fused linear cross entropy has no second derivative: leave create_graph off")
-        d_hidden, d_weight = ctx.saved_tensors
-        for gradient in (d_hidden, d_weight):
+        gradients = ctx.saved_tensors  # in memory of ours: OneBackward refuses to come here twice
+        for gradient in gradients:
             if gradient is not None:
-                _multiply_(gradient, grad_loss)
-        return d_hidden, d_weight, None, None, None
+                multiply_(gradient, grad_loss)
+        return *gradients, None, None, None
 
 
-class _Fill(Protocol):
-    """A way to compute the token losses and both gradients of `scale * sum(losses)`, for some of the tokens."""
-
-    def __call__(
-        self,
-        hidden: Tensor,  # (T, D)
-        weight: Tensor,  # (Vp, D)
-        labels: Tensor,  # (T,)
-        scale: Tensor,  # ()
-        *,
-        losses: Tensor,  # (T,) float32, written
-        d_hidden: Tensor | None,  # (T, D), written
-        d_weight: WeightGradient | None,  # (Vp, D), added to
-        budget_bytes: int,
-    ) -> None: ...
-
-
-def _ways_by_tokens(
-    hidden: Tensor, weight: Tensor, options: _Options, *, needs_weight: bool
-) -> list[tuple[slice, _Fill]]:
-    """How each token is computed: in chunks, unless a GPU has a better way. Only ways with tokens are named."""
-    num_tokens, dim = hidden.shape
-    by_chunks: _Fill = partial(_fill_by_chunks, shard=options.shard)
-    num_in_place, otherwise = 0, by_chunks
-    if hidden.is_cuda and needs_weight and options.shard is None:
-        logit_bytes = hidden.element_size()
-        max_rows = rows_in_budget(options.budget_bytes, vocab_rows=weight.shape[0], bytes_per_logit=logit_bytes)
-        if options.accum_dtype == hidden.dtype and max_rows < min(_FEW_ROWS, num_tokens):
-            num_in_place = min(num_tokens, dim)
-        if max_rows < min(_VERY_FEW_ROWS, num_tokens - num_in_place):
-            otherwise = fill_by_vocab_slices
-    ways = [(slice(0, num_in_place), fill_in_place), (slice(num_in_place, num_tokens), otherwise)]
-    return [(tokens, fill) for tokens, fill in ways if tokens.start < tokens.stop]
-
-
-def _fill_by_chunks(
+def _fill(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     scale: Tensor,
-    *,
-    losses: Tensor,
-    d_hidden: Tensor | None,
-    d_weight: WeightGradient | None,
-    budget_bytes: int,
-    shard: VocabShard | None,
+    options: _Options,
+    losses: Tensor,  # (T,) float32
+    d_hidden: Tensor | None,  # (T, D)
+    d_weight: Tensor | None,  # (Vp, D)
 ) -> None:
+    """Write the token losses and the gradients of `scale * sum(losses)`. No logits outlive it."""
+    if d_weight is not None and len(hidden) == 0:
+        d_weight.zero_()  # there is no first chunk to write it
     needs_gradient = d_hidden is not None or d_weight is not None
     for rows, gradient in _chunk_gradients(
-        hidden, weight, labels, scale, losses, budget_bytes, shard, needs_gradient=needs_gradient
+        hidden, weight, labels, scale, options, losses, needs_gradient=needs_gradient
     ):
         if d_hidden is not None:
             torch.mm(gradient, weight, out=d_hidden[rows])
         if d_weight is not None:
-            d_weight.add(gradient, hidden[rows])
+            add_product_(d_weight, gradient.t(), hidden[rows], is_first=rows.start == 0)
 
 
 def _chunk_gradients(
@@ -250,9 +212,8 @@ def _chunk_gradients(
     weight: Tensor,
     labels: Tensor,
     scale: Tensor,
+    options: _Options,
     losses: Tensor,
-    budget_bytes: int,
-    shard: VocabShard | None,
     *,
     needs_gradient: bool,
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -260,12 +221,12 @@ def _chunk_gradients(
 
     The gradient lies in a buffer that the next steps overwrite.
     """
-    num_tokens, vocab_rows = hidden.shape[0], weight.shape[0]
+    num_tokens, vocab_rows, shard = hidden.shape[0], weight.shape[0], options.shard
     chunk, num_buffers = plan_chunks(
         num_tokens,
         vocab_rows=vocab_rows if shard is None else shard.rows_per_rank,
         bytes_per_logit=hidden.element_size(),
-        budget_bytes=budget_bytes if hidden.is_cuda else min(budget_bytes, _CPU_BUDGET_BYTES),
+        budget_bytes=options.budget_bytes if hidden.is_cuda else min(options.budget_bytes, _CPU_BUDGET_BYTES),
         is_sharded=shard is not None,
     )
     chunks = [slice(first, min(first + chunk, num_tokens)) for first in range(0, num_tokens, chunk)]
@@ -292,9 +253,9 @@ def _chunk_gradients(
             upcoming = _PendingStatistics(chunks[i], logits, statistics, shard)
         if pending is not None:
             rows = pending.rows
-            lse, losses[rows] = combine_statistics(pending.wait(), labels[rows])
+            row_max, row_sum, losses[rows] = combine_statistics(pending.wait(), labels[rows])
             if needs_gradient:
-                write_gradient_(pending.logits, lse, labels[rows], scale, start=start)
+                write_gradient_(pending.logits, row_max, row_sum, labels[rows], scale, start=start)
                 yield rows, pending.logits
         pending = upcoming
 
@@ -303,24 +264,15 @@ class _PendingStatistics:
     """A chunk whose row statistics are on their way to the other ranks."""
 
     def __init__(self, rows: slice, logits: Tensor, statistics: Tensor, shard: VocabShard | None) -> None:
-        self.rows, self.logits, self._shard = rows, logits, shard
-        self._joined = statistics  # (3 * n, C) of n ranks; without a shard one part holds the whole vocabulary
+        self.rows, self.logits = rows, logits
+        self._mine = self._joined = statistics  # held while it is sent; without a shard it is of the whole vocabulary
         if shard is not None:
-            self._joined = collectives.all_gather_into_tensor(statistics, shard.group.size(), shard.group.group_name)
+            group = shard.group
+            self._joined = collectives.all_gather_into_tensor(statistics, group.size(), group.group_name)  # (3 * n, C)
+            if not statistics.is_cuda:
+                self.wait()  # it hides nothing there, and gloo breaks its memory where two are under way
 
     def wait(self) -> Tensor:  # (n, 3, C)
-        if self._shard is not None:
+        if self._joined is not self._mine:
             collectives.wait_tensor(self._joined)
         return self._joined.unflatten(0, (-1, 3))
-
-
-def _multiply_(gradient: Tensor, factor: Tensor) -> None:
-    """Multiply in place by a 0-dim device tensor without reading it on the host; free when it is 1."""
-    if gradient.is_cuda:
-        from torchtitan.components.loss import softmax_gradient_triton
-
-        softmax_gradient_triton.multiply_unless_one_(gradient, factor)
-    elif factor != 1:
-        gradient.mul_(factor)
-    # The gradient is given away: count that as a change, so that a second backward is refused, and does not change it.
-    torch.autograd.graph.increment_version(gradient)

@@ -10,12 +10,14 @@ import importlib.metadata
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 from torch import Tensor
 
 from torchtitan.components.loss.chunking import liger_chunk_mem_const, rows_in_budget
 from torchtitan.components.loss.cross_entropy import IGNORE_INDEX
+from torchtitan.components.loss.gradients import OneBackward
 from torchtitan.config.errors import LigerTooOldError
 from torchtitan.protocols.model import OutputHead
 
@@ -31,7 +33,7 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
 
     Liger rounds a chunk to a power of two rows and needs no less than its own default chunk; a smaller budget
     than that has no effect. On the host, its forward reads the number of valid tokens once per call, and its backward
-    whether the incoming gradient is 1.
+    whether the incoming gradient is 1. There is one backward, and no second derivative.
 
     Raises:
         ImportError: liger-kernel is older than `MIN_VERSION`.
@@ -53,6 +55,15 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
 
     def _scaled_sum(self, hidden: Tensor, weight: Tensor, *, labels: Tensor, scale: Tensor) -> Tensor:
         hidden, labels = hidden.flatten(0, -2), labels.flatten()  # (B, S, D) -> (T, D); (B, S) -> (T,)
+        if not torch.is_grad_enabled():  # a parameter asks for its gradient all the same
+            hidden, weight = hidden.detach(), weight.detach()
+        elif weight.requires_grad and not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()  # Liger computes the weight's gradient only beside theirs
+        if len(hidden) == 0:  # Liger divides by their number
+            return F.linear(hidden, weight).sum() * scale
+        # Liger would read past the row of a label outside the vocabulary; the loss is infinite then, as in-tree
+        is_no_word = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= len(weight)))
+        labels = labels.masked_fill(is_no_word, IGNORE_INDEX)
         # Liger's mean over this call's tokens, times their share of the global batch: with one rank and one
         # microbatch the share is 1, and Liger then skips its extra pass over both gradients in backward.
         share = (labels != IGNORE_INDEX).sum() * scale
@@ -73,7 +84,7 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
                 ),
             ),
         )
-        return mean * share
+        return OneBackward.apply(mean * share + torch.where(is_no_word, float("inf"), 0.0).sum())
 
 
 def _check_version() -> None:

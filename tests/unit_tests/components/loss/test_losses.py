@@ -1,10 +1,10 @@
 """Loss, hidden gradient and weight gradient of every loss against float64, over the edge cases."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -41,6 +41,7 @@ if find_spec("liger_kernel") and not torch.cuda.is_available():  # interpreted; 
 
     LOSSES["Liger, one chunk"] = LigerFusedLinearLoss(budget_bytes=1 << 20)
     LOSSES["Liger, chunks of 16"] = LigerFusedLinearLoss(budget_bytes=16 * BYTES)
+FUSED = [name for name in LOSSES if "standard" not in name]
 
 
 class Result(NamedTuple):
@@ -176,11 +177,10 @@ def test_without_grad_mode_only_the_loss_is_computed(
         fused_linear_cross_entropy(torch.randn(9, DIM), weight, torch.randint(VOCAB, (9,)))
 
 
-def test_no_tokens_have_no_loss_and_zero_gradients() -> None:
-    hidden, weight = torch.randn(0, DIM, requires_grad=True), torch.randn(VOCAB, DIM, requires_grad=True)
-    loss = fused_linear_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.int64))
-    loss.backward()
-    assert loss == 0 and weight.grad is not None and not weight.grad.any()
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_tokens_have_no_loss_and_zero_gradients(name: str) -> None:
+    result = run(LOSSES[name], torch.randn(2, 0, DIM), torch.randn(VOCAB, DIM), torch.zeros(2, 0, dtype=torch.int64))
+    assert result.loss == 0 and result.d_hidden.shape == (2, 0, DIM) and not result.d_weight.any()
 
 
 def test_one_token_needs_no_batch_and_hidden_states_may_be_transposed() -> None:
@@ -206,43 +206,144 @@ def test_labels_reach_the_kernels_without_gaps(monkeypatch: pytest.MonkeyPatch) 
     assert seen and all(seen)
 
 
-@pytest.mark.parametrize("label", [-1, -101, VOCAB, VOCAB + 50])
-def test_a_label_outside_the_vocabulary_makes_the_loss_infinite(label: int) -> None:
+@pytest.mark.parametrize("label", [-1, -101, VOCAB, VOCAB + 5])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_label_outside_the_vocabulary_makes_the_loss_infinite(name: str, label: int) -> None:
     """The host does not wait for the device to raise an error; but no other token's loss is made of it either."""
-    labels = torch.tensor([3, label, 5])
-    for num_rows in (1, 3):
-        loss = fused_linear_cross_entropy(
-            torch.randn(3, DIM), torch.randn(VOCAB, DIM), labels, budget_bytes=num_rows * BYTES
-        )
-        assert loss == float("inf")
+    head = OutputHead(DIM, VOCAB)
+    for labels in ([3, label, 5], [label], [IGNORE_INDEX, label]):
+        hidden = torch.randn(1, len(labels), DIM, requires_grad=True)
+        loss = LOSSES[name](hidden, head, torch.tensor([labels]), torch.tensor(0.5))
+        loss.backward()
+        assert loss == float("inf") and torch.isfinite(hidden.grad).all()  # type: ignore[arg-type]
 
 
-def test_a_second_backward_is_refused_and_changes_nothing() -> None:
-    hidden, weight = torch.randn(9, DIM, requires_grad=True), torch.randn(VOCAB, DIM, requires_grad=True)
-    loss = fused_linear_cross_entropy(hidden, weight, torch.randint(VOCAB, (9,)))
-    gradients = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+@pytest.mark.parametrize("hooks", [nullcontext, torch.autograd.graph.save_on_cpu])
+@pytest.mark.parametrize("name", FUSED)
+def test_a_second_backward_is_refused_and_changes_nothing(
+    name: str, hooks: Callable[[], AbstractContextManager[None]]
+) -> None:
+    hidden, head = torch.randn(1, 9, DIM, requires_grad=True), OutputHead(DIM, VOCAB)
+    with hooks():
+        loss = LOSSES[name](hidden, head, torch.randint(VOCAB, (1, 9)), torch.tensor(1.0))
+    gradients = torch.autograd.grad(3 * loss, (hidden, head.weight), retain_graph=True)
     before = [gradient.clone() for gradient in gradients]
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(2 * loss, (hidden, weight))
+    with pytest.raises(RuntimeError, match="goes backward once.*: call the loss again, or go backward through the sum"):
+        torch.autograd.grad(2 * loss, (hidden, head.weight))
     assert all(torch.equal(a, b) for a, b in zip(gradients, before, strict=True))
 
 
-def test_a_second_derivative_is_refused() -> None:
-    hidden, weight = torch.randn(9, DIM, requires_grad=True), torch.randn(VOCAB, DIM)
-    loss = fused_linear_cross_entropy(hidden, weight, torch.randint(VOCAB, (9,)))
-    with pytest.raises(RuntimeError, match="no second derivative: leave create_graph off"):
+@pytest.mark.parametrize("name", FUSED)
+def test_a_second_derivative_is_refused(name: str) -> None:
+    hidden = torch.randn(1, 9, DIM, requires_grad=True)
+    loss = LOSSES[name](hidden, OutputHead(DIM, VOCAB), torch.randint(VOCAB, (1, 9)), torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match="no second derivative: leave create_graph off, or use cross_entropy_sum"):
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
-def test_a_frozen_weight_or_hidden_state_gets_no_gradient() -> None:
-    hidden, weight, labels = torch.randn(9, DIM), torch.randn(VOCAB, DIM), torch.randint(VOCAB, (9,))
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_functional_transforms_are_refused(transform: Callable[..., Callable[..., Tensor]]) -> None:
+    weight, labels = torch.randn(VOCAB, DIM), torch.randint(VOCAB, (9,))
+    transformed = transform(lambda hidden: fused_linear_cross_entropy(hidden, weight, labels))
+    with pytest.raises(RuntimeError, match="do not know .*: use torch.autograd and a batch dim of the hidden"):
+        transformed(torch.randn(*([3] if transform is torch.func.vmap else []), 9, DIM))
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_is_frozen_gets_no_gradient_and_the_other_the_right_one(name: str, frozen: str) -> None:
+    hidden, weight, labels = torch.randn(2, 25, DIM), torch.randn(VOCAB, DIM), make_labels((2, 25), "some")
     truth = oracle(hidden, weight, labels)
-    for leaf, frozen, true in ((hidden, weight, truth.d_hidden), (weight, hidden, truth.d_weight)):
-        leaf.requires_grad_()
-        frozen.requires_grad_(False).grad = None
-        (fused_linear_cross_entropy(hidden, weight, labels, budget_bytes=4 * BYTES) / 9).backward()
-        assert frozen.grad is None and leaf.grad is not None
-        torch.testing.assert_close(leaf.grad.double(), true, rtol=1e-5, atol=1e-7)
+    head = OutputHead(DIM, VOCAB)
+    head.weight = torch.nn.Parameter(weight, requires_grad=frozen == "hidden")
+    hidden.requires_grad_(frozen == "weight")
+    loss = LOSSES[name](hidden, head, labels, 1 / (labels != IGNORE_INDEX).sum().float())
+    torch.testing.assert_close(loss.detach().double(), truth.loss, rtol=1e-6, atol=0)
+    assert loss.requires_grad == (frozen != "both")
+    if loss.requires_grad:
+        (2 * loss).backward()
+    for leaf, true in ((hidden, truth.d_hidden), (head.weight, truth.d_weight)):
+        assert (leaf.grad is not None) == leaf.requires_grad
+        if leaf.grad is not None:
+            torch.testing.assert_close(leaf.grad.double(), 2 * true, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+@pytest.mark.parametrize("name", [name for name in FUSED if "Liger" not in name])
+def test_ignored_tokens_have_no_gradient_whatever_comes_from_above(name: str, factor: float) -> None:
+    hidden, weight = torch.randn(2, 25, DIM), torch.randn(VOCAB, DIM)
+    labels = make_labels((2, 25), "a whole sequence")
+    d_hidden = run(LOSSES[name], hidden, weight, labels, upstream=factor).d_hidden
+    assert not d_hidden[0].any() and not torch.isfinite(d_hidden[1]).any()
+    assert not run(LOSSES[name], hidden, weight, make_labels((2, 25), "all"), upstream=factor).d_weight.any()
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_hidden_states_of_ignored_tokens_may_be_anything(name: str) -> None:
+    """They reach neither the loss nor any hidden gradient, but 0 * nan reaches the weight's, as in torch."""
+    hidden, weight = torch.randn(2, 25, DIM), torch.randn(VOCAB, DIM)
+    hidden[0] = float("nan")
+    labels = make_labels((2, 25), "a whole sequence")
+    result, true = run(LOSSES[name], hidden, weight, labels), oracle(hidden[1:], weight, labels[1:])
+    torch.testing.assert_close(result.loss.double(), true.loss, rtol=1e-6, atol=0)
+    assert not result.d_hidden[0].any()
+    torch.testing.assert_close(result.d_hidden[1:].double(), true.d_hidden, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("top", [1.0, 100.0, 1000.0])
+@pytest.mark.parametrize("name", [name for name in LOSSES if "Liger" not in name])
+def test_a_sure_token_is_as_exact_as_in_torch(name: str, top: float) -> None:
+    """One logit leads by 9: the loss near 1e-2 is lost in a logsumexp that is rounded to the size of the top."""
+    hidden = torch.eye(DIM)[:2].unsqueeze(0)  # logits are the weight's first two columns, exactly
+    weight = torch.full((VOCAB, DIM), top - 9.0) + torch.rand(VOCAB, DIM)
+    weight[7] = top
+    labels = torch.tensor([[7, 7]])
+    result, true = run(LOSSES[name], hidden, weight, labels), oracle(hidden, weight, labels)
+    torch.testing.assert_close(result.loss.double(), true.loss, rtol=2e-5, atol=0)
+    torch.testing.assert_close(result.d_weight[:, :2].double(), true.d_weight[:, :2], rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("budget_bytes", [1 << 20, 7 * 2 * BYTES])
+def test_float64_is_computed_in_float64(budget_bytes: int) -> None:
+    """By gradcheck, and against torch. gradcheck goes backward through a graph several times: each builds its own."""
+    weight, labels = torch.randn(VOCAB, DIM, dtype=torch.float64), make_labels((2, 15), "some").flatten()
+    hidden = torch.randn(30, DIM, dtype=torch.float64)
+    options = {"scale": 0.1, "budget_bytes": budget_bytes, "accum_dtype": torch.float32}  # which would be less
+
+    class Repeatable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(hidden, weight)
+            return fused_linear_cross_entropy(hidden, weight, labels, **options)  # type: ignore[arg-type]
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+            leaves = [leaf.detach().requires_grad_() for leaf in ctx.saved_tensors]
+            with torch.enable_grad():
+                loss = fused_linear_cross_entropy(*leaves, labels, **options)  # type: ignore[arg-type]
+            return torch.autograd.grad(loss, leaves, grad)
+
+    h, w = hidden[:4].requires_grad_(), weight.requires_grad_()
+    labels, all_labels = labels[:4], labels
+    assert torch.autograd.gradcheck(Repeatable.apply, (h, w))
+    labels, hidden = all_labels, hidden.detach().requires_grad_()
+    loss = fused_linear_cross_entropy(hidden, weight, labels, **options)  # type: ignore[arg-type]
+    expected = 0.1 * F.cross_entropy(hidden @ weight.t(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    for mine, true in zip(
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-14)
+
+
+def test_a_number_as_scale_is_not_rounded_to_the_default_dtype() -> None:
+    hidden, weight, labels = torch.randn(9, DIM), torch.randn(VOCAB, DIM), torch.randint(VOCAB, (9,))
+    expected = fused_linear_cross_entropy(hidden, weight, labels, scale=torch.tensor(0.1234567))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert fused_linear_cross_entropy(hidden, weight, labels, scale=0.1234567) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_large_logits_do_not_overflow() -> None:
@@ -266,8 +367,9 @@ def test_statistics_of_parts_combine_to_those_of_the_whole() -> None:
     labels[2] = IGNORE_INDEX
     bounds = [0, 40, 40, 101]  # the second part is empty
     parts = [row_statistics(logits[:, first:last], labels, start=first) for first, last in pairwise(bounds)]
-    lse, losses = combine_statistics(torch.stack(parts), labels)
-    torch.testing.assert_close(lse, logits.logsumexp(dim=1))
+    row_max, row_sum, losses = combine_statistics(torch.stack(parts), labels)
+    torch.testing.assert_close(row_max, logits.amax(dim=1))
+    torch.testing.assert_close(row_sum, (logits - row_max.unsqueeze(1)).exp().sum(dim=1))
     torch.testing.assert_close(losses, F.cross_entropy(logits, labels, reduction="none"))
 
 
@@ -285,11 +387,31 @@ def test_shapes_that_do_not_fit_are_refused(
         fused_linear_cross_entropy(torch.randn(hidden), torch.randn(weight), torch.zeros(labels, dtype=torch.int64))
 
 
-def test_dtypes_that_differ_are_refused() -> None:
-    with pytest.raises(ValueError, match="one dtype"):
-        fused_linear_cross_entropy(torch.randn(2, 3), torch.randn(5, 3).bfloat16(), torch.tensor([0, 1]))
+@pytest.mark.parametrize(
+    ("hidden", "weight"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.int64, torch.int64),
+        (torch.complex64, torch.complex64),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn),
+    ],
+)
+def test_dtypes_that_it_does_not_compute_with_are_refused(hidden: torch.dtype, weight: torch.dtype) -> None:
+    message = f"one dtype, bfloat16, float16, float32 or float64, got {hidden} and {weight}"
+    with pytest.raises(ValueError, match=message):
+        fused_linear_cross_entropy(torch.ones(2, 3).to(hidden), torch.ones(5, 3).to(weight), torch.tensor([0, 1]))
+
+
+def test_labels_of_another_dtype_are_refused() -> None:
     with pytest.raises(ValueError, match=r"labels must be int64, got torch\.int32"):
         fused_linear_cross_entropy(torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("devices", [("cpu", "meta", "cpu"), ("cpu", "cpu", "meta"), ("meta", "meta", "meta")])
+def test_tensors_without_values_are_refused(devices: tuple[str, str, str]) -> None:
+    tensors = (torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="one device, and not on meta.* got " + f"{devices[0]}, {devices[1]} and"):
+        fused_linear_cross_entropy(*(t.to(device) for t, device in zip(tensors, devices, strict=True)))
 
 
 def test_a_sharded_weight_is_refused() -> None:
