@@ -15,9 +15,9 @@ on the small. What is not zero stays at least one step in the denominator, so th
 step that a hash of its own bits and of the step's number draws. That is unbiased, needs no random state, and gives
 the same bits after a resume and on every layout.
 
-The arithmetic between is float32. The update is one pass over gradients and states: compiled into one kernel a shape on a
-GPU, which reads the clip factor and whether to skip there; eagerly, and slowly, on a CPU. Groups lie inside rows, so
-that states divide as weights do, and a checkpoint loads into another layout.
+The arithmetic between is float32. On a GPU the update is one compiled kernel a parameter, one pass over gradient and
+states, that reads the clip factor and whether to skip there; on a CPU it is eager, and slow. Groups lie inside rows,
+so that states divide as weights do, and a checkpoint loads into another layout.
 """
 
 import math

@@ -76,7 +76,9 @@ class LRSchedule:
             group["lr"] = peak_lr * factor
 
 
-def build_lr_scheduler(optimizer: OptimizersContainer | CompactAdamW, lr_scheduler: LRScheduler, steps: int) -> LRSchedule:
+def build_lr_scheduler(
+    optimizer: OptimizersContainer | CompactAdamW, lr_scheduler: LRScheduler, steps: int
+) -> LRSchedule:
     """Fit the phases into `steps`: the warm-up comes first, then the decay takes what is left of its share."""
     warmup_steps = lr_scheduler.warmup_steps
     if warmup_steps > steps:

@@ -115,8 +115,8 @@ def _about_converters(config: JobConfig) -> Iterator[str]:
         return
     if config.float8.enable_fsdp_float8_all_gather and config.float8.recipe_name != "tensorwise":
         yield (
-            f"float8.enable_fsdp_float8_all_gather does not work with {_show(config, 'float8.recipe_name')}, whose rows'"
-            " scales it lacks; leave it off, or use tensorwise"
+            f"float8.enable_fsdp_float8_all_gather does not work with {_show(config, 'float8.recipe_name')}, because it"
+            " gathers no scales of rows; leave it off, or use tensorwise"
         )
     parallelism, training = config.parallelism, config.training
     piped = parallelism.pipeline_parallel_degree > 1

@@ -17,14 +17,14 @@ from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import ConfigError
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import ActivationCheckpoint, Float8, Optimizer, Parallelism, Training
+from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
-from torchtitan.distributed.float8 import CastingFloat8Linear, apply_float8, precompute_scales
+from torchtitan.distributed.float8 import CastingFloat8Linear, apply_float8
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.distributed.mixed_precision import apply_mixed_precision
 from torchtitan.models.llama3.infra.parallelize import KEPT_RESULTS, parallelize_llama
 from torchtitan.models.llama3.model.model import Transformer
-from torchtitan.distributed.activation_checkpoint import apply_ac
 
 CPU = torch.device("cpu")
 SIZES = {"dim": 64, "n_kv_heads": 4, "ffn_hidden_dim": 96}
@@ -164,11 +164,11 @@ def test_recomputation_by_op_changes_nothing(compiled: bool) -> None:
     torch.testing.assert_close(*gradients)
 
 
-def layout_step(degrees: dict[str, int], options: dict[str, Any], recipe: str) -> dict[str, Tensor]:
-    """The loss, and whole gradients, of one step with the whole batch on every data rank; then the scales."""
+def layout_step(degrees: dict[str, int], options: dict[str, bool]) -> dict[str, Tensor]:
+    """The loss, and whole gradients, of one step with the whole batch on every data rank."""
     dims = ParallelDims(**degrees)
     mesh = build_mesh(dims, "cpu")
-    config = Float8(recipe_name=recipe, emulate=True, **options)
+    config = Float8(emulate=True, **options)
     with torch.device("meta"):
         model = Transformer(ARGS(**SIZES))
     apply_float8(model, config, tp=dims.tp, sharded=dims.dp_shard > 1, device=CPU)
@@ -191,30 +191,35 @@ def layout_step(degrees: dict[str, int], options: dict[str, Any], recipe: str) -
     weight = model.layers["0"].feed_forward.w1.weight
     if options.get("enable_fsdp_float8_all_gather"):
         assert isinstance(weight, DTensor) and isinstance(weight._local_tensor, WeightWithDynamicFloat8CastTensor)
-        build_optimizer([model], Optimizer()).step(grad_factor=torch.tensor(1.0), skip=torch.tensor(False))
-        loss_without = loss_sum(model(tokens), labels).detach()
-        precompute_scales(model)
-        assert weight._local_tensor._precomputed_scale is not None
-        torch.testing.assert_close(loss_sum(model(tokens), labels).detach(), loss_without)
+        one, go, losses = torch.tensor(1.0), torch.tensor(False), []
+        for precompute in (True, False):
+            optimizer = build_optimizer([model], Optimizer(lr=0.0), precompute_float8_scales=precompute)
+            weight._local_tensor._precomputed_scale = None
+            optimizer.step(grad_factor=one, skip=go)
+            assert (weight._local_tensor._precomputed_scale is not None) == precompute
+            losses.append(loss_sum(model(tokens), labels).detach())
+        torch.testing.assert_close(*losses)
     return result
 
 
-@pytest.mark.parametrize(
-    ("degrees", "options", "recipe"),
-    [
-        ({"dp_shard": 2}, {}, "tensorwise"),
-        ({"dp_shard": 2}, {"enable_fsdp_float8_all_gather": True}, "tensorwise"),
-        ({"tp": 2}, {}, "tensorwise"),
-    ],
-)
-def test_layouts_compute_what_one_process_does(
-    degrees: dict[str, int], options: dict[str, Any], recipe: str
-) -> None:
-    model = build(Float8(recipe_name=recipe, emulate=True), torch.float32)
+LAYOUTS: list[tuple[dict[str, int], dict[str, Any]]] = [
+    ({"dp_shard": 2}, {}),
+    ({"dp_shard": 2}, {"enable_fsdp_float8_all_gather": True}),
+    ({"tp": 2}, {}),
+]
+
+
+def all_layouts() -> list[dict[str, Tensor]]:
+    return [layout_step(degrees, options) for degrees, options in LAYOUTS]
+
+
+def test_layouts_compute_what_one_process_does() -> None:
+    model = build(Float8(emulate=True), torch.float32)
     tokens, labels = get_batch()
     loss = loss_sum(model(tokens), labels)
     loss.backward()
-    for result in run_processes(layout_step, 2, degrees, options, recipe):
-        torch.testing.assert_close(result.pop("loss"), loss.detach())
-        for name, expected in get_gradients(model).items():
-            assert error_of(result[name], expected) < 1e-3, name
+    for results in run_processes(all_layouts, 2):
+        for layout, result in zip(LAYOUTS, results, strict=True):
+            torch.testing.assert_close(result.pop("loss"), loss.detach())
+            for name, expected in get_gradients(model).items():
+                assert error_of(result[name], expected) < 1e-3, (layout, name)

@@ -46,7 +46,7 @@ def refused(valid, capsys):
 
 
 def test_a_run_that_can_start_gets_no_word_and_its_folder(valid, capsys, tmp_path):
-    assert main(["--nproc", "2", "--", *valid, "--float8.emulate"]) == 0
+    assert main(["--nproc", "2", "--", *valid, "--job.use_for_integration_test"]) == 0
     assert capsys.readouterr() == ("", "")
     assert list((tmp_path / "out" / "puts").iterdir()) == []
 
