@@ -110,7 +110,12 @@ class Trainer:
         self._report_model()
 
         # gradients to weights
-        self.optimizer = build_optimizer(self.runner.model_parts, config.optimizer)
+        self.optimizer = build_optimizer(
+            self.runner.model_parts,
+            config.optimizer,
+            precompute_float8_scales="float8" in config.model.converters
+            and config.float8.precompute_float8_dynamic_scale_for_fsdp,
+        )
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, config.training.steps)
 
         # what the run says, keeps and checks
@@ -344,6 +349,8 @@ class Trainer:
             training=config.training,
             device=self.device,
             seed=self.seed,
+            float8=config.float8 if "float8" in config.model.converters else None,
+            weight_dtype=torch.bfloat16 if config.optimizer.state_precision == "compact" else torch.float32,
         )
 
     def _build_metrics(self) -> MetricsProcessor:

@@ -61,6 +61,11 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
 
 
+class OptimizerState(Stateful, Protocol):
+    def export_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The true weights, where those of the model hold only a part of their bits."""
+
+
 class CheckpointManager:
     """All ranks make the same calls at the same steps. Built by build_checkpoint_manager."""
 
@@ -71,6 +76,7 @@ class CheckpointManager:
         folder: CheckpointFolder,
         ranks: Ranks,
         model_parts: Sequence[nn.Module],
+        optimizer: OptimizerState,
         states: Mapping[str, Stateful],  # what is saved besides the weights; keys are those of STATES
         steps: int,  # at which the run is complete
         options: Callable[[], str],  # of the run, as TOML
@@ -83,6 +89,7 @@ class CheckpointManager:
         self._folder = folder
         self._ranks = ranks
         self._model_parts = model_parts
+        self._export_weights = optimizer.export_weights
         self._states = states
         self._steps = steps
         self._options = options
@@ -148,7 +155,8 @@ class CheckpointManager:
         self._saved_step = None  # what a save of this step left may be in another form
         if self._config.last_save_model_only:
             dtype = getattr(torch, self._config.export_dtype)
-            self._write(step, {name: weight.to(dtype) for name, weight in self._weights().items()})
+            weights = self._export_weights(self._weights())
+            self._write(step, {name: weight.to(dtype) for name, weight in weights.items()})
         else:
             self._write(step, self._everything())
         if not self._is_saved(step):
@@ -328,6 +336,8 @@ class CheckpointManager:
         shapes = self._ranks.gather({name: tuple(weight.shape) for name, weight in self._weights().items()})
         check_weights(path, metadata, {name: shape for part in shapes for name, shape in part.items()})
         self._check_states(path, metadata, names)
+        if "optimizer" in names:
+            self._ranks.together(partial(self._check_optimizer, path, metadata))
         # First what is small: the data loader may find that it cannot go on there.
         self._read(path, metadata, {}, [name for name in names if name != "optimizer"])
         self._read(path, metadata, dict(self._weights()), [name for name in names if name == "optimizer"])
@@ -347,6 +357,15 @@ class CheckpointManager:
             raise CheckpointError(
                 f"{path} does not hold {', '.join(missing)};"
                 f" to go on without, add --checkpoint.exclude_from_loading {excluded}"
+            )
+
+    def _check_optimizer(self, path: Path, metadata: Metadata) -> None:
+        """Float32 states and compact ones have other keys."""
+        if missing := [key for key in self._state("optimizer") if key not in metadata.state_dict_metadata]:
+            raise CheckpointError(
+                f"{path} holds the optimizer's states in another form than this run's: {missing[0]} is not in it. Set"
+                " optimizer.state_precision, name and implementation as in its config.toml, or start a new run from its"
+                f" weights: --checkpoint.initial_load_path {path} --checkpoint.initial_load_model_only True"
             )
 
     def _read(self, path: Path, metadata: Metadata, state: dict[str, Any], names: list[str]) -> None:
@@ -411,7 +430,7 @@ def build_checkpoint_manager(
     *,
     dump_folder: str,
     model_parts: Sequence[nn.Module],
-    optimizer: Stateful,
+    optimizer: OptimizerState,
     lr_scheduler: Stateful,
     dataloader: Stateful,
     train_state: Stateful,
@@ -459,6 +478,7 @@ def build_checkpoint_manager(
         folder=folder,
         ranks=ranks,
         model_parts=model_parts,
+        optimizer=optimizer,
         states={
             "optimizer": optimizer,
             "lr_scheduler": lr_scheduler,

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+from torchtitan.components.compact_optimizer import CompactAdamW
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config.job_config import DecayType, LRScheduler
 from torchtitan.tools.logging import logger
@@ -46,7 +47,7 @@ class LRSchedule:
     The rates follow from the configuration at every start: a resumed run obeys a changed `lr` or `steps`.
     """
 
-    def __init__(self, optimizer: OptimizersContainer, factor: Callable[[int], float]):
+    def __init__(self, optimizer: OptimizersContainer | CompactAdamW, factor: Callable[[int], float]):
         self._optimizer = optimizer
         self._factor = factor
         self._peak_lrs = [group["lr"] for group in optimizer.param_groups]
@@ -75,7 +76,9 @@ class LRSchedule:
             group["lr"] = peak_lr * factor
 
 
-def build_lr_scheduler(optimizer: OptimizersContainer, lr_scheduler: LRScheduler, steps: int) -> LRSchedule:
+def build_lr_scheduler(
+    optimizer: OptimizersContainer | CompactAdamW, lr_scheduler: LRScheduler, steps: int
+) -> LRSchedule:
     """Fit the phases into `steps`: the warm-up comes first, then the decay takes what is left of its share."""
     warmup_steps = lr_scheduler.warmup_steps
     if warmup_steps > steps:

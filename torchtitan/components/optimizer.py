@@ -2,10 +2,10 @@
 
 Its checkpoint is keyed by parameter name (`state.layers.0.attention.wq.weight.exp_avg`), so it loads into
 another division of the parameters over ranks. Only the moments are saved: lr, betas and weight decay
-are the configuration's, also after a resume.
+are the configuration's, also after a resume. States that take less memory are in compact_optimizer.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from torchtitan.components.compact_optimizer import CompactAdamW
 from torchtitan.config.job_config import Optimizer
 
 # Flat keys: nested ones number the parameters, which two pipeline stages would do alike.
@@ -65,6 +66,15 @@ class OptimizersContainer:
             flat.update((key, state_dict[key]) for key in flat if key in state_dict)
             set_optimizer_state_dict(part, optimizer, optim_state_dict=flat, options=_FLAT)
 
+    def export_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of weights by name the true ones, in float32: these are."""
+        return dict(weights)
+
+    def call_after_step(self, hook: Callable[[nn.Module], None]) -> None:
+        """Have hook(part) called for each part of the model after each step."""
+        for part, optimizer in self._parts:
+            optimizer.register_step_post_hook(lambda *_, part=part: hook(part))
+
     def _flat_state(self) -> Iterable[tuple[str, Any]]:
         for part, optimizer in self._parts:
             yield from _flat_state(part, optimizer)
@@ -81,9 +91,13 @@ def _flat_state(part: nn.Module, optimizer: torch.optim.Optimizer) -> Iterable[t
     return flat.items()
 
 
-def build_optimizer(model_parts: Sequence[nn.Module], optimizer: Optimizer) -> OptimizersContainer:
+def build_optimizer(
+    model_parts: Sequence[nn.Module], optimizer: Optimizer, *, precompute_float8_scales: bool = False
+) -> OptimizersContainer | CompactAdamW:
+    if optimizer.state_precision == "compact":
+        return CompactAdamW(model_parts, optimizer)
     classes: dict[str, type[torch.optim.Optimizer]] = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
-    return OptimizersContainer(
+    container = OptimizersContainer(
         model_parts,
         classes[optimizer.name],
         lr=optimizer.lr,
@@ -93,6 +107,11 @@ def build_optimizer(model_parts: Sequence[nn.Module], optimizer: Optimizer) -> O
         fused=optimizer.implementation == "fused",
         foreach=optimizer.implementation == "foreach",
     )
+    if precompute_float8_scales:
+        from torchtitan.distributed.float8 import precompute_scales
+
+        container.call_after_step(precompute_scales)
+    return container
 
 
 __all__ = ["OptimizersContainer", "build_optimizer"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchtitan.components.loss import CrossEntropyLoss
-from torchtitan.config.job_config import Parallelism, Training
+from torchtitan.config.job_config import Float8, Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.pipeline_parallel import build_pipeline
@@ -72,12 +72,23 @@ def build_runner(
     training: Training,
     device: torch.device,
     seed: int,
+    float8: Float8 | None = None,
+    weight_dtype: torch.dtype = torch.float32,
 ) -> Runner:
-    """Build the model on the meta device, divide it, then give this rank's parts their memory and starting weights."""
+    """Build the model on the meta device, divide it, then give this rank's parts their memory and starting weights.
+
+    float8: how the blocks' linear layers are converted; None leaves them.
+    """
 
     def build_on_meta() -> Decoder:
         with torch.device("meta"):
-            return build_model()
+            model = build_model().to(weight_dtype)
+        if float8 is not None:
+            from torchtitan.distributed.float8 import apply_float8
+
+            sharded = mesh["dp_shard_cp"].size() > 1
+            apply_float8(model, float8, tp=mesh["tp"].size(), sharded=sharded, device=device)
+        return model
 
     runner: Runner
     if mesh["pp"].size() > 1:

@@ -98,6 +98,29 @@ class Model:
     use_scaled_rope: bool = False
     """Scale the rotary frequencies as Llama 3.1 does for long contexts."""
 
+    converters: list[str] = field(default_factory=list)
+    """What changes the model's layers before it is divided: float8, or nothing."""
+
+
+@dataclass
+class Float8:
+    """Products of the blocks' linear layers in 8 bits (model.converters float8; needs the package torchao)."""
+
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
+    """One scale for a tensor, the fastest; one for each row; or rows, with weight gradients in high precision."""
+
+    filter_fqns: list[str] = field(default_factory=list)
+    """Parts of names of layers that stay as they are (the output always does)."""
+
+    enable_fsdp_float8_all_gather: bool = False
+    """Gather the shards of the weights in float8 (tensorwise only)."""
+
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """Find the scales of all weights gathered so in one reduction after each step."""
+
+    emulate: bool = False
+    """Compute what float8 would by other products, slowly: for tests, on any device."""
+
 
 @dataclass
 class Optimizer:
@@ -123,6 +146,10 @@ class Optimizer:
 
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
     """How the update is computed; fused is the fastest."""
+
+    state_precision: Literal["float32", "compact"] = "float32"
+    """float32 for weights and both moments, 12 bytes a parameter and 4 of gradient; or compact: weights of 24 bits and
+    moments of 8, 5 bytes and 2 of gradient (AdamW, fused)."""
 
 
 @dataclass
@@ -379,6 +406,7 @@ class JobConfig:
     profiling: Profiling = field(default_factory=Profiling)
     metrics: Metrics = field(default_factory=Metrics)
     model: Model = field(default_factory=Model)
+    float8: Float8 = field(default_factory=Float8)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     training: Training = field(default_factory=Training)

@@ -32,7 +32,6 @@ def _only(name: str, annotation: Any, harmless: tuple[Any, ...], instead: str) -
 _TEXTS = list[str]
 _TABLE = (
     _no_effect("job.use_for_integration_test", bool, False),
-    _only("model.converters", _TEXTS, ([],), "Float8, MX and other model converters are not part of this package"),
     _no_effect("model.print_after_conversion", bool, False),
     _only(
         "optimizer.early_step_in_backward",
@@ -66,12 +65,7 @@ _TABLE = (
         "choose a schedule with parallelism.pipeline_parallel_schedule",
     ),
     _no_effect("activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns", _TEXTS, ["moe.router.gate"]),
-    # float8 and mx configure converters, and act only where model.converters names them.
-    _no_effect("float8.enable_fsdp_float8_all_gather", bool, False),
-    _no_effect("float8.precompute_float8_dynamic_scale_for_fsdp", bool, False),
-    _no_effect("float8.recipe_name", Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None, None),
-    _no_effect("float8.filter_fqns", _TEXTS, []),
-    _no_effect("float8.emulate", bool, False),
+    # mx configures a converter that is not here, and moe_fqns_prototype layers that the models lack.
     _no_effect("float8.moe_fqns_prototype", _TEXTS, []),
     _no_effect("mx.mxfp8_dim1_cast_kernel_choice", Literal["triton", "cuda", "torch"], "triton"),
     _no_effect("mx.recipe_name", str, "mxfp8_cublas"),

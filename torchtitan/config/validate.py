@@ -22,6 +22,8 @@ from torchtitan.config.schema import either, meant_or_known
 
 _CHECKPOINT_STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 _ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble")
+_CONVERTERS = ("float8",)
+_FLOAT8_MULTIPLE = 16
 
 
 class ModelShape(Protocol):
@@ -56,6 +58,8 @@ def validate(
         *problems,
         *_about_activation_checkpoint(config),
         *_about_fused_loss(config),
+        *_about_converters(config),
+        *_about_state_precision(config),
         *_about_async_tensor_parallel(config, num_gpus),
         *_about_checkpoint(config, world_size),
         *_about_length(config),
@@ -101,6 +105,43 @@ def _about_fused_loss(config: JobConfig) -> Iterator[str]:
             f" {_show(config, 'parallelism.tensor_parallel_degree')} splits it; use implementation auto or native,"
             " the in-tree fused loss, or a degree of 1"
         )
+
+
+def _about_converters(config: JobConfig) -> Iterator[str]:
+    for name in config.model.converters:
+        if name not in _CONVERTERS:
+            yield f"model.converters has {name!r}, which is unknown; {meant_or_known(name, _CONVERTERS)}"
+    if "float8" not in config.model.converters:
+        return
+    if config.float8.enable_fsdp_float8_all_gather and config.float8.recipe_name != "tensorwise":
+        yield (
+            f"float8.enable_fsdp_float8_all_gather does not work with {_show(config, 'float8.recipe_name')}, because it"
+            " gathers no scales of rows; leave it off, or use tensorwise"
+        )
+    parallelism, training = config.parallelism, config.training
+    piped = parallelism.pipeline_parallel_degree > 1
+    sequences = parallelism.pipeline_parallel_microbatch_size if piped else training.local_batch_size
+    num_tokens = sequences * training.seq_len // parallelism.context_parallel_degree
+    if num_tokens % _FLOAT8_MULTIPLE:
+        yield (
+            f"a microbatch of {num_tokens} tokens on each rank is not a multiple of {_FLOAT8_MULTIPLE}, which the"
+            f" products of float8 need; use another training.seq_len than {training.seq_len}"
+        )
+
+
+def _about_state_precision(config: JobConfig) -> Iterator[str]:
+    optimizer = config.optimizer
+    if optimizer.state_precision == "float32":
+        return
+    given = _show(config, "optimizer.state_precision")
+    if (optimizer.name, optimizer.implementation) != ("AdamW", "fused"):
+        yield f"{given} has one optimizer, the fused AdamW; leave optimizer.name and optimizer.implementation at those"
+    if config.training.mixed_precision_param != "bfloat16":
+        yield f"{given} keeps weights as bfloat16 with a correction; leave training.mixed_precision_param at bfloat16"
+    if config.training.enable_cpu_offload:
+        yield f"{given} does not work with training.enable_cpu_offload; use one of them"
+    if "float8" in config.model.converters and config.float8.enable_fsdp_float8_all_gather:
+        yield f"{given} does not work with float8.enable_fsdp_float8_all_gather; use one of them"
 
 
 def _about_async_tensor_parallel(config: JobConfig, num_gpus: int | None) -> Iterator[str]:
@@ -203,6 +244,8 @@ def _about_zero_bubble(config: JobConfig) -> Iterator[str]:
             f"{schedule} apart, which compiled blocks cannot; leave training.compile off, or use 1F1B or"
             " Interleaved1F1B"
         )
+    if "float8" in config.model.converters:
+        yield f"{schedule} apart, which float8 layers cannot; leave float8 off, or use 1F1B or Interleaved1F1B"
     if config.parallelism.fsdp_reshard_after_forward == "always":
         yield (
             f"{schedule} apart, and misses those of weights that are gathered anew between:"

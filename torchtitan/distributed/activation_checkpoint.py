@@ -105,6 +105,8 @@ def _costly_ops() -> frozenset[Any]:
             aten._scaled_dot_product_cudnn_attention.default,
             aten._scaled_dot_product_flash_attention_for_cpu.default,
             aten._efficient_attention_forward.default,  # context parallelism's, in float32
+            aten.max.default,  # what float8 scales by, one number or one a row: to find it again reads a whole tensor
+            aten.amax.default,
             collectives.reduce_scatter_tensor.default,
             collectives.all_gather_into_tensor.default,
         }

@@ -16,11 +16,11 @@ def init_parameters(model: Decoder, seed: int, device: torch.device | str) -> No
 
     Every rank draws each parameter whole on `device`, by a generator that is seeded from the seed and the parameter's
     name, and copies its own shard to where the parameter is: no communication, and the peak is one whole parameter.
-    A GPU and a CPU draw different numbers from one seed.
+    Drawn is float32, whatever it is stored in. A GPU and a CPU draw different numbers from one seed.
     """
     initializers = model.weight_initializers()
     for name, parameter in model.named_parameters():
-        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        whole = torch.empty(parameter.shape, dtype=torch.float32, device=device)
         generator = torch.Generator(device).manual_seed(_seed_for(seed, name))
         initializers[name](whole, generator)
         if isinstance(parameter, DTensor):

@@ -20,6 +20,7 @@ from torchtitan.config.errors import ConfigError, TokenizerError
 from torchtitan.config.job_config import ActivationCheckpoint, JobConfig, Model, Parallelism, Training
 from torchtitan.config.schema import meant_or_known
 from torchtitan.config.validate import validate
+from torchtitan.tools.packages import is_installed
 
 if TYPE_CHECKING:
     from torchtitan.protocols.model import Decoder, Loss, StateDictAdapter
@@ -167,6 +168,8 @@ def validate_run(
         model = find_model(config)
     except ConfigError as error:
         problems.append(str(error))
+    if "float8" in config.model.converters and not is_installed("torchao"):
+        problems.append('model.converters=float8 needs the package torchao: pip install "torchao>=0.17"')
     validate(
         config,
         world_size=world_size,

@@ -432,9 +432,9 @@ def test_help_for_one_section(capsys):
 
 def test_a_run_warns_and_a_check_does_not(caplog):
     with caplog.at_level(logging.WARNING):
-        parse(["--float8.emulate"], warn=False)
+        parse(["--job.use_for_integration_test"], warn=False)
         assert caplog.messages == []
-        parse(["--float8.emulate"])
+        parse(["--job.use_for_integration_test"])
     assert len(caplog.messages) == 1
 
 

@@ -26,21 +26,24 @@ def test_upstreams_debug_model_keeps_its_values():
     assert (config.training.steps, config.lr_scheduler.decay_ratio, config.training.dataset) == (10, 0.8, "c4_test")
     assert config.activation_checkpoint.selective_ac_option == "2"
     assert not config.checkpoint.last_save_model_only
-    assert no_effect == ["job.use_for_integration_test", "float8.filter_fqns"]
+    assert no_effect == ["job.use_for_integration_test"]
+    assert config.float8.filter_fqns == ["output"]
 
 
 def test_upstreams_8b_keeps_its_values():
     config, no_effect = resolve(["--job.config_file", str(ASSETS / "llama3_8b.toml")])
     assert (config.model.flavor, config.training.seq_len, config.training.local_batch_size) == ("8B", 8192, 1)
     assert config.activation_checkpoint.selective_ac_option == "op"
-    assert no_effect == ["float8.filter_fqns"]
+    assert no_effect == []
 
 
 def test_one_warning_names_every_option_without_effect(caplog):
     with caplog.at_level(logging.WARNING, logger="torchtitan"):
-        ConfigManager().parse_args(["--float8.emulate", "--mx.filter_fqns", "wq", "--model.converters", ""])
+        ConfigManager().parse_args(
+            ["--float8.moe_fqns_prototype", "a", "--mx.filter_fqns", "wq", "--model.converters", ""]
+        )
     assert caplog.messages == [
-        "Options of upstream torchtitan that have no effect here: float8.emulate, mx.filter_fqns"
+        "Options of upstream torchtitan that have no effect here: float8.moe_fqns_prototype, mx.filter_fqns"
     ]
 
 
@@ -57,7 +60,6 @@ def test_upstreams_defaults_are_not_worth_a_warning(tmp_path, name):
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        (["--model.converters", "float8"], ["--model.converters float8", "only []", "Float8"]),
         (["--fault_tolerance.enable"], ["--fault_tolerance.enable", "TorchFT"]),
         (["--memory_estimation.enabled"], ["--memory_estimation.enabled", "only false"]),
         (["--optimizer.early_step_in_backward=true"], ["early_step_in_backward=true", "clipped"]),
@@ -79,11 +81,11 @@ def test_what_would_change_the_training_is_refused(argv, parts):
 
 
 def test_the_value_that_is_used_decides(tmp_path):
-    (tmp_path / "run.toml").write_text('[model]\nconverters = ["float8"]')
+    (tmp_path / "run.toml").write_text("[memory_estimation]\nenabled = true")
     argv = ["--job.config_file", str(tmp_path / "run.toml")]
-    with pytest.raises(ConfigError, match=r'run.toml: model.converters = \["float8"\]: '):
+    with pytest.raises(ConfigError, match=r"run.toml: memory_estimation.enabled = true: "):
         resolve(argv)
-    assert resolve([*argv, "--model.converters", ""])[1] == []
+    assert resolve([*argv, "--memory_estimation.enabled", "false"])[1] == []
 
 
 def test_no_option_is_both_ours_and_foreign():

@@ -17,6 +17,8 @@ FUSED = "--liger_kernel.enable_fused_linear_cross_entropy"
 TP, CP, PP = (f"--parallelism.{axis}_parallel_degree" for axis in ("tensor", "context", "pipeline"))
 SHARD, REPLICATE = "--parallelism.data_parallel_shard_degree", "--parallelism.data_parallel_replicate_degree"
 SCHEDULE = "--parallelism.pipeline_parallel_schedule"
+FLOAT8 = "--model.converters float8"
+COMPACT = "--optimizer.state_precision compact"
 PARTS = "--parallelism.module_fqns_per_model_part"
 # the debug model, which has six layers, in two and in four parts
 HALVES = ["tok_embeddings,layers.0,layers.1,layers.2", "layers.3,layers.4,layers.5,norm,output"]
@@ -46,6 +48,18 @@ def test_the_defaults_are_valid():
     check([])
 
 
+def test_what_is_asked_of_float8_is_not_asked_without_it():
+    check("--training.seq_len 100 --training.local_batch_size 3")
+    check("--float8.enable_fsdp_float8_all_gather --float8.recipe_name rowwise")
+
+
+def test_float8_without_torchao_names_the_package(monkeypatch):
+    monkeypatch.setattr("torchtitan.protocols.train_spec.is_installed", lambda name: name != "torchao")
+    with pytest.raises(ConfigError, match=r'model.converters=float8 needs .* torchao: pip install "torchao>=0.17"'):
+        check(FLOAT8)
+    check([])
+
+
 @pytest.mark.parametrize(
     ("world_size", "argv", "parts"),
     [
@@ -58,6 +72,25 @@ def test_the_defaults_are_valid():
             ["model.flavor=9B", "known are debugmodel, 1B, 8B"],
         ),
         (1, "--model.flavor huge", ["model.flavor=huge", "known are debugmodel, 1B, 8B, 70B, 405B"]),
+        # float8
+        (1, f"{FLOAT8},float9", ["model.converters has 'float9'", "did you mean float8?"]),
+        (
+            1,
+            f"{FLOAT8} --float8.enable_fsdp_float8_all_gather --float8.recipe_name rowwise",
+            ["enable_fsdp_float8_all_gather", "recipe_name=rowwise", "use tensorwise"],
+        ),
+        (1, f"{FLOAT8} --training.local_batch_size 3 --training.seq_len 100", ["300 tokens", "multiple of 16"]),
+        (2, f"{FLOAT8} {PP} 2 --training.seq_len 100", ["microbatch of 100 tokens", "multiple of 16"]),
+        # states
+        (1, f"{COMPACT} --optimizer.name Adam", ["state_precision=compact", "AdamW"]),
+        (1, f"{COMPACT} --optimizer.implementation foreach", ["state_precision=compact", "fused"]),
+        (1, f"{COMPACT} --training.mixed_precision_param float32", ["state_precision=compact", "bfloat16"]),
+        (1, f"{COMPACT} --training.enable_cpu_offload", ["state_precision=compact", "enable_cpu_offload"]),
+        (
+            2,
+            f"{COMPACT} {FLOAT8} --float8.enable_fsdp_float8_all_gather",
+            ["state_precision=compact", "enable_fsdp_float8_all_gather"],
+        ),
         # degrees
         (8, f"{TP} 3", ["tensor_parallel_degree=3", "their product is 3", "world size 8", "would fit|use parallelism"]),
         (8, f"{SHARD} 2 {REPLICATE} 2", ["their product is 4", "world size 8", "data_parallel_shard_degree=4"]),
@@ -144,6 +177,7 @@ def test_the_defaults_are_valid():
             f"{PP} 2 {SCHEDULE} Interleaved1F1B --training.local_batch_size 5",
             ["schedule=Interleaved1F1B", "rounds of 2", "makes 5", "use 4 or 6"],
         ),
+        (2, f"{PP} 2 {SCHEDULE} ZBVZeroBubble {FLOAT8}", ["ZBVZeroBubble", "float8 layers cannot", "use 1F1B"]),
         (2, f"{PP} 2 {SCHEDULE} ZBVZeroBubble --training.compile", ["ZBVZeroBubble", "training.compile"]),
         (
             2,

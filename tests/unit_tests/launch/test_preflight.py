@@ -46,7 +46,7 @@ def refused(valid):
 
 
 def test_a_run_that_can_start_gets_no_word_and_its_folder(valid, capsys, tmp_path):
-    check([*valid, "--float8.emulate"], nproc=2)
+    check([*valid, "--job.use_for_integration_test"], nproc=2)
     assert capsys.readouterr() == ("", "")
     assert list((tmp_path / "out" / "puts").iterdir()) == []
 

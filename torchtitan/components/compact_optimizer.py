@@ -1,0 +1,241 @@
+"""AdamW with compact states: 5 bytes a parameter for the weight and both moments, where float32 takes 12.
+
+    weight                bf16: the model's own parameter, its gradient bf16 too      2 + 2
+    correction            int8: the next 8 bits of the float32 weight                 1
+    exp_avg, exp_avg_sq   int8, uint8, and a float32 scale for each group             1 + 1 and a sixteenth
+
+*Weights.* The bits of a float32 are cut to 24: sign, 8 of exponent, 15 of mantissa. bf16 holds the nearest of 16, the
+correction the signed rest, so that integer arithmetic joins both without loss.
+
+*Moments.* A group is up to 128 neighbours in a row, or one element of a vector. With s the largest of a group's
+|exp_avg| it stores sign(m) 127 sqrt(|m| / s), and of r = sqrt(exp_avg_sq) 255 sqrt(r / s): the root spends more steps
+on the small. What is not zero stays at least one step in the denominator, so that no update can explode.
+
+*Rounding.* An update smaller than a step must not be lost each time: what is rounded is first raised by a part of a
+step that a hash of its own bits and of the step's number draws. That is unbiased, needs no random state, and gives
+the same bits after a resume and on every layout.
+
+The arithmetic between is float32. On a GPU the update is one compiled kernel a parameter, one pass over gradient and
+states, that reads the clip factor and whether to skip there; on a CPU it is eager, and slow. Groups lie inside rows,
+so that states divide as weights do, and a checkpoint loads into another layout.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.job_config import Optimizer
+
+MAX_GROUP = 128
+
+
+class CompactAdamW:
+    """Has the interface of components/optimizer.py's OptimizersContainer.
+
+    Raises:
+        ConfigError: tensor parallel cuts a parameter through a group.
+    """
+
+    def __init__(self, model_parts: Sequence[nn.Module], optimizer: Optimizer) -> None:
+        self.param_groups: list[dict[str, Any]] = [{"lr": optimizer.lr}]
+        self._config = optimizer
+        named = [(name, p) for part in model_parts for name, p in part.named_parameters() if p.requires_grad]
+        self._states = {name: _State(name, parameter) for name, parameter in named}
+        self._step = torch.zeros((), device=named[0][1].device)
+
+    @torch.no_grad()
+    def step(self, *, grad_factor: Tensor, skip: Tensor) -> None:
+        """Update the weights with `grad_factor` (0-dim float32) times the gradients; if `skip` (0-dim bool), nothing.
+
+        Both stay on the device.
+        """
+        config, lr = self._config, self.param_groups[0]["lr"]
+        self._step += ~skip
+        # numbers as tensors, so that another learning rate is not another kernel
+        number = partial(torch.full_like, self._step)
+        bias1, bias2 = (1 - number(beta).pow(self._step) for beta in (config.beta1, config.beta2))
+        numbers = {
+            "grad_factor": grad_factor,
+            "skip": skip,
+            "salt": self._step.to(torch.int32) * 0x1E3779B1,
+            "step_size": number(lr) / bias1,
+            "decay": number(1 - lr * config.weight_decay),
+            "bias2": bias2,
+        }
+        update = _get_compiled_update() if self._step.is_cuda else _update
+        for state in self._states.values():
+            if state.parameter.grad is not None and state.local.numel():
+                update(*state.groups(), **numbers, betas=(config.beta1, config.beta2), eps=config.eps)
+
+    def zero_grad(self) -> None:
+        for state in self._states.values():
+            state.parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The live states, not copies of them."""
+        named = {f"state.{name}.{key}": t for name, state in self._states.items() for key, t in state.named().items()}
+        return {"state.step": self._step, **named}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for key, own in self.state_dict().items():
+            _local(own).copy_(_local(state_dict[key]))
+
+    @torch.no_grad()
+    def export_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of weights by name the true ones: float32, bf16 and correction joined. A single process's are on the CPU."""
+        return {name: self._states[name].join() if name in self._states else weights[name] for name in weights}
+
+
+class _State:
+    """Of one parameter, or this rank's shard of it."""
+
+    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+        self.parameter, self.local = parameter, _local(parameter.detach())
+        assert self.local.dtype == torch.bfloat16, f"{name}: expected bfloat16, got {self.local.dtype}"
+        # by the whole parameter's row, which is the same on every layout
+        row = parameter.shape[-1]
+        self._group = math.gcd(row, MAX_GROUP) if parameter.dim() > 1 else 1
+        if -(-row // _num_cuts(parameter)) % self._group:
+            raise ConfigError(
+                f"optimizer.state_precision=compact keeps groups of {self._group} neighbours, and tensor parallel cuts"
+                f" {name}, of shape {tuple(parameter.shape)}, through one; use float32, or another"
+                " parallelism.tensor_parallel_degree"
+            )
+        zeros = partial(torch.zeros, device=self.local.device)
+        scale = (*self.local.shape[:-1], self.local.shape[-1] // self._group)
+        self._tensors = {
+            "correction": zeros(self.local.shape, dtype=torch.int8),
+            "exp_avg_int8": zeros(self.local.shape, dtype=torch.int8),
+            "exp_avg_sq_uint8": zeros(self.local.shape, dtype=torch.uint8),
+            "exp_avg_scale": zeros(scale),
+            "exp_avg_sq_scale": zeros(scale),
+        }
+
+    def groups(self) -> list[Tensor]:
+        """What an update reads and writes: gradient and weight, then the states; views of (groups, group or 1)."""
+        assert self.parameter.grad is not None
+        wholes = [_local(self.parameter.grad), self.local, *self._tensors.values()]
+        sizes = [1 if key.endswith("scale") else self._group for key in ("grad", "weight", *self._tensors)]
+        views = [tensor.view(-1, size) for tensor, size in zip(wholes, sizes, strict=True)]
+        if self.local.is_cuda:
+            for view in views:
+                torch._dynamo.maybe_mark_dynamic(view, 0)  # one kernel for all shapes
+        return views
+
+    def named(self) -> dict[str, Tensor]:
+        """By key: a DTensor that is divided as the parameter, where that is one."""
+        parameter = self.parameter
+        if not isinstance(parameter, DTensor):
+            return self._tensors
+        rows = {key: parameter.shape[-1] // (self._group if key.endswith("scale") else 1) for key in self._tensors}
+        return {key: _like(parameter, local, row=rows[key]) for key, local in self._tensors.items()}
+
+    def join(self) -> Tensor:
+        joined = join_weight(self.local, self._tensors["correction"])
+        if isinstance(self.parameter, DTensor):
+            return _like(self.parameter, joined, row=self.parameter.shape[-1])
+        return joined.cpu()
+
+
+def join_weight(weight: Tensor, correction: Tensor) -> Tensor:
+    """The float32 weight of 24 bits."""
+    upper = weight.float().view(torch.int32) >> 8
+    return ((upper + correction) << 8).view(torch.float32)
+
+
+def split_weight(weight: Tensor, salt: Tensor) -> tuple[Tensor, Tensor]:
+    """bf16, as float32, and int8 of a float32 weight; its lower 8 bits are rounded away by chance."""
+    bits = weight.view(torch.int32)
+    upper = (bits + (_hash(bits, salt) & 0xFF)) >> 8  # the bits are sign and magnitude: this raises the magnitude
+    nearest = (upper + 0x80) >> 8
+    return (nearest << 16).view(torch.float32), (upper - (nearest << 8)).to(torch.int8)
+
+
+def _hash(bits: Tensor, salt: Tensor) -> Tensor:
+    """24 bits, each of which depends on many of the 32 and of the salt's."""
+    bits = bits ^ salt
+    mixed = (bits ^ ((bits >> 15) & 0x1FFFF)) * 0x2C1B3C6D
+    mixed = (mixed ^ ((mixed >> 12) & 0xFFFFF)) * 0x297A2D39
+    return (mixed >> 8) & 0xFFFFFF
+
+
+def _round(x: Tensor, salt: Tensor) -> Tensor:
+    """x, which is not negative, to a whole number above or below, the nearer more often."""
+    return torch.floor(x + _hash(x.view(torch.int32), salt).float() * 2.0**-24)
+
+
+def _update(
+    grad: Tensor,  # (N, G)
+    weight: Tensor,  # (N, G) bf16
+    correction: Tensor,  # (N, G) int8
+    exp_avg: Tensor,  # (N, G) int8
+    exp_avg_sq: Tensor,  # (N, G) uint8
+    exp_avg_scale: Tensor,  # (N, 1) float32
+    exp_avg_sq_scale: Tensor,  # (N, 1) float32; of the root
+    *,
+    grad_factor: Tensor,
+    skip: Tensor,
+    salt: Tensor,  # another int32 each step
+    step_size: Tensor,  # the learning rate, over the first moment's bias
+    decay: Tensor,
+    bias2: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    g = grad.float() * grad_factor
+    stored = exp_avg.float() * (1 / 127)
+    m = stored * stored.abs() * exp_avg_scale
+    m = m + (g - m) * (1 - betas[0])
+    stored = exp_avg_sq.float() * (1 / 255)
+    root = stored * stored * exp_avg_sq_scale
+    root = (root * root * betas[1] + g * g * (1 - betas[1])).sqrt()
+    new = join_weight(weight, correction) * decay - step_size * m / (root / bias2.sqrt() + eps)
+
+    m_scale = m.abs().amax(1, keepdim=True)
+    root_scale = root.amax(1, keepdim=True)
+    levels = _round(127 * (m.abs() / m_scale.clamp(min=1e-30)).sqrt(), salt).clamp(max=127)
+    root_levels = _round(255 * (root / root_scale.clamp(min=1e-30)).sqrt(), salt).clamp(max=255)
+    root_levels = torch.where(root > 0, root_levels.clamp(min=1), 0.0)
+    new_weight, new_correction = split_weight(new, salt)
+    weight.copy_(torch.where(skip, weight.float(), new_weight))
+    correction.copy_(torch.where(skip, correction, new_correction))
+    exp_avg.copy_(torch.where(skip, exp_avg.float(), torch.where(m < 0, -levels, levels)))
+    exp_avg_sq.copy_(torch.where(skip, exp_avg_sq.float(), root_levels))
+    exp_avg_scale.copy_(torch.where(skip, exp_avg_scale, m_scale))
+    exp_avg_sq_scale.copy_(torch.where(skip, exp_avg_sq_scale, root_scale))
+
+
+@cache
+def _get_compiled_update() -> Callable[..., None]:
+    return torch.compile(_update, fullgraph=True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _num_cuts(parameter: Tensor) -> int:
+    """Into how many parts a row of it is divided."""
+    if not isinstance(parameter, DTensor) or parameter.dim() == 1:
+        return 1
+    axes = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in axes if placement.is_shard(parameter.dim() - 1))
+
+
+def _like(parameter: DTensor, local: Tensor, *, row: int) -> DTensor:
+    """A DTensor of this rank's part, divided as the parameter is, whose rows may be longer than `row`."""
+    shape = torch.Size((*parameter.shape[:-1], row))
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+__all__ = ["CompactAdamW"]
