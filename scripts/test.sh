@@ -15,8 +15,9 @@ if [ $# -eq 0 ]; then
     "$PYTHON" -m mypy
 fi
 # As many tests at once as there are cores, each file's one after the other in one process, since they share what is
-# costly to make. On a GPU there is one at a time: tests measure its memory and its speed.
+# costly to make; in the order of their names, which begins with the long ones. On a GPU there is one at a time: tests
+# measure its memory and its speed.
 workers=(-n 0)
-if [ "$(count_gpus)" -eq 0 ]; then workers=(-n auto --maxprocesses 8 --dist loadfile); fi
+if [ "$(count_gpus)" -eq 0 ]; then workers=(-n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder); fi
 # Tests are many small computations and, some of them, several processes: more threads would only get in each other's way.
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" exec "$PYTHON" -m pytest "${workers[@]}" "$@"

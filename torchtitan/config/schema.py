@@ -8,6 +8,7 @@ import ast
 import inspect
 import json
 import math
+import re
 import types
 from collections.abc import Iterable
 from contextlib import suppress
@@ -23,7 +24,14 @@ from torchtitan.config.types import Range
 
 _BOOLEANS = {"true": True, "false": False}
 _MAX_INT = 2**63 - 1  # what tensors and checkpoints hold
-_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    list[str]: "a list of texts (a,b,c on the command line)",
+    list[list[str]]: "a list of lists of texts (a,b c,d on the command line)",
+}
 
 
 @dataclass(frozen=True)
@@ -49,12 +57,8 @@ class Option:
             what = either(self.choices)
         elif self.is_path:
             what = "a path"
-        elif self.base == list[str]:
-            what = "a list of texts (a,b,c on the command line)"
-        elif self.base == list[list[str]]:
-            what = "a list of lists of texts (a,b c,d on the command line)"
         else:
-            what = _TYPE_NAMES[self.base] + (_bounds(self.range) if self.range else "")
+            what = f"{_TYPE_NAMES[self.base]} {self.range or ''}".rstrip()
         return f"{what}, or None" if self.optional else what
 
     def check(self, value: object) -> Any:
@@ -65,7 +69,8 @@ class Option:
             with suppress(OverflowError):  # no float: refused below
                 value = float(value)
         if not _is_a(value, self.base) or not self._in_bounds(value):
-            raise ValueError(f"must be {self.allowed()}{self._meant(value)}")
+            meant = nearest(value, self.choices) if isinstance(value, str) else []
+            raise ValueError(f"must be {self.allowed()}" + (f"; did you mean {meant[0]}?" if meant else ""))
         if type(value) is int and value > _MAX_INT:
             raise ValueError(f"must be {self.allowed()}; the largest is 2**63 - 1")
         if type(value) is float and not math.isfinite(value) and not (self.range and value in self.range.also):
@@ -98,13 +103,9 @@ class Option:
     def _in_bounds(self, value: Any) -> bool:
         return (
             (not self.choices or value in self.choices)
-            and (self.range is None or _within(value, self.range))
+            and (self.range is None or self.range.allows(value))
             and (not self.is_path or ("\0" not in value and value != ""))
         )
-
-    def _meant(self, value: object) -> str:
-        names = nearest(value, self.choices) if isinstance(value, str) else []
-        return f"; did you mean {names[0]}?" if names else ""
 
 
 def option_of(name: str, annotation: Any, default: Any, doc: str = "") -> Option:
@@ -192,22 +193,7 @@ def _is_utf8(value: object) -> bool:
     """False for text with lone surrogates, which stand for bytes of the command line that are not UTF-8."""
     if isinstance(value, list):
         return all(map(_is_utf8, value))
-    return not isinstance(value, str) or not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def _within(value: float, limits: Range) -> bool:
-    return value in limits.also or (
-        (limits.min is None or value >= limits.min)
-        and (limits.max is None or value <= limits.max)
-        and (limits.above is None or value > limits.above)
-        and (limits.below is None or value < limits.below)
-    )
-
-
-def _bounds(limits: Range) -> str:
-    signs = {">=": limits.min, ">": limits.above, "<=": limits.max, "<": limits.below}
-    bounds = " and ".join(f"{sign} {bound}" for sign, bound in signs.items() if bound is not None)
-    return " " + ", or ".join([bounds, *(f"{value}" for value in limits.also)])
+    return not isinstance(value, str) or not re.search("[\ud800-\udfff]", value)
 
 
 def meant_or_known(name: str, names: Iterable[str]) -> str:

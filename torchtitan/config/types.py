@@ -15,6 +15,19 @@ class Range:
     below: float | None = None
     also: tuple[float, ...] = ()
 
+    def allows(self, value: float) -> bool:
+        return value in self.also or (
+            (self.min is None or value >= self.min)
+            and (self.max is None or value <= self.max)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        signs = {">=": self.min, ">": self.above, "<=": self.max, "<": self.below}
+        bounds = " and ".join(f"{sign} {bound}" for sign, bound in signs.items() if bound is not None)
+        return ", or ".join([bounds, *map(str, self.also)])
+
 
 PositiveInt = Annotated[int, Range(min=1)]
 NonNegativeInt = Annotated[int, Range(min=0)]

@@ -59,9 +59,8 @@ def pack(
     """
     tokens: list[int] = []
     consumed = 0  # tokens of the list that are inputs of a sequence already
-    ends: deque[tuple[int, int, Position]] = (
-        deque()
-    )  # (end in the list, length, position) of documents with tokens left
+    # (end in the list, length, position) of documents with tokens left
+    ends: deque[tuple[int, int, Position]] = deque()
     skip = start.offset
     for group in _group(documents.read(start.position)):
         del tokens[:consumed]

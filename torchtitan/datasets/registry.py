@@ -2,7 +2,7 @@
 
 import os
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,11 +71,9 @@ def standard_library_files() -> list[Path]:
 
 
 def _open_standard_library(*, validation: bool) -> Source:
-    def is_part(index: int) -> bool:
-        return (index % VALIDATION_STRIDE == VALIDATION_STRIDE - 1) == validation
-
-    files: Sequence[Path] = [file for index, file in enumerate(standard_library_files()) if is_part(index)]
     root = Path(sysconfig.get_path("stdlib"))
+    held_out = VALIDATION_STRIDE - 1
+    files = [f for i, f in enumerate(standard_library_files()) if (i % VALIDATION_STRIDE == held_out) == validation]
     if not files:
         raise DatasetError(f"this Python has no source of its standard library in {root}; give a dataset_path")
     return StandardLibraryFiles(files, root=root)

@@ -43,11 +43,10 @@ def check(options: Sequence[str], *, nproc: int, nnodes: int = 1, num_gpus: int 
     )
     raise_all(
         [
-            *_about_custom_import(config),
+            *_about_packages(config),
             *_about_tokenizer(config),
             *_about_dataset(config, "training"),
             *(_about_dataset(config, "validation") if config.validation.enabled else ()),
-            *_about_metrics(config),
             *_about_initial_checkpoint(config),
         ]
     )
@@ -72,11 +71,13 @@ def get_vocab_size(tokenizer_json: Path) -> int:
     return 1 + max(chain(ids, (token["id"] for token in tokenizer.get("added_tokens", []))), default=-1)
 
 
-def _about_custom_import(config: JobConfig) -> Iterator[ConfigError]:
+def _about_packages(config: JobConfig) -> Iterator[ConfigError]:
     try:
         check_custom_import(config.experimental.custom_import)
     except ConfigError as error:
         yield error
+    if config.metrics.enable_wandb and not is_installed("wandb"):
+        yield ConfigError("metrics.enable_wandb needs the package wandb: pip install wandb")
 
 
 def _about_tokenizer(config: JobConfig) -> Iterator[ConfigError]:
@@ -133,11 +134,6 @@ def _has_data(path: Path) -> bool:
     with os.scandir(path):
         pass  # raises OSError where the folder may not be read
     return any(file.is_file() and file.stat().st_size for file in walk_files(path))
-
-
-def _about_metrics(config: JobConfig) -> Iterator[ConfigError]:
-    if config.metrics.enable_wandb and not is_installed("wandb"):
-        yield ConfigError("metrics.enable_wandb needs the package wandb: pip install wandb")
 
 
 def _about_initial_checkpoint(config: JobConfig) -> Iterator[ConfigError]:

@@ -3,7 +3,6 @@
 import os
 import re
 import resource
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -65,10 +64,8 @@ class DeviceMemoryMonitor:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.name = get_device_name(device)
-        if device.type == "cuda":
-            self.capacity = torch.cuda.get_device_properties(device).total_memory
-        else:
-            self.capacity = _physical_memory()
+        on_gpu = device.type == "cuda"
+        self.capacity = torch.cuda.get_device_properties(device).total_memory if on_gpu else _physical_memory()
         self.reset_peak()
 
     def get_peak(self) -> MemoryStats:
@@ -79,14 +76,8 @@ class DeviceMemoryMonitor:
         else:
             active = reserved = _peak_resident_memory()
             retries = ooms = 0
-        return MemoryStats(
-            active / _GIB,
-            100 * active / self.capacity,
-            reserved / _GIB,
-            100 * reserved / self.capacity,
-            retries,
-            ooms,
-        )
+        active_pct, reserved_pct = 100 * active / self.capacity, 100 * reserved / self.capacity
+        return MemoryStats(active / _GIB, active_pct, reserved / _GIB, reserved_pct, retries, ooms)
 
     def reset_peak(self) -> None:
         if self._device.type == "cuda":
@@ -106,11 +97,6 @@ def _physical_memory() -> int:
 
 
 def _peak_resident_memory() -> int:
-    try:
-        kib = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        kib = None
-    if kib is not None:
-        return 1024 * int(kib.group(1))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    # Not every kernel tells it there, and what it tells otherwise is not reset.
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

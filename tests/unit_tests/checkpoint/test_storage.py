@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.full_disk import small_disk
+from tests.processes import FORKED
 from tests.unit_tests.checkpoint.checkpointed_run import MODES, build_run, damage, folder, names, no_space
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.checkpoint import background
@@ -86,11 +86,10 @@ def test_run_killed_while_saving_goes_on_from_a_whole_checkpoint(tmp_path, caplo
     untouched = build_run(tmp_path / "untouched")
     expected = untouched.train(9, save=False)
     build_run(tmp_path).train(4)
-    context = multiprocessing.get_context("spawn")
     for point, mode in zip(
         KILL_POINTS, ["disabled", "async_with_pinned_mem", "async", "disabled", "async"], strict=True
     ):
-        process = context.Process(target=die_while_saving, args=(tmp_path, point, mode))
+        process = FORKED.Process(target=die_while_saving, args=(tmp_path, point, mode))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL, point
