@@ -265,14 +265,17 @@ class _PendingStatistics:
 
     def __init__(self, rows: slice, logits: Tensor, statistics: Tensor, shard: VocabShard | None) -> None:
         self.rows, self.logits = rows, logits
-        self._mine = self._joined = statistics  # held while it is sent; without a shard it is of the whole vocabulary
+        self._mine = statistics  # held until they have been sent
+        self._all, self._is_here = statistics, True  # without a shard these are of the whole vocabulary
         if shard is not None:
             group = shard.group
-            self._joined = collectives.all_gather_into_tensor(statistics, group.size(), group.group_name)  # (3 * n, C)
+            self._all = collectives.all_gather_into_tensor(statistics, group.size(), group.group_name)  # (3 * n, C)
+            self._is_here = False
             if not statistics.is_cuda:
-                self.wait()  # it hides nothing there, and gloo breaks its memory where two are under way
+                self.wait()  # nothing is hidden there, and gloo breaks memory where two gathers are under way
 
     def wait(self) -> Tensor:  # (n, 3, C)
-        if self._joined is not self._mine:
-            collectives.wait_tensor(self._joined)
-        return self._joined.unflatten(0, (-1, 3))
+        if not self._is_here:
+            self._is_here = True
+            collectives.wait_tensor(self._all)
+        return self._all.unflatten(0, (-1, 3))

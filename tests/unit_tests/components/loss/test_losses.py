@@ -3,26 +3,18 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchtitan.components.loss import (
     IGNORE_INDEX,
     CrossEntropyLoss,
     FusedLinearCrossEntropyLoss,
-    fused_linear,
-    fused_linear_cross_entropy,
 )
-from torchtitan.components.loss.softmax_gradient import combine_statistics, row_statistics
 from torchtitan.models.llama3.model.model import OutputHead
 
 VOCAB, DIM = 101, 16
@@ -163,47 +155,10 @@ def test_no_grad_gives_the_same_loss(name: str) -> None:
     torch.testing.assert_close(loss.double(), oracle(hidden, weight, labels).loss, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_grad_mode_only_the_loss_is_computed(
-    mode: Callable[[], AbstractContextManager[None]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a gradient was computed")
-
-    for function in ("loss_and_gradient_", "write_gradient_"):
-        monkeypatch.setattr(fused_linear, function, refuse)
-    weight = torch.nn.Parameter(torch.randn(VOCAB, DIM))  # which asks for its gradient whatever the mode
-    with mode():
-        fused_linear_cross_entropy(torch.randn(9, DIM), weight, torch.randint(VOCAB, (9,)))
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_tokens_have_no_loss_and_zero_gradients(name: str) -> None:
     result = run(LOSSES[name], torch.randn(2, 0, DIM), torch.randn(VOCAB, DIM), torch.zeros(2, 0, dtype=torch.int64))
     assert result.loss == 0 and result.d_hidden.shape == (2, 0, DIM) and not result.d_weight.any()
-
-
-def test_one_token_needs_no_batch_and_hidden_states_may_be_transposed() -> None:
-    hidden, weight, labels = torch.randn(DIM, 9).t(), torch.randn(VOCAB, DIM), torch.randint(VOCAB, (9,))
-    losses = F.cross_entropy(hidden @ weight.t(), labels, reduction="none")
-    torch.testing.assert_close(fused_linear_cross_entropy(hidden, weight, labels), losses.sum())
-    torch.testing.assert_close(fused_linear_cross_entropy(hidden[2], weight, labels[2]), losses[2])
-
-
-def test_labels_reach_the_kernels_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's kernels read them one after the other."""
-    seen = []
-    compute = fused_linear.loss_and_gradient_
-
-    def record(logits: Tensor, labels: Tensor, scale: Tensor, losses: Tensor) -> None:
-        seen.append(labels.is_contiguous())
-        compute(logits, labels, scale, losses)
-
-    monkeypatch.setattr(fused_linear, "loss_and_gradient_", record)
-    weight = torch.randn(VOCAB, DIM, requires_grad=True)
-    for labels in (torch.randint(VOCAB, (9, 2))[:, 1], torch.tensor(5).expand(9), torch.randint(VOCAB, (9,))[::2]):
-        fused_linear_cross_entropy(torch.randn(len(labels), DIM), weight, labels, budget_bytes=4 * BYTES)
-    assert seen and all(seen)
 
 
 @pytest.mark.parametrize("label", [-1, -101, VOCAB, VOCAB + 5])
@@ -239,14 +194,6 @@ def test_a_second_derivative_is_refused(name: str) -> None:
     loss = LOSSES[name](hidden, OutputHead(DIM, VOCAB), torch.randint(VOCAB, (1, 9)), torch.tensor(1.0))
     with pytest.raises(RuntimeError, match="no second derivative: leave create_graph off, or use cross_entropy_sum"):
         torch.autograd.grad(loss, hidden, create_graph=True)
-
-
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
-def test_functional_transforms_are_refused(transform: Callable[..., Callable[..., Tensor]]) -> None:
-    weight, labels = torch.randn(VOCAB, DIM), torch.randint(VOCAB, (9,))
-    transformed = transform(lambda hidden: fused_linear_cross_entropy(hidden, weight, labels))
-    with pytest.raises(RuntimeError, match="do not know .*: use torch.autograd and a batch dim of the hidden"):
-        transformed(torch.randn(*([3] if transform is torch.func.vmap else []), 9, DIM))
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
@@ -303,49 +250,6 @@ def test_a_sure_token_is_as_exact_as_in_torch(name: str, top: float) -> None:
     torch.testing.assert_close(result.d_weight[:, :2].double(), true.d_weight[:, :2], rtol=2e-5, atol=0)
 
 
-@pytest.mark.parametrize("budget_bytes", [1 << 20, 7 * 2 * BYTES])
-def test_float64_is_computed_in_float64(budget_bytes: int) -> None:
-    """By gradcheck, and against torch. gradcheck goes backward through a graph several times: each builds its own."""
-    weight, labels = torch.randn(VOCAB, DIM, dtype=torch.float64), make_labels((2, 15), "some").flatten()
-    hidden = torch.randn(30, DIM, dtype=torch.float64)
-    options = {"scale": 0.1, "budget_bytes": budget_bytes, "accum_dtype": torch.float32}  # which would be less
-
-    class Repeatable(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-            ctx.save_for_backward(hidden, weight)
-            return fused_linear_cross_entropy(hidden, weight, labels, **options)  # type: ignore[arg-type]
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-            leaves = [leaf.detach().requires_grad_() for leaf in ctx.saved_tensors]
-            with torch.enable_grad():
-                loss = fused_linear_cross_entropy(*leaves, labels, **options)  # type: ignore[arg-type]
-            return torch.autograd.grad(loss, leaves, grad)
-
-    h, w = hidden[:4].requires_grad_(), weight.requires_grad_()
-    labels, all_labels = labels[:4], labels
-    assert torch.autograd.gradcheck(Repeatable.apply, (h, w))
-    labels, hidden = all_labels, hidden.detach().requires_grad_()
-    loss = fused_linear_cross_entropy(hidden, weight, labels, **options)  # type: ignore[arg-type]
-    expected = 0.1 * F.cross_entropy(hidden @ weight.t(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
-    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
-    for mine, true in zip(
-        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
-    ):
-        torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-14)
-
-
-def test_a_number_as_scale_is_not_rounded_to_the_default_dtype() -> None:
-    hidden, weight, labels = torch.randn(9, DIM), torch.randn(VOCAB, DIM), torch.randint(VOCAB, (9,))
-    expected = fused_linear_cross_entropy(hidden, weight, labels, scale=torch.tensor(0.1234567))
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        assert fused_linear_cross_entropy(hidden, weight, labels, scale=0.1234567) == expected
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def test_large_logits_do_not_overflow() -> None:
     hidden, weight, labels = 100 * torch.randn(8, DIM), 10 * torch.randn(VOCAB, DIM), torch.randint(VOCAB, (8,))
     result = run(LOSSES["in-tree, chunks of 7"], hidden.unsqueeze(0), weight, labels.unsqueeze(0))
@@ -360,71 +264,3 @@ def test_the_target_of_a_sure_prediction_keeps_its_gradient() -> None:
     result = run(LOSSES["in-tree, one chunk"], hidden.unsqueeze(0), weight, torch.tensor([[0]]))
     true = oracle(hidden, weight, torch.tensor([0])).d_weight
     torch.testing.assert_close(result.d_weight.double(), true, rtol=1e-2, atol=0)
-
-
-def test_statistics_of_parts_combine_to_those_of_the_whole() -> None:
-    logits, labels = 5 * torch.randn(6, VOCAB), torch.randint(VOCAB, (6,))
-    labels[2] = IGNORE_INDEX
-    bounds = [0, 40, 40, 101]  # the second part is empty
-    parts = [row_statistics(logits[:, first:last], labels, start=first) for first, last in pairwise(bounds)]
-    row_max, row_sum, losses = combine_statistics(torch.stack(parts), labels)
-    torch.testing.assert_close(row_max, logits.amax(dim=1))
-    torch.testing.assert_close(row_sum, (logits - row_max.unsqueeze(1)).exp().sum(dim=1))
-    torch.testing.assert_close(losses, F.cross_entropy(logits, labels, reduction="none"))
-
-
-@pytest.mark.parametrize(
-    ("hidden", "weight", "labels", "message"),
-    [
-        ((4, DIM), (VOCAB, DIM + 1), (4,), "expected hidden"),
-        ((4, DIM), (VOCAB, DIM), (5,), "expected hidden"),
-    ],
-)
-def test_shapes_that_do_not_fit_are_refused(
-    hidden: tuple[int, ...], weight: tuple[int, ...], labels: tuple[int, ...], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        fused_linear_cross_entropy(torch.randn(hidden), torch.randn(weight), torch.zeros(labels, dtype=torch.int64))
-
-
-@pytest.mark.parametrize(
-    ("hidden", "weight"),
-    [
-        (torch.float32, torch.bfloat16),
-        (torch.int64, torch.int64),
-        (torch.complex64, torch.complex64),
-        (torch.float8_e4m3fn, torch.float8_e4m3fn),
-    ],
-)
-def test_dtypes_that_it_does_not_compute_with_are_refused(hidden: torch.dtype, weight: torch.dtype) -> None:
-    message = f"one dtype, bfloat16, float16, float32 or float64, got {hidden} and {weight}"
-    with pytest.raises(ValueError, match=message):
-        fused_linear_cross_entropy(torch.ones(2, 3).to(hidden), torch.ones(5, 3).to(weight), torch.tensor([0, 1]))
-
-
-def test_labels_of_another_dtype_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"labels must be int64, got torch\.int32"):
-        fused_linear_cross_entropy(torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1], dtype=torch.int32))
-
-
-@pytest.mark.parametrize("devices", [("cpu", "meta", "cpu"), ("cpu", "cpu", "meta"), ("meta", "meta", "meta")])
-def test_tensors_without_values_are_refused(devices: tuple[str, str, str]) -> None:
-    tensors = (torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1]))
-    with pytest.raises(ValueError, match="one device, and not on meta.* got " + f"{devices[0]}, {devices[1]} and"):
-        fused_linear_cross_entropy(*(t.to(device) for t, device in zip(tensors, devices, strict=True)))
-
-
-def test_a_sharded_weight_is_refused() -> None:
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        mesh = init_device_mesh("cpu", (2,))
-        weight = DTensor.from_local(torch.randn(5, 3), mesh, [Shard(0)])
-        with pytest.raises(ValueError, match=r"the weight is sharded: .*OutputHead.with_weight"):
-            fused_linear_cross_entropy(torch.randn(2, 3), weight, torch.tensor([0, 1]))
-    finally:
-        dist.destroy_process_group()
-
-
-def test_a_scale_for_each_token_is_refused() -> None:
-    with pytest.raises(ValueError, match="scale must be a number or a 0-dim tensor"):
-        fused_linear_cross_entropy(torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1]), scale=torch.ones(2))

@@ -1,8 +1,9 @@
 """Both losses with the vocabulary sharded unevenly, some ranks holding fewer rows than others, or none."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.unit_tests.distributed.processes import run_processes
-from torchtitan.components.loss import IGNORE_INDEX, VocabShard, fused_linear_cross_entropy
+from torchtitan.components.loss import IGNORE_INDEX, VocabShard, fused_linear, fused_linear_cross_entropy
 from torchtitan.components.loss.cross_entropy import _sharded_sum
 
 
@@ -28,6 +29,8 @@ CASES = [
     Case(4, 5, 7, 16),  # the last rank holds nothing
     Case(4, 4, 1, 16),
 ]
+SURE = [1.0, 100.0, 1000.0]
+"""The largest logits of tokens that the model is sure of."""
 
 
 def make_problem(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,16 +74,54 @@ def of_a_label_that_is_no_word(label: int) -> Tensor:
     return _sharded_sum(torch.zeros(2, 4)[:, start : start + 2], torch.tensor([0, label]), start, 4, group)
 
 
-def on_each_rank(cases: list[Case]) -> dict[str, list[tuple[Tensor, ...]]]:
+def sure_logits(top: float) -> Tensor:
+    """Logits of three tokens and nine words, of which word 4 leads by 9; on four ranks the last holds nothing."""
+    logits = torch.full((3, 9), top - 9.0) + torch.rand(3, 9, generator=torch.Generator().manual_seed(0))
+    logits[:, 4] = top
+    return logits
+
+
+def of_sure_tokens(top: float) -> tuple[Tensor, ...]:
+    """Both losses and their gradients of this rank's logits, which are the weight where the hidden states are I."""
+    world, group, labels = dist.get_world_size(), dist.group.WORLD, torch.tensor([4, 4, 4])
+    assert group is not None
+    rows_per_rank = -(-9 // world)
+    start = min(dist.get_rank() * rows_per_rank, 9)
+    mine = sure_logits(top)[:, start : start + rows_per_rank]
+    rows, logits = mine.t().contiguous().requires_grad_(), mine.clone().requires_grad_()
+    shard = VocabShard(start, group, rows_per_rank)
+    fused = fused_linear_cross_entropy(torch.eye(3), rows, labels, shard=shard)
+    standard = _sharded_sum(logits, labels, start, 9, group)
+    (fused + standard).backward()
+    return fused.detach(), rows.grad.t(), standard.detach(), logits.grad
+
+
+def order_of_collectives() -> list[str]:
+    """Of a call with several chunks."""
+    calls = []
+
+    class Recorded:
+        def __getattr__(self, name: str) -> Callable[..., Tensor]:
+            calls.append(name)
+            return getattr(torch.ops._c10d_functional, name)
+
+    with patch.object(fused_linear, "collectives", Recorded()):
+        on_one_rank(Case(dist.get_world_size(), 11, 64, 440))
+    return calls
+
+
+def on_each_rank(cases: list[Case]) -> dict[str, Any]:
     return {
         "no word": [(of_a_label_that_is_no_word(-1), of_a_label_that_is_no_word(4))],
         "fused": [on_one_rank(case) for case in cases],
         "standard": [standard_on_one_rank(case) for case in cases],
+        "collectives": order_of_collectives(),
+        "sure": [of_sure_tokens(top) for top in SURE],
     }
 
 
 @cache
-def run(world_size: int) -> list[dict[str, list[tuple[Tensor, ...]]]]:
+def run(world_size: int) -> list[dict[str, Any]]:
     return run_processes(on_each_rank, world_size, cases_of(world_size))
 
 
@@ -125,3 +166,25 @@ def test_the_standard_loss_and_its_gradient_equal_float64(world_size: int) -> No
 def test_a_label_outside_the_vocabulary_makes_the_standard_loss_infinite(world_size: int) -> None:
     for found in run(world_size):
         assert [loss.item() for loss in found["no word"][0]] == 2 * [float("inf")]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_sure_token_is_as_exact_as_in_torch(world_size: int) -> None:
+    """A loss of 3e-4 a token is lost in a logsumexp that is rounded to the size of the largest logit."""
+    for i, top in enumerate(SURE):
+        logits = sure_logits(top).double().requires_grad_()
+        expected = F.cross_entropy(logits, torch.tensor([4, 4, 4]), reduction="sum")
+        expected.backward()
+        fused, d_fused, standard, d_standard = zip(*(rank["sure"][i] for rank in run(world_size)), strict=True)
+        for loss in (*fused, *standard):
+            torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-4, atol=0)
+        for parts in (d_fused, d_standard):
+            torch.testing.assert_close(torch.cat(parts, dim=1).double(), logits.grad, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_gloo_never_has_two_gathers_under_way(world_size: int) -> None:
+    """Some hundred of them in pairs break its memory."""
+    for found in run(world_size):
+        calls = found["collectives"]
+        assert len(calls) > 2 and calls == ["all_gather_into_tensor", "wait_tensor"] * (len(calls) // 2)
