@@ -26,7 +26,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageWriter
@@ -108,8 +107,8 @@ class CheckpointManager:
             if self._background is None:
                 self._write(step, self._everything())
             else:
-                write = partial(self._write, step, {}, self._background.writer)
-                self._background.start(write, self._everything())
+                state = self._everything()
+                self._background.start(partial(self._write, step, state), state)
 
     def save(self, step: int) -> bool:
         """Save everything before returning; whether it is on the disk."""
@@ -161,14 +160,13 @@ class CheckpointManager:
         step: int,
         state: dict[str, Any],
         writer: Callable[[Path], StorageWriter] = CheckpointWriter,
-        planner: SavePlanner | None = None,
     ) -> None:
         """Write a checkpoint and make it visible. Runs on all ranks, on the main thread or beside it."""
         began = time.monotonic()
         path = self._folder.incomplete(step)
         failure = ""
         try:
-            save(state, storage_writer=writer(path), planner=planner, process_group=self._ranks.group)
+            save(state, storage_writer=writer(path), process_group=self._ranks.group)
             if self._ranks.is_first:
                 read_metadata(path)  # finds the files of all ranks, unless the folder is not one that all share
                 self._folder.note_options(path, self._options())
