@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from torchtitan.checkpoint.manager import build_checkpoint_manager
+from torchtitan.checkpoint import build_checkpoint_manager
 from torchtitan.components.dataloader import Batch, build_dataloader
 from torchtitan.components.loss import IGNORE_INDEX, build_loss
 from torchtitan.components.lr_scheduler import build_lr_scheduler

@@ -1,9 +1,9 @@
 """Saving beside the training: a thread copies the state to CPU memory, another process writes the copy.
 
 The thread plans the checkpoint with the other ranks; the process sees the copy in memory that both share, writes its
-rank's file and answers with what is where in it. It communicates with nobody else: when it dies, the save fails on this
-rank, all ranks hear of it from torch.distributed.checkpoint, and the next save starts another process. docs/checkpoint.md
-says what it costs, and why it is neither a thread nor torch's own process.
+rank's file and answers with what is where in it. It communicates with nobody else: when it dies, the save fails on
+this rank, all ranks hear of it from torch.distributed.checkpoint, and the next save starts another process.
+docs/checkpoint.md says what it costs, and why it is neither a thread nor torch's own process.
 """
 
 import io
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -62,7 +63,8 @@ class BackgroundSaver:
         assert self._saving is None, "wait() for the save in flight first"
         written = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
         self._copying = copying = self._thread.submit(self._copier.copy, state, written)
-        self._saving = self._thread.submit(save, lambda path: _ProcessWriter(path, self._process, self._copier, copying))
+        write = partial(_ProcessWriter, process=self._process, copier=self._copier, copying=copying)
+        self._saving = self._thread.submit(save, write)
 
     def wait_for_copy(self) -> None:
         if self._copying is not None:
@@ -143,7 +145,7 @@ def _shard(tensor: Tensor) -> Tensor:
 class _ProcessWriter(CheckpointWriter):
     """Plans as torch's writer does, and leaves the writing to a WriterProcess."""
 
-    def __init__(self, path: Path, process: "WriterProcess", copier: Copier, copying: Future[dict[str, Place]]):
+    def __init__(self, path: Path, *, process: "WriterProcess", copier: Copier, copying: Future[dict[str, Place]]):
         super().__init__(path)
         self._process = process
         self._copier = copier
@@ -196,11 +198,9 @@ def _live_as_long_as_the_trainer() -> None:
     threading.Thread(target=end_with_it, daemon=True).start()
 
 
-def _write(
-    path: Path, plan: SavePlan, memory: str, data: dict[MetadataIndex, Place | io.BytesIO]
-) -> list[WriteResult]:
+def _write(path: Path, plan: SavePlan, memory: str, data: dict[MetadataIndex, Place | io.BytesIO]) -> list[WriteResult]:
     """In the writing process: a rank's file."""
-    buffer = torch.from_file(memory, shared=True, size=os.stat(memory).st_size, dtype=torch.uint8)
+    buffer = torch.from_file(memory, shared=True, size=Path(memory).stat().st_size, dtype=torch.uint8)
 
     def resolve(item: WriteItem) -> Tensor | io.BytesIO:
         value = data[item.index]

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchtitan.checkpoint.storage import find_weights, load_alone, read_metadata, save_alone
-from torchtitan.config.errors import CheckpointError
+from torchtitan.checkpoint.folder import CheckpointFolder
+from torchtitan.checkpoint.storage import find_weights, load_alone, read_metadata, reason, save_alone
+from torchtitan.config.errors import CheckpointError, ConfigError
 from torchtitan.distributed.init_weights import local_shard
 from torchtitan.protocols.model import StateDictAdapter
+from torchtitan.protocols.train_spec import ModelCode, find_hf_family
+from torchtitan.tools.logging import logger
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -46,12 +49,27 @@ class HuggingFaceFormat:
     def is_at(path: Path) -> bool:
         return (path / INDEX).exists() or (path / SINGLE_FILE).exists()
 
+    def rewrite(self, folder: CheckpointFolder, step: int) -> None:
+        """Put the weights of a step's checkpoint in its place, in this format."""
+        path, incomplete = folder.of(step), folder.incomplete(step)
+        try:
+            self.convert(path, incomplete)
+            folder.publish(incomplete, step)
+        except Exception as error:
+            folder.remove([incomplete])
+            raise CheckpointError(
+                f"{path} could not be rewritten as Hugging Face safetensors ({reason(error)});"
+                " it holds the weights in torch.distributed.checkpoint's format"
+            ) from error
+        logger.info(f"Rewrote {path} as Hugging Face safetensors")
+
     def convert(self, source: Path, target: Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the weights of our checkpoint at `source` to a new folder, which transformers loads.
 
         Their dtype is kept where none is given.
         """
-        entries = find_weights(read_metadata(source))
+        metadata = read_metadata(source)
+        entries = find_weights(metadata)
         dtypes = {name: dtype or entry.properties.dtype for name, entry in entries.items()}
         num_bytes = {name: entry.size.numel() * dtypes[name].itemsize for name, entry in entries.items()}
         files = _divide(num_bytes)
@@ -59,7 +77,7 @@ class HuggingFaceFormat:
         weight_map = {}
         for number, names in enumerate(files, start=1):
             weights = {name: torch.empty(entries[name].size, dtype=dtypes[name]) for name in names}
-            load_alone(source, weights)
+            load_alone(source, weights, metadata)
             converted = {name: weight.contiguous() for name, weight in self._adapter.to_hf(weights).items()}
             file = SINGLE_FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
             safetensors.torch.save_file(converted, target / file, metadata={"format": "pt"})
@@ -138,15 +156,36 @@ class HuggingFaceFormat:
 
     def check_config(self, path: Path) -> None:
         """Raise CheckpointError where the folder's config.json, if it has one, describes another model."""
-        if not (path / "config.json").exists():
+        file = path / "config.json"
+        if not file.exists():
             return  # the shapes of the weights still have to fit
-        theirs = _flatten_rope(read_json(path / "config.json"))
-        ours = _flatten_rope(self._adapter.to_hf_config())
-        for key in self._adapter.hf_config_keys:
-            if theirs.get(key) is not None and theirs[key] != ours.get(key):
-                raise CheckpointError(
-                    f"{path / 'config.json'}: {key} is {theirs[key]!r}, and {ours.get(key)!r} in this model"
-                )
+        code, args = read_model(file)
+        adapter = code.state_dict_adapter(args)
+        theirs = adapter.to_hf_config() if adapter is not None else {}
+        for key, ours in self._adapter.to_hf_config().items():
+            if theirs.get(key) != ours and key != "max_position_embeddings":  # which weights do not depend on
+                raise CheckpointError(f"{file}: {key} is {theirs.get(key)!r}, and {ours!r} in this model")
+
+
+def read_model(file: Path) -> tuple[ModelCode, Any]:
+    """The family that a config.json names, and the ModelArgs that it describes.
+
+    Raises:
+        CheckpointError: there is no such family, or its model lacks what is described.
+    """
+    config = read_json(file)
+    try:
+        if "quantization_config" in config:
+            raise CheckpointError("quantized weights are not supported; get the model in bfloat16 or float32")
+        code = find_hf_family(config.get("model_type")).load()
+        assert code.args_from_hf_config is not None, "a family with a hf_model_type reads its config.json"
+        return code, code.args_from_hf_config(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {str(error).removeprefix('config.json: ')}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{file} has no {error}, which the model needs") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} describes no model: {error}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -207,13 +246,6 @@ def _fill(weight: Tensor, whole: Tensor, source: str) -> None:
         weight.copy_(whole)
 
 
-def _flatten_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """transformers has kept what concerns the rotary embedding at several places of config.json."""
-    scaling = config.get("rope_scaling") or {}
-    nested = {**scaling, **(config.get("rope_parameters") or {})}
-    return {**config, "rope_type": "default", **nested}
-
-
 def _read_token_ids(source: Path) -> dict[str, Any]:
     """Those that the config.json of a checkpoint from Hugging Face's format names: a model may end at several."""
     config = read_json(source / "config.json") if (source / "config.json").is_file() else {}
@@ -231,4 +263,4 @@ def _write_json(file: Path, content: Mapping[str, Any] | Iterable[Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-__all__ = ["HuggingFaceFormat", "read_json"]
+__all__ = ["HuggingFaceFormat", "read_json", "read_model"]

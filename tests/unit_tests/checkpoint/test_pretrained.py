@@ -108,7 +108,7 @@ def test_models_that_we_do_not_have_are_named(tmp_path):
     )
     fails("quantized weights are not supported", hf_folder(tmp_path / "2", quantization_config={"bits": 4}))
     path = hf_folder(tmp_path / "3")
-    (path / "config.json").write_text("{}")
+    (path / "config.json").write_text('{"model_type": "llama"}')
     fails("config.json has no 'num_attention_heads', which the model needs", path)
     (path / "config.json").write_text("{")
     fails("config.json cannot be read", path)
