@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save, save
 
@@ -55,8 +54,7 @@ def torchs(state: State, folder: Path, *, kind: AsyncCheckpointerType) -> Saves:
     options = StagingOptions(on_gpu, kind == AsyncCheckpointerType.PROCESS, True, on_gpu)
     while True:
         stager = DefaultStager(options)  # for one save: torch 2.11 closes it then
-        writer = FileSystemWriter(folder)
-        answer: Any = async_save(state, storage_writer=writer, async_checkpointer_type=kind, async_stager=stager)
+        answer: Any = async_save(state, checkpoint_id=folder, async_checkpointer_type=kind, async_stager=stager)
         yield answer.staging_completion.result, answer.upload_completion.done
         answer.upload_completion.result()
         stager.close()

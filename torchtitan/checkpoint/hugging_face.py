@@ -29,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 BYTES_PER_FILE = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class HuggingFaceFormat:
@@ -101,10 +101,7 @@ class HuggingFaceFormat:
         config.json and the tokenizer's files come along, so that the checkpoint says which model it holds.
         All weights are in memory at once. Raises as load does.
         """
-        dtypes = self._read_dtypes(source, shapes)
-        weights = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
-        self.load(source, weights)
-        save_alone(target, weights)
+        save_alone(target, dict(self._read(source, shapes)))
         _copy_files(("config.json", "generation_config.json", *TOKENIZER_FILES), source, target)
 
     def load(self, path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -113,10 +110,15 @@ class HuggingFaceFormat:
         Raises:
             CheckpointError: a file is missing or damaged, or holds another model.
         """
+        for name, whole in self._read(path, {name: weight.shape for name, weight in weights.items()}):
+            _fill(weights[name], whole)
+
+    def _read(self, path: Path, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights under our names, as they lie in the files; raises as load does."""
         self.check_config(path)
         files = _read_index(path)
-        hf_names = {name: self._hf_name(name, weight.shape) for name, weight in weights.items()}
-        missing = set(weights)
+        hf_names = {name: self._hf_name(name, shape) for name, shape in shapes.items()}
+        missing = set(shapes)
         # The others are read only if one is missing: an output that is tied to the embedding comes with that.
         others = [hf_name for hf_name in files if hf_name not in hf_names.values()]
         with ExitStack() as stack:
@@ -129,26 +131,20 @@ class HuggingFaceFormat:
                     if file.name not in opened:
                         opened[file.name] = stack.enter_context(safetensors.safe_open(file, framework="pt"))
                     whole = opened[file.name].get_tensor(hf_name)
+                if whole.dtype not in DTYPES:
+                    raise CheckpointError(f"{file}: {hf_name} is {whole.dtype}; expected one of {DTYPES}")
                 for name, converted in self._adapter.from_hf({hf_name: whole}).items():
                     is_tied = hf_names.get(name) != hf_name
-                    if name in weights and not (is_tied and hf_names[name] in files):
-                        _fill(weights[name], converted, f"{file}: {hf_name}")
-                        missing.discard(name)
+                    if name not in shapes or (is_tied and hf_names[name] in files):
+                        continue
+                    if converted.shape != shapes[name]:
+                        raise CheckpointError(
+                            f"{file}: {hf_name} is {tuple(converted.shape)}, and {tuple(shapes[name])} in this model"
+                        )
+                    missing.discard(name)
+                    yield name, converted
         if missing:
             raise CheckpointError(f"{path} lacks {', '.join(sorted(hf_names[name] for name in missing))}")
-
-    def _read_dtypes(self, path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, torch.dtype]:
-        """The dtype of each of our weights; of one that is missing, as a tied output is, that of the others."""
-        found: dict[str, torch.dtype] = {}
-        for file in sorted(set(_read_index(path).values())):
-            with _describing(path / file), safetensors.safe_open(path / file, framework="pt") as opened:
-                for hf_name in opened.keys():  # noqa: SIM118 (it is no dict)
-                    dtype = opened.get_slice(hf_name).get_dtype()
-                    if dtype not in DTYPES:
-                        raise CheckpointError(f"{path / file}: {hf_name} is {dtype}; expected {', '.join(DTYPES)}")
-                    found[hf_name] = DTYPES[dtype]
-        rest = max(found.values(), key=lambda dtype: dtype.itemsize, default=torch.float32)
-        return {name: found.get(self._hf_name(name, shape), rest) for name, shape in shapes.items()}
 
     def _hf_name(self, name: str, shape: torch.Size) -> str:
         (hf_name,) = self._adapter.to_hf({name: torch.empty(shape, device="meta")})
@@ -237,9 +233,7 @@ def _describing(file: Path) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _fill(weight: Tensor, whole: Tensor, source: str) -> None:
-    if weight.shape != whole.shape:
-        raise CheckpointError(f"{source} is {tuple(whole.shape)}, and {tuple(weight.shape)} in this model")
+def _fill(weight: Tensor, whole: Tensor) -> None:
     if isinstance(weight, DTensor):
         weight.to_local().copy_(local_shard(whole, weight))
     else:
