@@ -18,9 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
-from torchtitan.checkpoint.pretrained import find_pretrained
-from torchtitan.checkpoint.storage import reason
+from torchtitan.checkpoint import HuggingFaceFormat, find_pretrained, reason
 from torchtitan.config.errors import CheckpointError, ConfigError
 
 

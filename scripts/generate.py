@@ -23,8 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from torchtitan.checkpoint.pretrained import check_divisible, find_pretrained
-from torchtitan.checkpoint.ranks import Ranks
+from torchtitan.checkpoint import Ranks, check_divisible, find_pretrained
 from torchtitan.components.generation import Sampling, TextStream, generate, get_num_new_tokens
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import Comm

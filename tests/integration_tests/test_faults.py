@@ -36,7 +36,7 @@ from tests.integration_tests.lives import (
     write_data,
 )
 from tests.processes import find_worker, is_running, wait_until
-from torchtitan.checkpoint.storage import CheckpointFolder
+from torchtitan.checkpoint.folder import CheckpointFolder
 from torchtitan.components.dataloader import Batch
 from torchtitan.distributed import utils
 from torchtitan.train import EXIT_PREEMPTED, Trainer

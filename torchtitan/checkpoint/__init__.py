@@ -1,1 +1,69 @@
-"""All of saving and loading."""
+"""All of saving and loading.
+
+| file | what it holds |
+|---|---|
+| manager.py | when a run saves, and how a save happens on all ranks; `build_checkpoint_manager` |
+| start.py | how a run starts: from which checkpoint, with which parts of it |
+| contents.py | what of a run a checkpoint holds, and how it is taken back |
+| folder.py | the folder with a run's checkpoints: which there are, how one becomes visible, which go |
+| storage.py | the files of one: torch's writer and reader, with checks; tools load and save through it alone |
+| background.py | the asynchronous modes: a thread copies, a process writes |
+| ranks.py | how all ranks come to one answer |
+| hugging_face.py | safetensors and config.json, both ways |
+| pretrained.py | a trained model from its path, for tools |
+
+A save, of step 7. T is the trainer's thread; in the asynchronous modes B is its thread beside the training, and W the
+process that writes; synchronously T does what B and W do. Every rank runs all lines but those of "rank 0".
+
+    T   state = live weights, moments, counters                          manager.maybe_save
+    B   copy -> memory shared with W; T waits before the next optimizer step
+                                                                         background.Copier
+    B   plan: who writes what; ranks -> rank 0 -> ranks                  torch's save()
+    W   step-7.incomplete-<run>/__<rank>_0.distcp, synced                storage.CheckpointWriter
+    B   ranks -> rank 0: what is where in it, or what went wrong
+    B   rank 0: .metadata, .metadata.sha256                              CheckpointWriter.finish
+    B   rank 0: sizes of all files; config.toml, excluded_from_loading.txt
+    B   rank 0: sync these files and the folder                          folder.publish
+    B   rank 0: rename to step-7, sync the parent
+    B   rank 0: older ones renamed to step-N.incomplete-removed, then removed; leftovers of killed runs too
+    B   all: wait for rank 0                                             manager._write
+
+A crash up to the rename leaves step-7.incomplete-<run>, which no start reads, and which the next save of a later start
+removes; the checkpoint before is in charge. Where another step-7 is replaced, it is renamed to
+step-7.incomplete-replaced just before: a start that finds that and no step-7 renames it back. A crash after the rename
+leaves step-7 whole, and perhaps older ones too many or half removed under a name that no start reads. When W dies
+or a rank's copy or write fails, that rank says so where it would have answered with its file's contents: all give
+the save up, rank 0 removes the folder, and the run goes on. When T dies, W ends itself.
+
+A load, before the first step, all on T:
+
+    rank 0: whole steps -> all: one of them, or load_step                start._choose_step
+    rank 0: .metadata, its digest, the sizes of all files -> all         storage.read_metadata
+    all: shapes of the model's weights against those of .metadata        storage.check_weights
+    each: lr_scheduler, dataloader, train_state, rng from the .distcp files; each state takes its own
+    each: weights and moments, in place, from the entries that overlap its shards
+                                                                         contents.load
+
+Each entry is read once, into memory, where its checksums are compared and a tensor or a plain value is made of it:
+nothing in a checkpoint is run. A load changes no file, so a crash leaves what was there. An error on one rank ends
+the load on all, with the file's name and the newest older step that could be loaded.
+
+The files of Hugging Face's format are written by rank 0 when `step-N` in torch's format is whole already, into
+step-N.incomplete-<run>, which then replaces it as above; a start that finds a complete run without them makes them.
+"""
+
+from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
+from torchtitan.checkpoint.manager import build_checkpoint_manager
+from torchtitan.checkpoint.pretrained import check_divisible, find_pretrained
+from torchtitan.checkpoint.ranks import Ranks
+from torchtitan.checkpoint.storage import load_alone, reason
+
+__all__ = [
+    "HuggingFaceFormat",
+    "Ranks",
+    "build_checkpoint_manager",
+    "check_divisible",
+    "find_pretrained",
+    "load_alone",
+    "reason",
+]

@@ -17,16 +17,19 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchtitan.checkpoint.storage import find_weights, load_alone, read_metadata, save_alone
-from torchtitan.config.errors import CheckpointError
+from torchtitan.checkpoint.folder import CheckpointFolder
+from torchtitan.checkpoint.storage import find_weights, load_alone, read_metadata, reason, save_alone
+from torchtitan.config.errors import CheckpointError, ConfigError
 from torchtitan.distributed.init_weights import local_shard
 from torchtitan.protocols.model import StateDictAdapter
+from torchtitan.protocols.train_spec import ModelCode, find_hf_family
+from torchtitan.tools.logging import logger
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 BYTES_PER_FILE = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class HuggingFaceFormat:
@@ -46,12 +49,27 @@ class HuggingFaceFormat:
     def is_at(path: Path) -> bool:
         return (path / INDEX).exists() or (path / SINGLE_FILE).exists()
 
+    def rewrite(self, folder: CheckpointFolder, step: int) -> None:
+        """Put the weights of a step's checkpoint in its place, in this format."""
+        path, incomplete = folder.of(step), folder.incomplete(step)
+        try:
+            self.convert(path, incomplete)
+            folder.publish(incomplete, step)
+        except Exception as error:
+            folder.remove([incomplete])
+            raise CheckpointError(
+                f"{path} could not be rewritten as Hugging Face safetensors ({reason(error)});"
+                " it holds the weights in torch.distributed.checkpoint's format"
+            ) from error
+        logger.info(f"Rewrote {path} as Hugging Face safetensors")
+
     def convert(self, source: Path, target: Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the weights of our checkpoint at `source` to a new folder, which transformers loads.
 
         Their dtype is kept where none is given.
         """
-        entries = find_weights(read_metadata(source))
+        metadata = read_metadata(source)
+        entries = find_weights(metadata)
         dtypes = {name: dtype or entry.properties.dtype for name, entry in entries.items()}
         num_bytes = {name: entry.size.numel() * dtypes[name].itemsize for name, entry in entries.items()}
         files = _divide(num_bytes)
@@ -59,7 +77,7 @@ class HuggingFaceFormat:
         weight_map = {}
         for number, names in enumerate(files, start=1):
             weights = {name: torch.empty(entries[name].size, dtype=dtypes[name]) for name in names}
-            load_alone(source, weights)
+            load_alone(source, weights, metadata)
             converted = {name: weight.contiguous() for name, weight in self._adapter.to_hf(weights).items()}
             file = SINGLE_FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
             safetensors.torch.save_file(converted, target / file, metadata={"format": "pt"})
@@ -83,10 +101,7 @@ class HuggingFaceFormat:
         config.json and the tokenizer's files come along, so that the checkpoint says which model it holds.
         All weights are in memory at once. Raises as load does.
         """
-        dtypes = self._read_dtypes(source, shapes)
-        weights = {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
-        self.load(source, weights)
-        save_alone(target, weights)
+        save_alone(target, dict(self._read(source, shapes)))
         _copy_files(("config.json", "generation_config.json", *TOKENIZER_FILES), source, target)
 
     def load(self, path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -95,10 +110,15 @@ class HuggingFaceFormat:
         Raises:
             CheckpointError: a file is missing or damaged, or holds another model.
         """
+        for name, whole in self._read(path, {name: weight.shape for name, weight in weights.items()}):
+            _fill(weights[name], whole)
+
+    def _read(self, path: Path, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights under our names, as they lie in the files; raises as load does."""
         self.check_config(path)
         files = _read_index(path)
-        hf_names = {name: self._hf_name(name, weight.shape) for name, weight in weights.items()}
-        missing = set(weights)
+        hf_names = {name: self._hf_name(name, shape) for name, shape in shapes.items()}
+        missing = set(shapes)
         # The others are read only if one is missing: an output that is tied to the embedding comes with that.
         others = [hf_name for hf_name in files if hf_name not in hf_names.values()]
         with ExitStack() as stack:
@@ -111,26 +131,20 @@ class HuggingFaceFormat:
                     if file.name not in opened:
                         opened[file.name] = stack.enter_context(safetensors.safe_open(file, framework="pt"))
                     whole = opened[file.name].get_tensor(hf_name)
+                if whole.dtype not in DTYPES:
+                    raise CheckpointError(f"{file}: {hf_name} is {whole.dtype}; expected one of {DTYPES}")
                 for name, converted in self._adapter.from_hf({hf_name: whole}).items():
                     is_tied = hf_names.get(name) != hf_name
-                    if name in weights and not (is_tied and hf_names[name] in files):
-                        _fill(weights[name], converted, f"{file}: {hf_name}")
-                        missing.discard(name)
+                    if name not in shapes or (is_tied and hf_names[name] in files):
+                        continue
+                    if converted.shape != shapes[name]:
+                        raise CheckpointError(
+                            f"{file}: {hf_name} is {tuple(converted.shape)}, and {tuple(shapes[name])} in this model"
+                        )
+                    missing.discard(name)
+                    yield name, converted
         if missing:
             raise CheckpointError(f"{path} lacks {', '.join(sorted(hf_names[name] for name in missing))}")
-
-    def _read_dtypes(self, path: Path, shapes: Mapping[str, torch.Size]) -> dict[str, torch.dtype]:
-        """The dtype of each of our weights; of one that is missing, as a tied output is, that of the others."""
-        found: dict[str, torch.dtype] = {}
-        for file in sorted(set(_read_index(path).values())):
-            with _describing(path / file), safetensors.safe_open(path / file, framework="pt") as opened:
-                for hf_name in opened.keys():  # noqa: SIM118 (it is no dict)
-                    dtype = opened.get_slice(hf_name).get_dtype()
-                    if dtype not in DTYPES:
-                        raise CheckpointError(f"{path / file}: {hf_name} is {dtype}; expected {', '.join(DTYPES)}")
-                    found[hf_name] = DTYPES[dtype]
-        rest = max(found.values(), key=lambda dtype: dtype.itemsize, default=torch.float32)
-        return {name: found.get(self._hf_name(name, shape), rest) for name, shape in shapes.items()}
 
     def _hf_name(self, name: str, shape: torch.Size) -> str:
         (hf_name,) = self._adapter.to_hf({name: torch.empty(shape, device="meta")})
@@ -138,15 +152,36 @@ class HuggingFaceFormat:
 
     def check_config(self, path: Path) -> None:
         """Raise CheckpointError where the folder's config.json, if it has one, describes another model."""
-        if not (path / "config.json").exists():
+        file = path / "config.json"
+        if not file.exists():
             return  # the shapes of the weights still have to fit
-        theirs = _flatten_rope(read_json(path / "config.json"))
-        ours = _flatten_rope(self._adapter.to_hf_config())
-        for key in self._adapter.hf_config_keys:
-            if theirs.get(key) is not None and theirs[key] != ours.get(key):
-                raise CheckpointError(
-                    f"{path / 'config.json'}: {key} is {theirs[key]!r}, and {ours.get(key)!r} in this model"
-                )
+        code, args = read_model(file)
+        adapter = code.state_dict_adapter(args)
+        theirs = adapter.to_hf_config() if adapter is not None else {}
+        for key, ours in self._adapter.to_hf_config().items():
+            if theirs.get(key) != ours and key != "max_position_embeddings":  # which weights do not depend on
+                raise CheckpointError(f"{file}: {key} is {theirs.get(key)!r}, and {ours!r} in this model")
+
+
+def read_model(file: Path) -> tuple[ModelCode, Any]:
+    """The family that a config.json names, and the ModelArgs that it describes.
+
+    Raises:
+        CheckpointError: there is no such family, or its model lacks what is described.
+    """
+    config = read_json(file)
+    try:
+        if "quantization_config" in config:
+            raise CheckpointError("quantized weights are not supported; get the model in bfloat16 or float32")
+        code = find_hf_family(config.get("model_type")).load()
+        assert code.args_from_hf_config is not None, "a family with a hf_model_type reads its config.json"
+        return code, code.args_from_hf_config(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {str(error).removeprefix('config.json: ')}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{file} has no {error}, which the model needs") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} describes no model: {error}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -198,20 +233,11 @@ def _describing(file: Path) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _fill(weight: Tensor, whole: Tensor, source: str) -> None:
-    if weight.shape != whole.shape:
-        raise CheckpointError(f"{source} is {tuple(whole.shape)}, and {tuple(weight.shape)} in this model")
+def _fill(weight: Tensor, whole: Tensor) -> None:
     if isinstance(weight, DTensor):
         weight.to_local().copy_(local_shard(whole, weight))
     else:
         weight.copy_(whole)
-
-
-def _flatten_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """transformers has kept what concerns the rotary embedding at several places of config.json."""
-    scaling = config.get("rope_scaling") or {}
-    nested = {**scaling, **(config.get("rope_parameters") or {})}
-    return {**config, "rope_type": "default", **nested}
 
 
 def _read_token_ids(source: Path) -> dict[str, Any]:
@@ -231,4 +257,4 @@ def _write_json(file: Path, content: Mapping[str, Any] | Iterable[Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-__all__ = ["HuggingFaceFormat", "read_json"]
+__all__ = ["HuggingFaceFormat", "read_json", "read_model"]

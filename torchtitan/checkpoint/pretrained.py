@@ -4,23 +4,16 @@ The path is a checkpoint of ours or a folder of Hugging Face transformers. Which
 it, else its config.toml, else, of a checkpoint from before they held one, the run's, two folders up.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan.checkpoint.hugging_face import HuggingFaceFormat, read_json
-from torchtitan.checkpoint.storage import (
-    OPTIONS,
-    CheckpointFolder,
-    check_weights,
-    load_alone,
-    read_metadata,
-)
+from torchtitan.checkpoint.folder import OPTIONS, CheckpointFolder
+from torchtitan.checkpoint.hugging_face import HuggingFaceFormat, read_json, read_model
+from torchtitan.checkpoint.storage import check_weights, load_alone, read_metadata
 from torchtitan.components.tokenizer import Tokenizer, build_tokenizer
 from torchtitan.config import ConfigManager
 from torchtitan.config.errors import CheckpointError, ConfigError, TokenizerError
@@ -28,7 +21,7 @@ from torchtitan.config.schema import either
 from torchtitan.distributed.tensor_parallel import apply_tp
 from torchtitan.protocols.custom_import import maybe_import_custom
 from torchtitan.protocols.model import Decoder, StateDictAdapter
-from torchtitan.protocols.train_spec import ModelArgs, ModelCode, find_hf_family, get_run_args, get_train_spec
+from torchtitan.protocols.train_spec import ModelArgs, ModelCode, get_run_args, get_train_spec
 
 
 @dataclass(frozen=True)
@@ -81,22 +74,17 @@ class PretrainedModel:
             apply_tp(model, tp_mesh, self.code.tensor_parallel_plan, loss_parallel=False)
         model.to_empty(device=device)
         model.init_buffers(device)  # in float32, whatever the dtype of the weights
-        self._load_weights(model.state_dict())
+        if self.in_hf:
+            HuggingFaceFormat(self.build_adapter()).load(self.path, model.state_dict())
+        else:
+            load_alone(self.path, model.state_dict(), self.check_weights())
         return model.eval()
 
-    def check_weights(self) -> None:
-        """Raise CheckpointError unless a checkpoint of ours is undamaged, by its files' sizes, and holds this model."""
-        self._check_weights({name: tuple(weight.shape) for name, weight in self.build_on_meta().state_dict().items()})
-
-    def _load_weights(self, weights: dict[str, Tensor]) -> None:
-        if self.in_hf:
-            HuggingFaceFormat(self.build_adapter()).load(self.path, weights)
-        else:
-            self._check_weights({name: tuple(weight.shape) for name, weight in weights.items()})
-            load_alone(self.path, weights)
-
-    def _check_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        check_weights(self.path, read_metadata(self.path), shapes)
+    def check_weights(self) -> Metadata:
+        """What a checkpoint of ours holds; CheckpointError if its files are cut, or another model's."""
+        metadata, weights = read_metadata(self.path), self.build_on_meta().state_dict()
+        check_weights(self.path, metadata, {name: tuple(weight.shape) for name, weight in weights.items()})
+        return metadata
 
 
 def find_pretrained(path: Path, *, config: Path | None = None, tokenizer: Path | None = None) -> PretrainedModel:
@@ -150,23 +138,10 @@ def _find_config(path: Path) -> Path:
 
 
 def _read_hf_config(path: Path, file: Path, *, in_hf: bool) -> PretrainedModel:
-    config = read_json(file)
-    args: Any
-    try:
-        if "quantization_config" in config:
-            raise CheckpointError("quantized weights are not supported; get the model in bfloat16 or float32")
-        code = find_hf_family(config.get("model_type")).load()
-        assert code.args_from_hf_config is not None, "a family with a hf_model_type reads its config.json"
-        args = code.args_from_hf_config(config)
-    except ConfigError as error:
-        raise CheckpointError(f"{file}: {str(error).removeprefix('config.json: ')}") from error
-    except KeyError as error:
-        raise CheckpointError(f"{file} has no {error}, which the model needs") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} describes no model: {error}") from error
+    code, args = read_model(file)
     generation = file.with_name("generation_config.json")
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    eos = config.get("eos_token_id") if eos is None else eos
+    eos = read_json(file).get("eos_token_id") if eos is None else eos
     return PretrainedModel(
         path,
         in_hf,

@@ -1,25 +1,28 @@
-"""Where checkpoints lie: the folder with a run's checkpoints, and the files of one.
+"""The files of a checkpoint: written by torch's writer, read by torch's reader, checked, and read without running code.
 
-A checkpoint is written to `step-N.incomplete-<run>` and renamed to `step-N` when all of it is on the disk, so
-a folder's name says whether it is whole. Nothing here communicates: one rank calls it, or each for itself.
+`.metadata` says what is where; `__<rank>_0.distcp` are the ranks' data, each entry as torch.save writes it, with
+checksums. Nothing here communicates but for torch.distributed.checkpoint itself.
 """
 
 import hashlib
 import io
 import os
-import re
-import shutil
+import pathlib
+import pickle
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
@@ -32,110 +35,15 @@ from torchtitan.config.errors import CheckpointError
 # What a checkpoint holds besides the weights: the first part of a key names it. Weights stand under their own names.
 STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
 
-
 _DIGEST = ".metadata.sha256"
 """A flipped bit in .metadata could otherwise load wrong values: only the data files have checksums of their own."""
-
-
-OPTIONS = "config.toml"
-"""In a checkpoint: all options of its run."""
-_EXCLUDED = "excluded_from_loading.txt"
-"""In a checkpoint: what its run had been told to leave out of the one that it began from."""
-
-
-_REPLACED = "replaced"
-"""Ending of a whole checkpoint that makes room for another of the same step."""
 
 
 class UnusableCheckpointError(CheckpointError):
     """One that is damaged or does not hold all that is needed: an older one may be usable."""
 
 
-class CheckpointFolder:
-    """The checkpoints of a run. `run` tells what this run is writing from what a killed one left."""
-
-    def __init__(self, path: Path, run: str):
-        self.path = path
-        self._run = run
-
-    def create(self) -> None:
-        """Raises CheckpointError where nothing can be written."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"checkpoints cannot be saved in {self.path}: {reason(error)}") from error
-        if not os.access(self.path, os.W_OK | os.X_OK):
-            raise CheckpointError(f"checkpoints cannot be saved in {self.path}: no permission to write there")
-        for replaced in self.path.glob(f"step-*.incomplete-{_REPLACED}"):
-            whole = replaced.with_suffix("")
-            if not whole.exists():  # killed before the new one had its name
-                replaced.rename(whole)
-
-    def of(self, step: int) -> Path:
-        return self.path / f"step-{step}"
-
-    def incomplete(self, step: int) -> Path:
-        return self.path / f"step-{step}.incomplete-{self._run}"
-
-    def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, oldest first."""
-        matches = (re.fullmatch(r"step-(\d+)", name) for name in self._names())
-        return sorted(int(match[1]) for match in matches if match)
-
-    def leftovers(self) -> list[Path]:
-        """What killed runs left half-written or half-removed."""
-        others = (name for name in self._names() if not name.endswith(f".incomplete-{self._run}"))
-        return [self.path / name for name in sorted(others) if re.fullmatch(r"step-\d+\.incomplete-.*", name)]
-
-    def note_options(self, path: Path, toml: str) -> None:
-        """The run's options, so that whoever reads the checkpoint elsewhere or later knows which model it is."""
-        if toml:
-            (path / OPTIONS).write_text(toml, encoding="utf-8")
-
-    def note_excluded(self, path: Path, names: Sequence[str]) -> None:
-        if names:
-            (path / _EXCLUDED).write_text("\n".join(names))
-
-    def excluded_before(self, path: Path) -> list[str]:
-        file = path / _EXCLUDED
-        return file.read_text().split() if file.exists() else []
-
-    def publish(self, source: Path, step: int) -> None:
-        """Make `source` the checkpoint of `step`, now that it is written."""
-        for file in source.iterdir():
-            _sync(file)  # torch does it too, but before the last buffer is flushed
-        _sync(source)
-        replaced = self._set_aside(self.of(step), _REPLACED) if self.of(step).exists() else None
-        source.rename(self.of(step))
-        _sync(self.path)
-        if replaced is not None:
-            self.remove([replaced])
-
-    def keep_latest(self, num_kept: int, *, up_to: int) -> None:
-        """Remove the oldest of the checkpoints up to step `up_to` until `num_kept` are left; 0 keeps all."""
-        steps = [step for step in self.steps() if step <= up_to]
-        if num_kept:
-            # renamed first: one that is half-removed must not look whole
-            self.remove([self._set_aside(self.of(step), "removed") for step in steps[:-num_kept]])
-
-    def remove(self, incomplete: Iterable[Path]) -> None:
-        """What cannot be removed is left over for the next time."""
-        for path in incomplete:
-            if path.is_symlink():  # to other storage, where the files stay
-                path.unlink()
-            shutil.rmtree(path, ignore_errors=True)
-
-    def _set_aside(self, path: Path, why: str) -> Path:
-        aside = path.with_name(f"{path.name}.incomplete-{why}")
-        if aside.exists():
-            self.remove([aside])
-        return path.rename(aside)
-
-    def _names(self) -> list[str]:
-        return [entry.name for entry in os.scandir(self.path) if entry.is_dir()] if self.path.is_dir() else []
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -143,18 +51,51 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+# .metadata
+
+_KNOWN = {
+    **{(metadata.__name__, name): getattr(metadata, name) for name in (*metadata.__all__, "_MEM_FORMAT_ENCODING")},
+    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,  # of Python 3.13
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the classes that torch writes into .metadata, and none that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        if (module, name) not in _KNOWN:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code and is part of no checkpoint")
+        return _KNOWN[module, name]
+
+
 def read_metadata(path: Path) -> Metadata:
     """What the checkpoint at `path` holds. UnusableCheckpointError names a file that is missing, cut or unreadable."""
-    file = path / ".metadata"
+    file, digest = path / ".metadata", path / _DIGEST
     if not path.is_dir():
         raise UnusableCheckpointError(f"there is no checkpoint at {path}")
     try:
-        _compare_digest(file)
-        metadata = FileSystemReader(path).read_metadata()
+        content = file.read_bytes()
+        if digest.exists() and digest.read_text() != hashlib.sha256(content).hexdigest():  # others' have none
+            raise CheckpointError("a checksum does not match")
+        found = _MetadataUnpickler(io.BytesIO(content)).load()
+        if not isinstance(found, Metadata):
+            raise CheckpointError(f"it holds a {type(found).__name__}")
     except OSError as error:
         raise UnusableCheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except Exception as error:  # a damaged pickle may raise anything
         raise UnusableCheckpointError(f"{file} is damaged ({reason(error)})") from error
+    check_files(path, found)
+    return found
+
+
+def check_files(path: Path, metadata: Metadata) -> None:
+    """Raise UnusableCheckpointError where a file that .metadata names is missing or cut."""
     num_bytes: dict[str, int] = defaultdict(int)
     for entry in metadata.storage_data.values():
         num_bytes[entry.relative_path] = max(num_bytes[entry.relative_path], entry.offset + entry.length)
@@ -165,14 +106,6 @@ def read_metadata(path: Path) -> Metadata:
             raise UnusableCheckpointError(f"{path / name} cannot be read: {error.strerror}") from error
         if found < expected:
             raise UnusableCheckpointError(f"{path / name} is cut: {found:,} bytes of at least {expected:,}")
-    return metadata
-
-
-def _compare_digest(file: Path) -> None:
-    """Raise CheckpointError where the file is not what CheckpointWriter wrote; others leave no digest."""
-    digest = file.with_name(_DIGEST)
-    if digest.exists() and digest.read_text() != hashlib.sha256(file.read_bytes()).hexdigest():
-        raise CheckpointError("a checksum does not match")
 
 
 def find_weights(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
@@ -198,6 +131,9 @@ def check_weights(path: Path, metadata: Metadata, shapes: Mapping[str, tuple[int
         raise CheckpointError(f"{path} holds another model than this one: {problems[0]}{more}")
 
 
+# Data
+
+
 class CheckpointWriter(FileSystemWriter):
     """torch's writer, whose errors tell what is wrong with the disk, and which leaves a digest of the metadata.
 
@@ -207,7 +143,10 @@ class CheckpointWriter(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         try:
-            return super().write_data(plan, planner)
+            written = super().write_data(plan, planner)
+            for name in {result.storage_data.relative_path for result in written.value()}:
+                sync(Path(self.path, name))  # now that its last buffer is flushed, whatever torch does
+            return written
         except Exception as error:
             led_to_it: BaseException | None = error
             while led_to_it is not None:
@@ -223,37 +162,68 @@ class CheckpointWriter(FileSystemWriter):
         Path(self.path, _DIGEST).write_text(hashlib.sha256(content).hexdigest())
 
 
-class CheckpointReader(FileSystemReader):
+class _CheckpointReader(FileSystemReader):
     """torch's reader, with errors that name the file; it compares the checksums, which torch writes and never reads."""
+
+    def __init__(self, path: Path, metadata: Metadata):
+        super().__init__(path)
+        self._metadata = metadata
+
+    def read_metadata(self) -> Metadata:
+        return self._metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
         by_file = defaultdict(list)
         for item in plan.items:
             by_file[self.storage_data[item.storage_index].relative_path].append(item)
         for name, items in by_file.items():
+            file = Path(self.path) / name
             try:
-                self._compare_checksums(Path(self.path) / name, items)
                 super().read_data(replace(plan, items=items), planner)
+            except OSError as error:
+                raise UnusableCheckpointError(f"{file} cannot be read: {error.strerror}") from error
             except Exception as error:
-                raise UnusableCheckpointError(f"{Path(self.path) / name} is damaged ({reason(error)})") from error
+                raise UnusableCheckpointError(f"{file} is damaged ({reason(error)})") from error
         done: torch.futures.Future[None] = torch.futures.Future()
         done.set_result(None)
         return done
 
-    def _compare_checksums(self, file: Path, items: Iterable[ReadItem]) -> None:
-        with file.open("rb") as stream:
-            for item in items:
-                entry = self.storage_data[item.storage_index]
-                stream.seek(entry.offset)
-                with zipfile.ZipFile(io.BytesIO(stream.read(entry.length))) as archive:  # torch.save's format
-                    if archive.testzip() is not None:
-                        raise CheckpointError("a checksum does not match")
+    def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
+        """An entry's bytes, read once: for the checksums, and for the tensor that torch makes of them."""
+        file.seek(sinfo.offset)
+        content = io.BytesIO(file.read(sinfo.length))
+        with zipfile.ZipFile(content) as archive:  # torch.save's format
+            if archive.testzip() is not None:
+                raise CheckpointError("a checksum does not match")
+        content.seek(0)
+        return content
 
 
-def load_alone(path: Path, state: dict[str, Any]) -> None:
+class _LoadPlanner(DefaultLoadPlanner):
+    """torch's planner, for flat keys, which unpickles nothing but plain values."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def load_into(
+    state: dict[str, Any], path: Path, metadata: Metadata, *, group: dist.ProcessGroup | None, alone: bool = False
+) -> None:
+    """Fill `state` from the checkpoint at `path`; a collective call of the group's ranks unless `alone`."""
+    try:
+        reader = _CheckpointReader(path, metadata)
+        load(state, storage_reader=reader, planner=_LoadPlanner(), process_group=group, no_dist=alone)
+    except CheckpointException as error:
+        raise UnusableCheckpointError(f"{path} cannot be loaded: {reason(error)}") from error
+
+
+def load_alone(path: Path, state: dict[str, Any], metadata: Metadata | None = None) -> None:
     """Fill `state` from a checkpoint in this process, with or without others: for tools, not for training."""
-    with _alone(), describing(path):
-        load(state, storage_reader=CheckpointReader(path), no_dist=True)
+    with _alone():
+        load_into(state, path, metadata or read_metadata(path), group=None, alone=True)
 
 
 def save_alone(path: Path, state: dict[str, Any]) -> None:
@@ -267,15 +237,6 @@ def _alone() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it was asked to be
         yield
-
-
-@contextmanager
-def describing(path: Path) -> Iterator[None]:
-    """Turn the exception that torch collects from all ranks into one line."""
-    try:
-        yield
-    except CheckpointException as error:
-        raise UnusableCheckpointError(f"{path} cannot be loaded: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:
@@ -295,15 +256,15 @@ def reason(error: BaseException) -> str:
 
 __all__ = [
     "STATES",
-    "CheckpointFolder",
-    "CheckpointReader",
     "CheckpointWriter",
     "UnusableCheckpointError",
+    "check_files",
     "check_weights",
-    "describing",
     "find_weights",
     "load_alone",
+    "load_into",
     "read_metadata",
     "reason",
     "save_alone",
+    "sync",
 ]

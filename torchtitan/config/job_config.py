@@ -299,7 +299,7 @@ class Checkpoint:
     """Dtype of the weights in a model-only last checkpoint."""
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """Write checkpoints beside the training: from a copy in CPU memory, or by another process through pinned memory."""
+    """Write checkpoints beside the training, by another process, from a copy in CPU memory, pinned or not."""
 
     keep_latest_k: Annotated[int, Range(min=2, also=(0,))] = 10
     """Checkpoints kept; 0 keeps all."""

@@ -1,6 +1,6 @@
 """What the trainer and the parallelisms expect of a model: equal blocks between an embedding and an output."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -66,13 +66,9 @@ class Loss(Protocol):
 class StateDictAdapter(Protocol):
     """Hugging Face's names and layouts for a model's weights, and back."""
 
-    @property
-    def hf_config_keys(self) -> Collection[str]:
-        """The entries of config.json that decide the shapes and the maths; what concerns rope without its sub-table."""
-
     def to_hf(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
     def from_hf(self, hf_state_dict: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
     def to_hf_config(self) -> dict[str, Any]:
-        """What goes into config.json beside the weights."""
+        """What goes into config.json beside the weights: all that decides the shapes and the maths."""

@@ -49,7 +49,7 @@ def test_writer_process_survives_sigterm_and_is_replaced_when_it_dies(tmp_path, 
     run = build_run(tmp_path, async_mode="async_with_pinned_mem")
     run.train(2)
     run.checkpointer._wait_for_save()
-    writer = run.checkpointer._background._process._process
+    (writer,) = run.checkpointer._background._process._pool._processes.values()
     os.kill(writer.pid, signal.SIGTERM)
     run.train(4)
     run.checkpointer._wait_for_save()
@@ -59,7 +59,7 @@ def test_writer_process_survives_sigterm_and_is_replaced_when_it_dies(tmp_path, 
     time.sleep(1)  # it has been given what to write
     os.kill(writer.pid, signal.SIGKILL)
     run.checkpointer._wait_for_save()
-    assert "step 6 failed: RuntimeError: the process that writes checkpoints died (exit code -9)" in caplog.text
+    assert "step 6 failed: RuntimeError: the process that writes checkpoints died" in caplog.text
     run.train(8)
     run.checkpointer.close()
     assert names(run) == ["step-2", "step-4", "step-8"]

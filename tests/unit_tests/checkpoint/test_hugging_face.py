@@ -1,6 +1,7 @@
 """Checkpoints in Hugging Face's format: no bit changes, and transformers computes the same."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tests.unit_tests.checkpoint.checkpointed_run import MODEL, assert_same, bui
 from torchtitan.checkpoint import hugging_face
 from torchtitan.checkpoint.storage import read_metadata
 from torchtitan.config.errors import CheckpointError
-from torchtitan.models.llama3.model.args import TransformerModelArgs
+from torchtitan.models.llama3.model.args import RopeScaling, TransformerModelArgs
 from torchtitan.models.llama3.model.model import Transformer
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
@@ -114,16 +115,17 @@ def test_bad_hugging_face_folders_are_explained(tmp_path):
 
     (tmp_path / "empty").mkdir()
     config = json.loads((path / "config.json").read_bytes())
-    scaled = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}}
+    scaled = Llama3StateDictAdapter(replace(MODEL, rope_scaling=RopeScaling())).to_hf_config()
     for change, message in (
-        ({"num_hidden_layers": 3}, "num_hidden_layers is 3, and 2"),
-        ({"model_type": "qwen2"}, "model_type is 'qwen2', and 'llama'"),
-        ({"attention_bias": True}, "attention_bias is True, and False"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', and 'silu'"),
-        (scaled, "rope_type is 'llama3', and 'default'"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3, and 2 in this model"),
+        ({"model_type": "qwen2"}, "model_type is 'qwen2'; the families of this package have "),
+        ({"attention_bias": True}, "attention_bias is True; Llama 3 here has False"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; Llama 3 here has 'silu'"),
+        ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
+        (scaled, r"rope_scaling is {'rope_type': 'llama3', .*}, and None in this model"),
     ):
         (path / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(CheckpointError, match=f"config.json: {message} in this model"):
+        with pytest.raises(CheckpointError, match=f"config.json: {message}"):
             load()
     (path / "config.json").unlink()
     damage(path / "model.safetensors", "cut")

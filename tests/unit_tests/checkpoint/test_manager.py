@@ -1,7 +1,6 @@
 """A run goes on from its checkpoint as if nothing had happened, in its layout or another, from the step it is told."""
 
 import json
-import pickle
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from tests.unit_tests.checkpoint.checkpointed_run import (
     names,
 )
 from tests.unit_tests.distributed.processes import run_processes
+from torchtitan.checkpoint.contents import RandomState
 from torchtitan.checkpoint.storage import (
     find_weights,
     load_alone,
@@ -32,6 +32,7 @@ from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import CheckpointError
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -232,7 +233,8 @@ def test_initial_weights_of_another_model_than_their_config_says_are_refused(tmp
     source = build_run(tmp_path / "source")
     source.train(2)
     path = folder(source) / "step-2"
-    (path / "config.json").write_text(json.dumps({"rms_norm_eps": 1e-6}))
+    config = {**Llama3StateDictAdapter(MODEL).to_hf_config(), "rms_norm_eps": 1e-6}
+    (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"config.json: rms_norm_eps is 1e-06, and 1e-05 in this model"):
         build_run(tmp_path / "run", initial_load_path=str(path)).checkpointer.load()
 
@@ -426,15 +428,16 @@ def test_all_ranks_take_a_restart_for_one_if_one_does(tmp_path):
 # Random numbers
 
 
-def test_random_state_is_one_value_for_each_rank_and_is_restored():
-    """It is opaque to torch.distributed.checkpoint."""
-    from torchtitan.checkpoint.manager import RandomState
-
+def test_random_state_is_one_value_for_each_rank_and_is_restored(caplog):
     state = RandomState(3).state_dict()
     expected = (torch.rand(3), random.random())
     assert list(state) == ["rank_3"]
-    assert set(pickle.loads(state["rank_3"])) >= {"python", "torch"}
+    assert set(json.loads(state["rank_3"])) >= {"python", "torch"}
     RandomState(3).load_state_dict(state)
     assert torch.equal(torch.rand(3), expected[0])
     assert random.random() == expected[1]
     RandomState(4).load_state_dict(state)  # a rank that the saving run did not have
+    before = random.getstate()
+    RandomState(3).load_state_dict({"rank_3": b"a pickle of an older version"})
+    assert random.getstate() == before
+    assert caplog.text.count("Random numbers are drawn anew") == 1

@@ -1,10 +1,13 @@
 """Kills, damaged files and full disks: a run goes on from a whole checkpoint, or says which there is."""
 
 import errno
+import io
 import logging
 import os
+import pickle
 import shutil
 import signal
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from tests.processes import FORKED
 from tests.unit_tests.checkpoint.checkpointed_run import MODES, build_run, damage, folder, names, no_space
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.checkpoint import background
-from torchtitan.checkpoint.storage import CheckpointFolder, CheckpointWriter
+from torchtitan.checkpoint.folder import CheckpointFolder
+from torchtitan.checkpoint.storage import CheckpointWriter, read_metadata, save_alone
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import CheckpointError
 
@@ -157,7 +161,140 @@ def test_only_a_whole_older_checkpoint_is_offered(tmp_path):
         build_run(tmp_path).checkpointer.load()
 
 
+# Code in a checkpoint
+
+
+class Payload:
+    """What creates a file where it is unpickled."""
+
+    def __init__(self, file: Path):
+        self._file = file
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self._file),)
+
+
+@pytest.mark.parametrize("where", [".metadata", "a state", "the random numbers"])
+def test_loading_runs_no_code_of_a_checkpoint(tmp_path, where, caplog):
+    ran = tmp_path / "ran"
+    run = build_run(tmp_path)
+    run.train(2)
+    path = folder(run) / "step-2"
+    if where == ".metadata":
+        (path / ".metadata").write_bytes(pickle.dumps({"state_dict_metadata": Payload(ran)}))
+        (path / ".metadata.sha256").unlink()
+        message = r"step-2/.metadata is damaged \(UnpicklingError: it names posix.mkdir, which could run code"
+    else:
+        state = run.checkpointer._contents.everything()
+        state |= (
+            {"train_state.step": Payload(ran)} if where == "a state" else {"rng.rank_0": pickle.dumps(Payload(ran))}
+        )
+        shutil.rmtree(path)
+        save_alone(path, state)
+        message = r"step-2/__0_0.distcp is damaged \(UnpicklingError: Weights only load failed"
+    again = build_run(tmp_path)
+    if where == "the random numbers":
+        assert again.checkpointer.load()
+        assert "Random numbers are drawn anew" in caplog.text
+    else:
+        with pytest.raises(CheckpointError, match=message) as caught:
+            again.checkpointer.load()
+        assert "\n" not in str(caught.value)
+    assert not ran.exists()
+
+
+# What is read
+
+
+def count_reads(dump_folder: Path) -> tuple[int, int, int]:
+    """Of the second rank's load: times .metadata was opened, sizes asked for; bytes read of data, over those needed."""
+    build_run(dump_folder, ParallelDims(dp_shard=2)).train(2)
+    run = build_run(dump_folder, ParallelDims(dp_shard=2))
+    opened, asked, num_bytes = [], [], 0
+    path_stat, path_open = Path.stat, Path.open
+
+    def counting_stat(self: Path, **options: Any) -> os.stat_result:
+        asked.append(self.name)
+        return path_stat(self, **options)
+
+    def counting_open(self: Path, *args: Any, **options: Any) -> Any:
+        opened.append(self.name)
+        file = path_open(self, *args, **options)
+        if self.suffix == ".distcp":
+            read = io.BufferedReader.read
+
+            class Counting(io.BufferedReader):
+                def read(self, size: int | None = -1, /) -> bytes:
+                    nonlocal num_bytes
+                    content = read(self, size)
+                    num_bytes += len(content)
+                    return content
+
+            return Counting(file.detach())
+        return file
+
+    Path.stat, Path.open = counting_stat, counting_open
+    try:
+        run.checkpointer.load()
+    finally:
+        Path.stat, Path.open = path_stat, path_open
+    metadata = read_metadata(folder(run) / "step-2")
+    needed = sum(entry.length for entry in metadata.storage_data.values() if entry.relative_path == "__1_0.distcp")
+    return opened.count(".metadata"), sum(name.endswith(".distcp") for name in asked), num_bytes - needed
+
+
+def test_a_load_reads_the_metadata_once_and_each_byte_once(tmp_path):
+    """The sizes of all files are asked for by the first rank alone, and not again by each."""
+    (_, sizes, _), (opened, sizes_of_second, more) = run_processes(count_reads, 2, tmp_path)
+    assert sizes == 2
+    assert (opened, sizes_of_second) == (0, 0)
+    assert 0 <= more < 60_000  # what only the first rank writes, and both read: step counters and states
+
+
 # Disks
+
+
+def test_a_file_system_that_cannot_sync_folders_is_saved_to_and_that_is_said_once(tmp_path, monkeypatch, caplog):
+    """CIFS and some of FUSE."""
+    fsync = os.fsync
+
+    def only_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    run = build_run(tmp_path)
+    run.train(4)
+    assert names(run) == ["step-2", "step-4"]
+    assert caplog.text.count("cannot sync a folder (Invalid argument)") == 1
+    resumed = build_run(tmp_path)
+    assert resumed.checkpointer.load() and resumed.step == 4
+
+
+def test_options_that_cannot_be_noted_do_not_fail_the_save(tmp_path, monkeypatch, caplog):
+    run = build_run(tmp_path)
+    monkeypatch.setattr(run.checkpointer, "_options", lambda: 'description = "\ud800"')  # not UTF-8
+    run.train(2)
+    assert names(run) == ["step-2"]
+    assert "step-2.incomplete" in caplog.text and "the checkpoint is saved without" in caplog.text
+
+
+def test_each_rank_syncs_its_own_file_after_the_last_byte(tmp_path, monkeypatch):
+    """Another machine's sync does not write what this one still holds, and the first rank need not open all files."""
+    sizes, fsync = {}, os.fsync
+
+    def remember(descriptor: int) -> None:
+        fsync(descriptor)
+        sizes[Path(f"/proc/self/fd/{descriptor}").readlink().name] = os.fstat(descriptor).st_size
+
+    monkeypatch.setattr(os, "fsync", remember)
+    monkeypatch.setattr(CheckpointFolder, "publish", no_space)
+    monkeypatch.setattr(CheckpointFolder, "remove", lambda *_: None)
+    run = build_run(tmp_path)
+    run.train(2)
+    (file,) = folder(run).glob("step-2.incomplete-*/*.distcp")
+    assert sizes["__0_0.distcp"] == file.stat().st_size
 
 
 def test_folder_that_cannot_be_made_stops_the_run_at_its_start(tmp_path):

@@ -38,32 +38,7 @@ _SIZES = (  # in config.json
 )
 
 
-# What decides the shapes and the maths; an export may lack some or add others.
-_CONFIG_KEYS = (
-    "model_type",
-    "hidden_act",
-    "attention_bias",
-    "mlp_bias",
-    "head_dim",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_type",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
-
-
 class Llama3StateDictAdapter:
-    hf_config_keys = _CONFIG_KEYS
-
     def __init__(self, args: TransformerModelArgs):
         self.args = args
 

@@ -1,0 +1,169 @@
+"""What of a run a checkpoint holds: live weights and states, under flat keys, and how they are taken back.
+
+Weights stand under their own names; then come `optimizer.`, `lr_scheduler.`, `dataloader.`, `train_state.` and `rng.`.
+The keys and shapes do not tell how the model was divided over ranks.
+"""
+
+import json
+import random
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata
+
+from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
+from torchtitan.checkpoint.ranks import Ranks
+from torchtitan.checkpoint.storage import STATES, UnusableCheckpointError, check_weights, load_into, read_metadata
+from torchtitan.config.errors import CheckpointError
+from torchtitan.tools.logging import logger
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
+
+
+class OptimizerState(Stateful, Protocol):
+    def export_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The true weights, where those of the model hold only a part of their bits."""
+
+
+class Contents:
+    """All ranks make the same calls."""
+
+    def __init__(
+        self,
+        model_parts: Sequence[nn.Module],
+        optimizer: OptimizerState,
+        states: Mapping[str, Stateful],  # the others
+        ranks: Ranks,
+    ):
+        self._model_parts = model_parts
+        self._optimizer = optimizer
+        self._states = {"optimizer": optimizer, **states, "rng": RandomState(ranks.rank)}
+        self._ranks = ranks
+        assert tuple(self._states) == STATES
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: weight for part in self._model_parts for name, weight in part.state_dict().items()}
+
+    def exported_weights(self) -> dict[str, Tensor]:
+        """In full precision, whatever the form of the optimizer's states."""
+        return self._optimizer.export_weights(self.weights())
+
+    def everything(self) -> dict[str, Any]:
+        everything: dict[str, Any] = dict(self.weights())
+        for name in STATES:
+            everything |= self._state(name)
+        return everything
+
+    def set_step(self, step: int) -> None:
+        train_state = self._states["train_state"]
+        train_state.load_state_dict({**train_state.state_dict(), "step": step})
+
+    def load(self, path: Path, names: Iterable[str], *, excluded: Sequence[str]) -> None:
+        """Load the weights and the named states, but for those excluded.
+
+        Raises:
+            UnusableCheckpointError: the checkpoint is damaged, or holds weights only and states were named.
+            CheckpointError: it is another model's, or lacks some of the states.
+            DataloaderStateError: another number of ranks read the data.
+        """
+        began = time.monotonic()
+        left_out = {*excluded, *(["rng"] if "train_state" in excluded else [])}
+        names = [name for name in names if name not in left_out]
+        metadata = self._ranks.ask_first(lambda: _read_own_metadata(path))
+        shapes = self._ranks.gather({name: tuple(weight.shape) for name, weight in self.weights().items()})
+        check_weights(path, metadata, {name: shape for part in shapes for name, shape in part.items()})
+        _check_states(path, metadata, names, excluded)
+        if "optimizer" in names:
+            self._ranks.together(partial(self._check_optimizer, path, metadata))
+        # First what is small: the data loader may find that it cannot go on there.
+        self._read(path, metadata, {}, [name for name in names if name != "optimizer"])
+        self._read(path, metadata, dict(self.weights()), [name for name in names if name == "optimizer"])
+        if self._ranks.is_first:
+            logger.info(f"Loaded {', '.join(['model', *names])} from {path} in {time.monotonic() - began:.2f} s")
+
+    def _check_optimizer(self, path: Path, metadata: Metadata) -> None:
+        """Float32 states and compact ones have other keys."""
+        if missing := [key for key in self._state("optimizer") if key not in metadata.state_dict_metadata]:
+            raise CheckpointError(
+                f"{path} holds the optimizer's states in another form than this run's: {missing[0]} is not in it. Set"
+                " optimizer.state_precision, name and implementation as in its config.toml, or start a new run from its"
+                f" weights: --checkpoint.initial_load_path {path} --checkpoint.initial_load_model_only True"
+            )
+
+    def _read(self, path: Path, metadata: Metadata, state: dict[str, Any], names: list[str]) -> None:
+        """Fill the tensors in `state`, and hand each named state its part of the checkpoint."""
+        for name in names:
+            state |= self._state(name)
+        for key in [key for key in state if key.startswith(("dataloader.", "rng."))]:
+            if key not in metadata.state_dict_metadata:
+                del state[key]  # of a rank that the saving run did not have: for the state itself to judge
+        load_into(state, path, metadata, group=self._ranks.group)
+        for name in names:
+            prefix = f"{name}."
+            part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            self._ranks.together(partial(self._states[name].load_state_dict, part))
+
+    def _state(self, name: str) -> dict[str, Any]:
+        return {f"{name}.{key}": value for key, value in self._states[name].state_dict().items()}
+
+
+class RandomState:
+    """Python's and torch's random number generators, each rank's own. A rank that has none saved keeps those it has."""
+
+    def __init__(self, rank: int):
+        self._key = f"rank_{rank}"
+
+    def state_dict(self) -> dict[str, str]:
+        states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state().tolist()}
+        if torch.cuda.is_available():
+            states["cuda"] = torch.cuda.get_rng_state().tolist()
+        return {self._key: json.dumps(states)}
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        if self._key not in state_dict:
+            return
+        if not isinstance(state_dict[self._key], str):
+            logger.warning("Random numbers are drawn anew: an older version saved them as a pickle, which is not read")
+            return
+        states = json.loads(state_dict[self._key])
+        version, internal, gauss_next = states["python"]
+        random.setstate((version, tuple(internal), gauss_next))
+        torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
+
+
+def _read_own_metadata(path: Path) -> Metadata:
+    if HuggingFaceFormat.is_at(path):
+        raise UnusableCheckpointError(
+            f"{path} holds Hugging Face safetensors, only weights; a new run can start from them"
+            f" with --checkpoint.initial_load_path {path} --checkpoint.initial_load_in_hf"
+        )
+    return read_metadata(path)
+
+
+def _check_states(path: Path, metadata: Metadata, names: list[str], excluded: Sequence[str]) -> None:
+    held = {key.split(".")[0] for key in metadata.state_dict_metadata}
+    missing = [name for name in names if name not in held]
+    if names and missing == names:
+        raise UnusableCheckpointError(
+            f"{path} holds only weights, so this run cannot be continued from it; a new one can start from them"
+            f" with --checkpoint.initial_load_path {path} --checkpoint.initial_load_model_only True"
+        )
+    if missing:
+        raise CheckpointError(
+            f"{path} does not hold {', '.join(missing)};"
+            f" to go on without, add --checkpoint.exclude_from_loading {','.join([*excluded, *missing])}"
+        )
+
+
+__all__ = ["Contents", "OptimizerState", "Stateful"]
