@@ -13,7 +13,7 @@ components/dataloader.py puts them together and reads ahead of the step.
 """
 
 from torchtitan.datasets.documents import DocumentStream, Position
-from torchtitan.datasets.files import CompressedJsonLinesFiles, JsonLinesFiles, ParquetFiles, TextFiles
+from torchtitan.datasets.files import TextFiles
 from torchtitan.datasets.hub import HuggingFaceStream
 from torchtitan.datasets.local import open_path
 from torchtitan.datasets.packing import Cursor, pack
@@ -21,12 +21,9 @@ from torchtitan.datasets.registry import get_dataset_names, open_dataset, regist
 from torchtitan.datasets.source import Source, Text
 
 __all__ = [
-    "CompressedJsonLinesFiles",
     "Cursor",
     "DocumentStream",
     "HuggingFaceStream",
-    "JsonLinesFiles",
-    "ParquetFiles",
     "Position",
     "Source",
     "Text",

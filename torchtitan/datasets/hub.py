@@ -32,11 +32,12 @@ class HuggingFaceStream:
 
     @classmethod
     def of_hub(cls, path: str, config: str, *, split: str, text: Text) -> "HuggingFaceStream":
-        return cls(
-            lambda: _datasets().load_dataset(path, config, split=split, streaming=True),
-            name=f"{path}/{config} ({split}) of the Hugging Face hub",
-            text=text,
-        )
+        def load() -> Any:
+            import datasets  # here, because it takes a second
+
+            return datasets.load_dataset(path, config, split=split, streaming=True)
+
+        return cls(load, name=f"{path}/{config} ({split}) of the Hugging Face hub", text=text)
 
     def __len__(self) -> int:
         return self._dataset.num_shards
@@ -66,8 +67,6 @@ class HuggingFaceStream:
     def _load(self, load: Callable[[], Any]) -> "datasets.IterableDataset":
         try:
             dataset = load()
-        except DatasetError:
-            raise
         except Exception as error:
             raise DatasetError(
                 f"{self.name} cannot be opened: {_one_line(error)}; check the network,"
@@ -76,14 +75,6 @@ class HuggingFaceStream:
         if hasattr(dataset, "to_iterable_dataset"):
             dataset = dataset.to_iterable_dataset(num_shards=max(1, min(MAP_STYLE_SHARDS, len(dataset))))
         return dataset
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise DatasetError("this dataset needs Hugging Face's package datasets: pip install datasets") from None
-    return datasets
 
 
 def _one_line(error: Exception) -> str:

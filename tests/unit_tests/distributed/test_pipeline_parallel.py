@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -120,7 +121,13 @@ def build_model() -> Transformer:
 
 
 def run_cases(cases: list[Case]) -> list[dict[str, Tensor]]:
-    return [run_case(case) for case in cases]
+    results = []
+    for case in cases:
+        # Code is generated for two processes; of four, tracing is what tensor parallelism can break.
+        backend = "inductor" if case.dims.world_size == 2 else "aot_eager"
+        with patch("torch.compile", partial(torch.compile, backend=backend)):
+            results.append(run_case(case))
+    return results
 
 
 def run_case(case: Case) -> dict[str, Tensor]:
