@@ -26,7 +26,15 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 class OptimizersContainer:
     """One torch optimizer for each model part (several when this rank holds several pipeline stages)."""
 
-    def __init__(self, model_parts: Sequence[nn.Module], optimizer_class: type[torch.optim.Optimizer], **kwargs: Any):
+    def __init__(
+        self,
+        model_parts: Sequence[nn.Module],
+        optimizer_class: type[torch.optim.Optimizer],
+        *,
+        after_step: Callable[[nn.Module], object] = id,  # called with each part; id does nothing
+        **kwargs: Any,
+    ) -> None:
+        self._after_step = after_step
         self._parts = [
             (part, optimizer_class([p for p in part.parameters() if p.requires_grad], **kwargs)) for part in model_parts
         ]
@@ -51,6 +59,9 @@ class OptimizersContainer:
             elif not skip:
                 torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], grad_factor.to(device))
                 optimizer.step()
+        # not by a hook of torch's optimizer, which would also see the step that makes the moments before a load
+        for part, _ in self._parts:
+            self._after_step(part)
 
     def zero_grad(self) -> None:
         for _, optimizer in self._parts:
@@ -69,11 +80,6 @@ class OptimizersContainer:
     def export_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of weights by name the true ones, in float32: these are."""
         return dict(weights)
-
-    def call_after_step(self, hook: Callable[[nn.Module], None]) -> None:
-        """Have hook(part) called for each part of the model after each step."""
-        for part, optimizer in self._parts:
-            optimizer.register_step_post_hook(lambda *_, part=part: hook(part))
 
     def _flat_state(self) -> Iterable[tuple[str, Any]]:
         for part, optimizer in self._parts:
@@ -97,7 +103,12 @@ def build_optimizer(
     if optimizer.state_precision == "compact":
         return CompactAdamW(model_parts, optimizer)
     classes: dict[str, type[torch.optim.Optimizer]] = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
-    container = OptimizersContainer(
+    after_step: Callable[[nn.Module], object] = id
+    if precompute_float8_scales:
+        from torchtitan.distributed.float8 import precompute_scales
+
+        after_step = precompute_scales
+    return OptimizersContainer(
         model_parts,
         classes[optimizer.name],
         lr=optimizer.lr,
@@ -106,12 +117,8 @@ def build_optimizer(
         weight_decay=optimizer.weight_decay,
         fused=optimizer.implementation == "fused",
         foreach=optimizer.implementation == "foreach",
+        after_step=after_step,
     )
-    if precompute_float8_scales:
-        from torchtitan.distributed.float8 import precompute_scales
-
-        container.call_after_step(precompute_scales)
-    return container
 
 
 __all__ = ["OptimizersContainer", "build_optimizer"]
