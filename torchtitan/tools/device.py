@@ -45,6 +45,14 @@ def get_peak_flops(device_name: str) -> float | None:
     return next((flops for name, flops in _PEAK_FLOPS.items() if re.search(rf"{name}(?!\d)", device_name)), None)
 
 
+def get_memory_held_by_others(device: torch.device) -> int:
+    """Bytes of a GPU that torch's allocator in this process does not have: other processes', and its own context's."""
+    if device.type == "cpu":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
 class MemoryStats(NamedTuple):
     """Peak memory since the last reset, and what happened since the start.
 
@@ -116,4 +124,11 @@ def _peak_resident_memory() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
 
-__all__ = ["DeviceMemoryMonitor", "MemoryStats", "get_device_name", "get_device_type", "get_peak_flops"]
+__all__ = [
+    "DeviceMemoryMonitor",
+    "MemoryStats",
+    "get_device_name",
+    "get_device_type",
+    "get_memory_held_by_others",
+    "get_peak_flops",
+]

@@ -12,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from scripts.estimate_memory import main
 from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, fused_linear
 from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.config.block_modes import get_block_modes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import Model
 from torchtitan.distributed.mesh import build_mesh
@@ -50,7 +51,7 @@ def trace_whole_step(config: JobConfig) -> int:
         parallel_dims=ParallelDims(),
         parallelism=config.parallelism,
         training=config.training,
-        activation_checkpoint=config.activation_checkpoint,
+        block_modes=get_block_modes(config.activation_checkpoint, len(model.layers)),
         loss_parallel=True,
     )
     tokens = torch.empty(config.training.local_batch_size, config.training.seq_len, dtype=torch.int64, device="meta")
@@ -137,7 +138,7 @@ def test_units_are_fsdps(tp: int) -> None:
             parallel_dims=dims,
             parallelism=config.parallelism,
             training=config.training,
-            activation_checkpoint=config.activation_checkpoint,
+            block_modes=get_block_modes(config.activation_checkpoint, len(model.layers)),
             loss_parallel=True,
         )
     finally:
