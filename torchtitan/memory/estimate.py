@@ -12,6 +12,7 @@ above the GPU's memory may still work, more slowly.
 A *unit* is what FSDP gathers as a whole: the embedding, a block, the norm, the output.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -295,7 +296,7 @@ class _Rank:
         return Moment(name, in_use, gap)
 
     def _shard_numel(self, unit: Unit) -> int:
-        return unit.shard_numel(self.dims.fsdp)
+        return _get_shard_numel(unit, self.dims.fsdp)
 
     def _reduced(self, units: Iterable[Unit]) -> int:
         """Gradients on their shards, of a microbatch that has got so far."""
@@ -359,6 +360,9 @@ def _get_stages(config: JobConfig, dims: ParallelDims, n_layers: int, pp_rank: i
     stages = get_stage_modules(config.parallelism, n_layers)
     schedule = config.parallelism.pipeline_parallel_schedule
     return [stages[i] for i in get_stages_of_rank(schedule, pp_rank, dims.pp, len(stages))]
+
+
+_get_shard_numel = functools.cache(Unit.shard_numel)
 
 
 def _get_blocks(stages: list[list[str]]) -> list[int]:

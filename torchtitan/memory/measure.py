@@ -85,6 +85,7 @@ def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measure
         blocks: dict[BlockMode, Use] = {}
         for mode in BLOCK_MODES:
             set_block_modes(model, [mode])
+            model.zero_grad()  # the gradients count as made
             block_args = _run(model, tokens_shape, dims)[1]
             blocks[mode] = _trace_block(model.layers["0"], block_args, is_compiled=config.training.compile)
         hidden, _ = _run(model, tokens_shape, dims)

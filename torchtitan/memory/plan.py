@@ -9,7 +9,6 @@ their backward. Each pipeline rank chooses for its own blocks, by its own peak.
 import gc
 import itertools
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -131,23 +130,11 @@ def choose_block_modes(config: JobConfig, model: MemoryModel, budget: float) -> 
         leaner.remove("op")  # which these schedules cannot run: config/validate.py
     chosen = [fastest] * model.n_layers
     for rank in range(model.dims.pp):
-        steps = list(itertools.product(leaner, model.get_blocks(rank)))
-
-        fits = partial(_fits, model, rank, chosen, steps, budget)
-        chosen = _take(steps[: bisect_left(range(len(steps)), True, key=fits)], chosen)
+        for mode, block in itertools.product(leaner, model.get_blocks(rank)):
+            if model.estimate_rank(rank, chosen).peak <= budget:
+                break
+            chosen[block] = mode
     return tuple(chosen)
-
-
-def _fits(
-    model: MemoryModel, rank: int, modes: list[BlockMode], steps: list[tuple[BlockMode, int]], budget: float, count: int
-) -> bool:
-    return model.estimate_rank(rank, _take(steps[:count], modes)).peak <= budget
-
-
-def _take(steps: list[tuple[BlockMode, int]], modes: list[BlockMode]) -> list[BlockMode]:
-    """The modes with some blocks' changed."""
-    changed = {block: mode for mode, block in steps}
-    return [changed.get(block, mode) for block, mode in enumerate(modes)]
 
 
 def _get_budget(config: JobConfig, capacity: int, device: torch.device) -> int:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +68,29 @@ def test_the_fastest_that_fits(gib: float) -> None:
         number = max(number for number, mode in enumerate(modes) if mode == modes[0])
         faster = "op" if modes[0] == "full" else "none"
         assert model.estimate([*modes[:number], faster, *modes[number + 1 :]]).peak > gib * GIB
+
+
+# Sequences, options, blocks that keep all, reserved GiB: the 1B flavour on one H100 80GB (docs/performance.md)
+MEASURED = [
+    (4, "off", 16, 45.6),
+    (8, "off", 14, 69.4),
+    (12, "off", 1, 68.9),
+    (4, "on", 16, 39.3),
+    (8, "on", 16, 58.0),
+    (12, "on", 12, 68.8),
+]
+
+
+@pytest.mark.parametrize(("batch", "flag", "keep_all", "reserved"), MEASURED)
+def test_choices_are_those_of_the_page_and_within_5_percent_of_the_measured_peak(
+    batch: int, flag: str, keep_all: int, reserved: float
+) -> None:
+    off = "--liger_kernel.no-enable_fused_linear_cross_entropy" if flag == "off" else ""
+    modes, peak = choose(f"--training.local_batch_size {batch} {off}", 71.7)
+    assert (modes.count("none"), modes.count("op")) == (keep_all, 16 - keep_all)
+    assert peak == pytest.approx(reserved, rel=0.05)
+    page = (Path(__file__).parents[3] / "docs" / "performance.md").read_text()
+    assert f"| {batch} | {flag} | {keep_all} | {16 - keep_all} | {peak:.1f} | {reserved} |" in page
 
 
 def test_at_the_ends() -> None:
