@@ -6,7 +6,7 @@
 
 Measured is hidden -> loss -> both gradients, from what a rank holds in training, T/tp tokens and V/tp rows, to their
 gradients. "floor" is the three bare matrix products of the rank's share, T tokens and V/tp rows, without any sending;
-"peak" the largest allocation above the inputs, "moved" the bytes that a rank receives (torchtitan/memory/head_cost.py),
+"peak" the largest allocation above the inputs, "moved" the bytes that a rank receives (head_cost_table.py),
 "error" |g - g32| / |g32| against float32 autograd. Times and peaks are those of the
 slowest and the fullest rank. Writes results.jsonl to --out.
 """
@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from benchmark_loss import MIB, LossFn, Problem, float32_gradients, floor_times, fused, make_problem, peak_bytes, timed
 from benchmark_origin import get_origin
+from head_cost_table import get_head_cost
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -33,7 +34,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torchtitan.components.loss import FusedLinearCrossEntropyLoss, fused_linear_cross_entropy
 from torchtitan.config.job_config import Comm
 from torchtitan.distributed.utils import end_process, get_world, init_distributed
-from torchtitan.memory.head_cost import get_head_cost
 
 IN_TREE, GATHERED = "in-tree", "weight gathered"
 

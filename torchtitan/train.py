@@ -42,9 +42,7 @@ from torchtitan.config.manager import to_toml, write_resolved
 from torchtitan.distributed import utils
 from torchtitan.distributed.context_parallel import ContextSharder
 from torchtitan.distributed.mesh import build_mesh
-from torchtitan.memory.advice import explain_out_of_memory
-from torchtitan.memory.estimate import log_memory_estimate
-from torchtitan.memory.head_cost import about_logits_memory
+from torchtitan.memory import explain_out_of_memory, plan_memory
 from torchtitan.protocols.custom_import import maybe_import_custom
 from torchtitan.protocols.model import Loss
 from torchtitan.protocols.train_spec import check_vocab_size, get_run_args, get_train_spec, validate_run
@@ -106,6 +104,7 @@ class Trainer:
         self.model_args = get_run_args(config.model, max_seq_len=config.max_seq_len)
         logger.info(f"Building {config.model.name} {config.model.flavor} with {self.model_args}")
         self.loss = self._build_loss()
+        self.memory = plan_memory(config, world=utils.get_world(), mesh=self.mesh, device=self.device)
         self.runner = self._build_runner()
         self._report_model()
 
@@ -193,7 +192,6 @@ class Trainer:
 
     def train_step(self, batches: Iterator[Batch]) -> bool:
         """One optimizer step; returns whether some rank was asked to stop (known one step late)."""
-        self.optimizer.zero_grad()
         microbatches = [next(batches) for _ in range(self.num_microbatches)]
         num_local_tokens = self._count_valid_tokens(microbatches)
         num_valid_tokens, stop = utils.sum_over_world_(
@@ -203,11 +201,7 @@ class Trainer:
         )
         scale = 1 / num_valid_tokens.clamp(min=1)
 
-        loss = torch.zeros((), device=self.device)
-        for batch in microbatches:
-            tokens, labels, positions = self.shard_context(*(t.to(self.device, non_blocking=True) for t in batch))
-            loss += self.runner.forward_backward(tokens, labels, positions, scale)
-
+        loss = self.memory.run(partial(self._forward_backward, microbatches, scale), self.runner.model_parts)
         parameters = [p for part in self.runner.model_parts for p in part.parameters()]
         grad_norm = utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         lr = self.lr_scheduler.lr
@@ -222,6 +216,15 @@ class Trainer:
             self._log(loss, grad_norm, lr, share=num_local_tokens.to(self.device) * scale)
         # Read at the next step: then the device has long computed them, and the host does not wait.
         return self._check_flags(self._flags.exchange(torch.stack([self._all_finite.to(stop), stop])), self.step - 1)
+
+    def _forward_backward(self, microbatches: list[Batch], scale: Tensor) -> Tensor:
+        """This rank's share of the loss; the gradients are those of these microbatches alone."""
+        self.optimizer.zero_grad()
+        loss = torch.zeros((), device=self.device)
+        for batch in microbatches:
+            tokens, labels, positions = self.shard_context(*(t.to(self.device, non_blocking=True) for t in batch))
+            loss += self.runner.forward_backward(tokens, labels, positions, scale)
+        return loss
 
     def close(self, *, failed: bool = False) -> None:
         self.dataloader.close()
@@ -341,7 +344,7 @@ class Trainer:
                 parallel_dims=self.parallel_dims,
                 parallelism=config.parallelism,
                 training=config.training,
-                activation_checkpoint=config.activation_checkpoint,
+                block_modes=self.memory.block_modes,
                 loss_parallel=not config.parallelism.disable_loss_parallel,
             ),
             mesh=self.mesh,
@@ -394,22 +397,6 @@ class Trainer:
             f"Model {config.model.name} {config.model.flavor} size: {self.model_args.num_params():,} total parameters"
         )
         logger.info(f"{memory.name} capacity: {memory.capacity / 2**30:.2f}GiB memory")
-        if self.device.type == "cuda":  # a CPU's memory also holds the program
-            log_memory_estimate(
-                config, world_size=self.parallel_dims.world_size, mesh=self.mesh, capacity=memory.capacity
-            )
-        if config.liger_kernel.enable_fused_linear_cross_entropy or self.parallel_dims.pp > 1:
-            return
-        num_vocab_shards = 1 if config.parallelism.disable_loss_parallel else self.parallel_dims.tp
-        advice = about_logits_memory(
-            num_tokens=config.training.local_batch_size * config.training.seq_len // self.parallel_dims.cp,
-            vocab_rows=-(-self.model_args.vocab_size // num_vocab_shards),
-            bytes_per_logit=getattr(torch, config.training.mixed_precision_param).itemsize,
-            compiled=config.training.compile,
-            capacity=memory.capacity,
-        )
-        if advice is not None:
-            logger.info(advice)
 
 
 def main(argv: list[str]) -> int:
@@ -474,7 +461,7 @@ def _explain(error: Exception, config: JobConfig | None, trainer: Trainer | None
             str(error),
             world_size=utils.get_world().size,
             mesh=trainer.mesh if trainer is not None else None,
-            liger_installed=is_liger_installed(),
+            block_modes=trainer.memory.block_modes if trainer is not None else None,
         )
     return None
 

@@ -321,8 +321,12 @@ class Checkpoint:
 class ActivationCheckpoint:
     """Recomputing activations in backward instead of keeping them."""
 
-    mode: Literal["selective", "full", "none"] = "selective"
-    """full recomputes each block, selective some blocks or some operations, none nothing."""
+    mode: Literal["selective", "full", "none", "auto"] = "selective"
+    """full recomputes each block, selective some blocks or some operations, none nothing; auto as little as fits the
+    device's memory, by an estimate."""
+
+    memory_share: Annotated[float, Range(above=0, max=1)] = 0.92
+    """Share of the device's memory that auto may fill, what other processes hold on it included."""
 
     selective_ac_option: str = "2"
     """In selective mode: an integer n recomputes every n-th block; op recomputes in every block, but keeps the results

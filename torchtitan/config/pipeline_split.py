@@ -7,6 +7,8 @@ from torchtitan.config.job_config import Parallelism
 # Schedules by the number of stages on each rank: one, two, or (the interleaved ones) two or more.
 ONE_STAGE = ("GPipe", "1F1B")
 TWO_STAGES = ("ZBVZeroBubble",)
+ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble")
+"""Those that compute the gradients of inputs and of weights apart."""
 
 
 def get_stage_modules(parallelism: Parallelism, n_layers: int) -> list[list[str]]:

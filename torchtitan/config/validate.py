@@ -17,11 +17,10 @@ from torchtitan.config.errors import (
     raise_all,
 )
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.pipeline_split import ONE_STAGE, TWO_STAGES, get_num_stages
+from torchtitan.config.pipeline_split import ONE_STAGE, TWO_STAGES, ZERO_BUBBLE, get_num_stages
 from torchtitan.config.schema import either, meant_or_known
 
 _CHECKPOINT_STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state")
-_ZERO_BUBBLE = ("InterleavedZeroBubble", "ZBVZeroBubble")
 _CONVERTERS = ("float8",)
 _FLOAT8_MULTIPLE = 16
 
@@ -236,7 +235,7 @@ def _about_pipeline(config: JobConfig, model: ModelShape) -> Iterator[str]:
 
 
 def _about_zero_bubble(config: JobConfig) -> Iterator[str]:
-    if config.parallelism.pipeline_parallel_schedule not in _ZERO_BUBBLE:
+    if config.parallelism.pipeline_parallel_schedule not in ZERO_BUBBLE:
         return
     schedule = f"{_show(config, 'parallelism.pipeline_parallel_schedule')} computes the gradients of inputs and weights"
     if config.training.compile:

@@ -6,7 +6,7 @@ graph carry alike, so that another product in the block, or one that runs as `_s
 """
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from types import MethodType
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.fx import traceback
 from torch.fx.traceback import annotate
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from torchtitan.config.job_config import ActivationCheckpoint
+from torchtitan.config.block_modes import BlockMode
 from torchtitan.protocols.model import Decoder
 
 ContextFn = Callable[[], tuple[Any, Any]]
@@ -27,31 +27,45 @@ _KEPT = "torchtitan.kept"
 
 def apply_ac(
     model: Decoder,
-    config: ActivationCheckpoint,
+    block_modes: Sequence[BlockMode],
     *,
     kept_results: Collection[str] = (),
     keep_cpu_attention: bool = False,
 ) -> None:
-    """Checkpoint the blocks of `model` in place, as [activation_checkpoint] says.
+    """Checkpoint the blocks of `model`, or of a pipeline stage, in place.
 
+    block_modes has every block of the whole model; `set_block_modes` changes them later.
     kept_results names the modules of a block whose matrix products "op" keeps.
     keep_cpu_attention exempts attention on a CPU from recomputation. torch 2.13 cannot recompute it in a compiled
     block of DTensors: it counts attention among the random operations, whose saved state it then confuses with a mesh.
     """
-    if config.mode == "none":
-        return
-    context_fn: ContextFn | None = _keep_cpu_attention if keep_cpu_attention else None
-    every_nth = 1
-    if config.mode == "selective" and config.selective_ac_option == "op":
-        context_fn = _keep_costly_ops
-    elif config.mode == "selective":
-        every_nth = int(config.selective_ac_option)
-    for number, block in enumerate(model.layers.values(), start=1):
-        if number % every_nth == 0:
-            if context_fn is _keep_costly_ops:
-                for name in kept_results:
-                    _mark(block.get_submodule(name))
-            block.forward = _checkpointed(block.forward, context_fn)
+    options: dict[BlockMode, dict[str, ContextFn]] = {
+        "full": {"context_fn": _keep_cpu_attention} if keep_cpu_attention else {},
+        "op": {"context_fn": _keep_costly_ops},
+    }
+    block: Any
+    for block in model.layers.values():
+        for name in kept_results:
+            _mark(block.get_submodule(name))
+        block.plain_forward = block.forward
+        block.forward = MethodType(_forward_by_mode, block)
+        block.checkpoint_options = options
+    set_block_modes(model, block_modes)
+
+
+def set_block_modes(model: Decoder, block_modes: Sequence[BlockMode]) -> None:
+    """Have the blocks of a model that was given to apply_ac recompute in another way; compiled ones compile anew."""
+    block: Any
+    for number, block in model.layers.items():
+        block.block_mode = block_modes[int(number)]
+
+
+def _forward_by_mode(block: Any, *args: Any) -> Any:
+    if block.block_mode == "none":
+        return block.plain_forward(*args)
+    # No block draws random numbers, so their state need not be restored.
+    options = block.checkpoint_options[block.block_mode]
+    return checkpoint(block.plain_forward, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def _mark(module: nn.Module) -> None:
@@ -62,17 +76,6 @@ def _mark(module: nn.Module) -> None:
 def _marked_forward(module: nn.Module, *args: Any) -> Any:
     with annotate({_KEPT: True}):
         return type(module).forward(module, *args)  # the class may have changed since: mixed_precision.py does that
-
-
-def _checkpointed(forward: Callable[..., Any], context_fn: ContextFn | None) -> Callable[..., Any]:
-    options: dict[str, Any] = {} if context_fn is None else {"context_fn": context_fn}
-
-    @functools.wraps(forward)
-    def checkpointed_forward(*args: Any) -> Any:
-        # No block draws random numbers, so their state need not be restored.
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options)
-
-    return checkpointed_forward
 
 
 def _keep_cpu_attention() -> tuple[Any, Any]:

@@ -1,12 +1,13 @@
 """A model on many devices: the parallelisms of this package, applied in the order that they need."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from torchtitan.config.block_modes import BlockMode, describe_block_modes
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
+from torchtitan.config.job_config import Parallelism, Training
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_context_parallel
@@ -27,7 +28,7 @@ def parallelize_decoder(
     parallel_dims: ParallelDims,
     parallelism: Parallelism,
     training: Training,
-    activation_checkpoint: ActivationCheckpoint,
+    block_modes: Sequence[BlockMode],
     loss_parallel: bool,
 ) -> None:
     """Divide `model` over the mesh, in place.
@@ -38,6 +39,7 @@ def parallelize_decoder(
     Args:
         tensor_parallel_plan: the style of each module of a block.
         kept_results: the modules of a block, by name, whose matrix products recomputation by "op" keeps.
+        block_modes: of every block of the whole model.
     """
     if parallel_dims.tp > 1:
         apply_tp(model, mesh["tp"], tensor_parallel_plan, loss_parallel=loss_parallel)
@@ -48,10 +50,9 @@ def parallelize_decoder(
     if parallel_dims.cp > 1:
         apply_context_parallel(model, mesh["cp"])
         logger.info("Applied context parallel to the model")
-    if activation_checkpoint.mode != "none":
-        keep_cpu_attention = training.compile and parallel_dims.tp > 1 and mesh.device_type == "cpu"
-        apply_ac(model, activation_checkpoint, kept_results=kept_results, keep_cpu_attention=keep_cpu_attention)
-        logger.info(f"Applied {activation_checkpoint.mode} activation checkpointing to the model")
+    keep_cpu_attention = training.compile and parallel_dims.tp > 1 and mesh.device_type == "cpu"
+    apply_ac(model, block_modes, kept_results=kept_results, keep_cpu_attention=keep_cpu_attention)
+    logger.info(f"Applied activation checkpointing: {describe_block_modes(block_modes)}")
     if training.compile:
         apply_compile(model)
         logger.info("Compiling each TransformerBlock with torch.compile")

@@ -1,18 +1,20 @@
 """What to tell the user when the GPU's memory did not suffice: what took it, and which options would free how much.
 
-The numbers behind the options are estimates (memory_estimate.py) of the same run with that option changed.
+The numbers behind the options are estimates (estimate.py) of the same run with that option changed.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from torchtitan.config.block_modes import BlockMode
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import JobConfig
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.memory.estimate import GIB, describe, estimate_memory
 from torchtitan.protocols.train_spec import validate_run
+from torchtitan.tools.packages import is_liger_installed
 
 _SMALL_BUDGET_MIB = 256
 _WORTH_NAMING = 0.01
@@ -32,48 +34,70 @@ class Remedy:
 
 
 def explain_out_of_memory(
-    config: JobConfig, error: str, *, world_size: int, mesh: Mesh | None = None, liger_installed: bool = True
+    config: JobConfig,
+    error: str,
+    *,
+    world_size: int,
+    mesh: Mesh | None = None,
+    block_modes: Sequence[BlockMode] | None = None,
 ) -> str:
     """The message for the user.
 
     Args:
         error: what torch.OutOfMemoryError says: what was asked for, in use and reserved at that moment.
         mesh: that of the run; None only where no process group exists.
+        block_modes: as the run recomputes, if it has got so far.
     """
     lines = [f"OutOfMemoryError: {error.split(' If reserved but')[0].strip()}"]
     try:
-        estimate = estimate_memory(config, world_size=world_size, mesh=mesh)
-        remedies = get_remedies(config, world_size=world_size, mesh=mesh, liger_installed=liger_installed)
+        estimate = estimate_memory(config, world_size=world_size, mesh=mesh, block_modes=block_modes)
+        remedies = list_remedies(config, world_size=world_size, mesh=mesh, block_modes=block_modes)
     except Exception:  # the estimate may not know the model, or the error may have come before there was a mesh
         return lines[0]
     lines.append(f"{describe(estimate)}; most is in use at this moment: {estimate.worst_moment.name}.")
-    if remedies:
-        lines.append("What frees how much of it, by the same estimate, each alone:")
-        lines += [f"  {r.freed / GIB:6.1f} GiB, leaving {r.peak / GIB:.1f}:  {r.text}" for r in remedies]
-    else:
-        lines.append("No option frees much of it: the model needs more GPUs, or GPUs with more memory.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *remedies])
+
+
+def list_remedies(
+    config: JobConfig, *, world_size: int, mesh: Mesh | None = None, block_modes: Sequence[BlockMode] | None = None
+) -> list[str]:
+    """Lines for the user."""
+    remedies = get_remedies(
+        config, world_size=world_size, mesh=mesh, block_modes=block_modes, liger_installed=is_liger_installed()
+    )
+    if not remedies:
+        return ["No option frees much of it: the model needs more GPUs, or GPUs with more memory."]
+    return [
+        "What frees how much of it, by the same estimate, each alone:",
+        *(f"  {r.freed / GIB:6.1f} GiB, leaving {r.peak / GIB:.1f}:  {r.text}" for r in remedies),
+    ]
 
 
 def get_remedies(
-    config: JobConfig, *, world_size: int, mesh: Mesh | None = None, liger_installed: bool = True
+    config: JobConfig,
+    *,
+    world_size: int,
+    mesh: Mesh | None = None,
+    block_modes: Sequence[BlockMode] | None = None,
+    liger_installed: bool = True,
 ) -> list[Remedy]:
-    """The changes that free something, most first."""
-    peak = estimate_memory(config, world_size=world_size, mesh=mesh).peak
+    """The changes that free something, most first. Under "auto" without block_modes: of the leanest."""
+    peak = estimate_memory(config, world_size=world_size, mesh=mesh, block_modes=block_modes).peak
     remedies = []
     for text, changed, ranks in _changes(config, world_size, liger_installed):
         try:
             validate_run(changed, world_size=ranks, liger_installed=liger_installed)
         except ConfigError:
             continue  # not with this run's other options
-        after = estimate_memory(changed, world_size=ranks, mesh=mesh).peak
+        stays = changed.activation_checkpoint == config.activation_checkpoint
+        after = estimate_memory(changed, world_size=ranks, mesh=mesh, block_modes=block_modes if stays else None).peak
         if peak - after >= _WORTH_NAMING * peak:
             remedies.append(Remedy(text, peak - after, after))
     return sorted(remedies, key=lambda remedy: -remedy.freed)
 
 
 def _changes(config: JobConfig, world_size: int, liger_installed: bool) -> Iterator[tuple[str, JobConfig, int]]:
-    """What may help: the words for it, the configuration and the number of ranks."""
+    """What may help, if it is not so already: the words for it, the configuration and the number of ranks."""
 
     def with_flags(**flags: object) -> tuple[str, JobConfig, int]:
         changed = copy.deepcopy(config)
@@ -91,15 +115,9 @@ def _changes(config: JobConfig, world_size: int, liger_installed: bool) -> Itera
         yield with_flags(liger_kernel__enable_fused_linear_cross_entropy=True, **native)
     elif liger.logits_memory_budget_mib > _SMALL_BUDGET_MIB:
         yield with_flags(liger_kernel__logits_memory_budget_mib=_SMALL_BUDGET_MIB)
-    if not training.compile:
-        yield with_flags(training__compile=True)
-    checkpointing = config.activation_checkpoint
-    if checkpointing.mode == "none" or (
-        checkpointing.mode == "selective" and checkpointing.selective_ac_option != "op"
-    ):
-        yield with_flags(activation_checkpoint__mode="selective", activation_checkpoint__selective_ac_option="op")
-    if checkpointing.mode != "full":
-        yield with_flags(activation_checkpoint__mode="full")
+    yield with_flags(training__compile=True)
+    yield with_flags(activation_checkpoint__mode="selective", activation_checkpoint__selective_ac_option="op")
+    yield with_flags(activation_checkpoint__mode="full")
     if training.local_batch_size > 1:
         per_step = ParallelDims.from_config(config.parallelism, world_size).dp * training.local_batch_size
         yield with_flags(
@@ -108,10 +126,8 @@ def _changes(config: JobConfig, world_size: int, liger_installed: bool) -> Itera
         )
     if validation.enabled and validation.local_batch_size > 1:
         yield with_flags(validation__local_batch_size=validation.local_batch_size // 2)
-    if config.parallelism.fsdp_reshard_after_forward != "always":
-        yield with_flags(parallelism__fsdp_reshard_after_forward="always")
-    if not training.enable_cpu_offload:
-        yield with_flags(training__enable_cpu_offload=True)
+    yield with_flags(parallelism__fsdp_reshard_after_forward="always")
+    yield with_flags(training__enable_cpu_offload=True)
     _, changed, _ = with_flags(parallelism__data_parallel_shard_degree=-1)
     if training.global_batch_size == -1:
         yield "twice as many GPUs, the weights sharded over them", changed, 2 * world_size

@@ -1,6 +1,6 @@
 """How much memory a run needs on a GPU, before it starts: by part and by moment, without allocating it.
 
-What a block and the loss take is measured on the meta device (memory_measure.py). The rest is arithmetic on the shapes
+What a block and the loss take is measured on the meta device (measure.py). The rest is arithmetic on the shapes
 of the parameters: the shards, a unit's gathered weights, and its gradient on the way to the shard, as FSDP2 holds them.
 From both follow the *moments* of a step, of which one is the peak.
 
@@ -12,29 +12,23 @@ above the GPU's memory may still work, more slowly.
 A *unit* is what FSDP gathers as a whole: the embedding, a block, the norm, the output.
 """
 
+import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from torchtitan.config.block_modes import BlockMode, get_block_modes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.pipeline_split import ONE_STAGE, get_stage_modules, get_stages_of_rank
 from torchtitan.distributed.fsdp import should_reshard_after_forward
 from torchtitan.distributed.mesh import Mesh
-from torchtitan.memory.measure import (
-    Measured,
-    Unit,
-    get_block_kinds,
-    get_param_dtype,
-    is_one_process,
-    measure,
-)
-from torchtitan.tools.logging import logger
+from torchtitan.memory.measure import Measured, Unit, get_param_dtype, is_one_process, measure
 
 GIB = 1 << 30
 
-# Assumptions, beside those of memory_trace.py. scripts/benchmark_train.py and docs/performance.md check their sum.
+# Assumptions, beside those of trace.py. scripts/benchmark_train.py and docs/performance.md check their sum.
 
 FLOAT32 = 4
 """Bytes of a weight, a gradient and each moment on its shard, and of a gradient while it is reduced."""
@@ -112,22 +106,37 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
 
-def estimate_memory(config: JobConfig, *, world_size: int, mesh: Mesh | None = None) -> MemoryEstimate:
-    """The estimate of a configuration that validate() accepts, for the pipeline rank that needs the most.
+class MemoryModel:
+    """The memory of a run under any recomputation: measured once, then arithmetic.
 
-    mesh: that of the run, if it is running; nothing is communicated. Without one no process group may exist.
+    The configuration is one that validate() accepts. mesh: that of the run, if it is running; nothing is communicated.
+    Without one no process group may exist.
     """
-    dims = ParallelDims.from_config(config.parallelism, world_size)
-    measured = measure(config, dims, mesh)
-    return max((_Rank(config, dims, measured, rank).estimate() for rank in range(dims.pp)), key=lambda e: e.peak)
+
+    def __init__(self, config: JobConfig, *, world_size: int, mesh: Mesh | None = None) -> None:
+        self._config = config
+        self.dims = ParallelDims.from_config(config.parallelism, world_size)
+        self._measured = measure(config, self.dims, mesh)
+        self.n_layers = self._measured.n_layers
+
+    def estimate(self, block_modes: Sequence[BlockMode]) -> MemoryEstimate:
+        """Of the pipeline rank that needs the most."""
+        return max((self.estimate_rank(rank, block_modes) for rank in range(self.dims.pp)), key=lambda e: e.peak)
+
+    def estimate_rank(self, pp_rank: int, block_modes: Sequence[BlockMode]) -> MemoryEstimate:
+        return _Rank(self._config, self.dims, self._measured, pp_rank, block_modes).estimate()
+
+    def get_blocks(self, pp_rank: int) -> list[int]:
+        """The numbers of a pipeline rank's blocks."""
+        return _get_blocks(_get_stages(self._config, self.dims, self.n_layers, pp_rank))
 
 
-def log_memory_estimate(config: JobConfig, *, world_size: int, mesh: Mesh, capacity: int) -> None:
-    """Say at the start of a run what it will need, and whether the device, of `capacity` bytes, has it."""
-    try:
-        logger.info(describe(estimate_memory(config, world_size=world_size, mesh=mesh), capacity=capacity))
-    except Exception as error:  # a model from outside may use what the meta device lacks: no reason not to train
-        logger.warning(f"The peak memory cannot be estimated for this model: {error}")
+def estimate_memory(
+    config: JobConfig, *, world_size: int, mesh: Mesh | None = None, block_modes: Sequence[BlockMode] | None = None
+) -> MemoryEstimate:
+    """As MemoryModel has it; without block_modes as the options have them, where "auto" is the leanest."""
+    model = MemoryModel(config, world_size=world_size, mesh=mesh)
+    return model.estimate(block_modes or get_block_modes(config.activation_checkpoint, model.n_layers))
 
 
 def describe(estimate: MemoryEstimate, *, capacity: int | None = None) -> str:
@@ -139,62 +148,41 @@ def describe(estimate: MemoryEstimate, *, capacity: int | None = None) -> str:
     return line
 
 
-def to_table(estimate: MemoryEstimate) -> str:
-    """Every moment by part, and the peak."""
-    heading = "GiB" if estimate.pp_rank is None else f"GiB, on pipeline rank {estimate.pp_rank}"
-    rows: list[tuple[str, Iterable[str]]] = [(heading, (*PARTS, "sum"))]
-    for moment in estimate.moments:
-        parts = moment.by_part(*STREAMS)
-        name = f"{moment.name} (most in use)" if moment is estimate.worst_moment else moment.name
-        rows.append((name, (f"{n / GIB:.2f}" for n in (*(parts[part] for part in PARTS), moment.total))))
-    rows.append(
-        ("peak: reserved for all moments", (f"{n / GIB:.2f}" for n in (*estimate.parts.values(), estimate.peak)))
-    )
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:{width}}" + "".join(f"{cell:>13}" for cell in cells) for name, cells in rows]
-    if estimate.host:
-        lines.append(f"beside this, in the machine's memory for each rank: {estimate.host / GIB:.2f} GiB")
-    return "\n".join(lines)
-
-
 class _Rank:
     """The moments of one rank's step."""
 
-    def __init__(self, config: JobConfig, dims: ParallelDims, measured: Measured, pp_rank: int) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        dims: ParallelDims,
+        measured: Measured,
+        pp_rank: int,
+        block_modes: Sequence[BlockMode],
+    ) -> None:
         self.config, self.dims, self.measured, self.pp_rank = config, dims, measured, pp_rank
         self.param_bytes = get_param_dtype(config).itemsize
         self.has_fsdp = not is_one_process(config, dims)
         self.is_offloaded = config.training.enable_cpu_offload
-        stages = self._get_stages()
+        stages = _get_stages(config, dims, measured.n_layers, pp_rank)
         names = [name for stage in stages for name in stage]
-        self.block_uses = [
-            measured.blocks[kind]
-            for stage in stages
-            for kind in get_block_kinds(config.activation_checkpoint, sum(n.startswith("layers.") for n in stage))
-        ]
+        self.block_uses = [measured.blocks[block_modes[number]] for number in _get_blocks(stages)]
         no_unit = Unit(())
         self.embedding, self.norm, self.output = (
             measured.units[name] if name in names else no_unit for name in ("tok_embeddings", "norm", "output")
         )
         self.block = measured.units["block"]
         self.units = [self.embedding, *[self.block] * len(self.block_uses), self.norm, self.output]
-        # of each kind of block the last: it has the most before it
-        self.typical_blocks = sorted({use: i for i, use in enumerate(self.block_uses)}.values())
+        self.all_shards = FLOAT32 * sum(self._shard_numel(unit) for unit in self.units)
+        # of each kind of block the last, which has the most before it, and the first, behind whose backward most
+        # gradients are there
+        by_number = list(enumerate(self.block_uses))
+        self.last_blocks = sorted({use: i for i, use in by_number}.values())
+        self.first_blocks = sorted({use: i for i, use in reversed(by_number)}.values())
         self.other_microbatches = self._get_other_microbatches(len(stages))
 
     def estimate(self) -> MemoryEstimate:
-        host = (
-            self.is_offloaded * (2 + NUM_ADAM_MOMENTS) * FLOAT32 * sum(self._shard_numel(unit) for unit in self.units)
-        )
+        host = self.is_offloaded * (2 + NUM_ADAM_MOMENTS) * self.all_shards
         return MemoryEstimate(self._get_moments(), host, self.pp_rank if self.dims.pp > 1 else None)
-
-    def _get_stages(self) -> list[list[str]]:
-        parallelism, n_layers = self.config.parallelism, self.measured.n_layers
-        if self.dims.pp == 1:
-            return [["tok_embeddings", *(f"layers.{i}" for i in range(n_layers)), "norm", "output"]]
-        stages = get_stage_modules(parallelism, n_layers)
-        schedule = parallelism.pipeline_parallel_schedule
-        return [stages[i] for i in get_stages_of_rank(schedule, self.pp_rank, self.dims.pp, len(stages))]
 
     def _get_other_microbatches(self, num_stages: int) -> float:
         """Pipeline microbatches whose activations wait for their backward while one is worked on."""
@@ -227,7 +215,7 @@ class _Rank:
 
     def _get_forward_moments(self) -> Iterator[Moment]:
         gathering = self._gathering(self.block) + max(self._gathering(self.block), self._gathering(self.embedding))
-        for i in self.typical_blocks:
+        for i in self.last_blocks:
             yield self._moment(
                 f"forward of block {i + 1}",
                 reduced=self._reduced_before,
@@ -257,7 +245,7 @@ class _Rank:
                 activations=self._kept(num_blocks) + boundary,
                 gradients=self._staged(self.output),
             )
-        for i in sorted({*self.typical_blocks, *range(num_blocks)[:1]}, reverse=True):
+        for i in sorted({*self.last_blocks, *self.first_blocks}, reverse=True):
             done = [self.output, self.norm, *[self.block] * (num_blocks - 1 - i)]
             prefetched = self._gathering(self.block if i > 0 else self.embedding)
             yield self._moment(
@@ -297,7 +285,7 @@ class _Rank:
         self, name: str, *, reduced: int = 0, gathering: int = 0, has_optimizer: bool = True, gap: int = 0, **parts: int
     ) -> Moment:
         """`parts` come on top of what a rank always has; gradients that are `reduced` are on their shards."""
-        on_device = 0 if self.is_offloaded else FLOAT32 * sum(self._shard_numel(unit) for unit in self.units)
+        on_device = 0 if self.is_offloaded else self.all_shards
         in_use: Counter[tuple[Stream, Part]] = Counter({("main", part): parts.get(part, 0) for part in PARTS})
         in_use["main", "weights"] += on_device + self.measured.buffers
         in_use["main", "optimizer"] += has_optimizer * NUM_ADAM_MOMENTS * on_device
@@ -308,7 +296,7 @@ class _Rank:
         return Moment(name, in_use, gap)
 
     def _shard_numel(self, unit: Unit) -> int:
-        return unit.shard_numel(self.dims.fsdp)
+        return _get_shard_numel(unit, self.dims.fsdp)
 
     def _reduced(self, units: Iterable[Unit]) -> int:
         """Gradients on their shards, of a microbatch that has got so far."""
@@ -325,7 +313,7 @@ class _Rank:
         training = self.config.training
         if self.is_offloaded or training.global_batch_size in (-1, training.local_batch_size * self.dims.dp):
             return 0
-        return FLOAT32 * sum(self._shard_numel(unit) for unit in self.units)
+        return self.all_shards
 
     @property
     def _pipeline_accumulators(self) -> int:
@@ -360,6 +348,22 @@ class _Rank:
         if self.is_offloaded or self.config.optimizer.implementation == "fused":
             return 0
         if self.config.optimizer.implementation == "foreach":
-            return NUM_FOREACH_COPIES * FLOAT32 * sum(self._shard_numel(unit) for unit in self.units)
+            return NUM_FOREACH_COPIES * self.all_shards
         largest = max(shape.numel() for unit in self.units for shape in unit.shapes)
         return NUM_FOR_LOOP_COPIES * FLOAT32 * largest // self.dims.fsdp
+
+
+def _get_stages(config: JobConfig, dims: ParallelDims, n_layers: int, pp_rank: int) -> list[list[str]]:
+    """The names of the modules in each stage of a pipeline rank."""
+    if dims.pp == 1:
+        return [["tok_embeddings", *(f"layers.{i}" for i in range(n_layers)), "norm", "output"]]
+    stages = get_stage_modules(config.parallelism, n_layers)
+    schedule = config.parallelism.pipeline_parallel_schedule
+    return [stages[i] for i in get_stages_of_rank(schedule, pp_rank, dims.pp, len(stages))]
+
+
+_get_shard_numel = functools.cache(Unit.shard_numel)
+
+
+def _get_blocks(stages: list[list[str]]) -> list[int]:
+    return [int(name.removeprefix("layers.")) for stage in stages for name in stage if name.startswith("layers.")]

@@ -1,8 +1,8 @@
 """What one block and the loss of a run keep and need, found by running them on the meta device.
 
 The model is divided, checkpointed and cast by the run's own parallelize_fn, with a single block, but for two things
-that are left to others: FSDP, which is arithmetic (memory_estimate.py), and compilation, whose effect on memory is
-modelled (memory_trace.py). The fused losses, whose memory depends on the device, are arithmetic too.
+that are left to others: FSDP, which is arithmetic (estimate.py), and compilation, whose effect on memory is modelled
+(trace.py). The fused losses, whose memory depends on the device, are arithmetic too.
 """
 
 import logging
@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,18 +18,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.loss import CrossEntropyLoss, cross_entropy_sum
-from torchtitan.components.loss.chunking import liger_chunk_mem_const, liger_chunk_rows, rows_in_budget
+from torchtitan.components.loss.chunking import liger_chunk_mem_const, liger_chunk_rows, plan_chunks, rows_in_budget
+from torchtitan.config.block_modes import BLOCK_MODES, BlockMode
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import ActivationCheckpoint, JobConfig
+from torchtitan.config.job_config import JobConfig
+from torchtitan.distributed.activation_checkpoint import set_block_modes
 from torchtitan.distributed.mesh import Mesh, build_mesh
-from torchtitan.memory.head_cost import get_fused_logits_bytes
 from torchtitan.memory.trace import MemoryTrace, with_gpu_kernels
 from torchtitan.protocols.model import Decoder
 from torchtitan.protocols.train_spec import get_run_args, get_train_spec
 from torchtitan.tools.logging import logger
-
-BlockKind = Literal["none", "op", "full"]
-"""How a block is checkpointed."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Measured:
     buffers: int
     boundary: int
     """The hidden states between two blocks."""
-    blocks: dict[BlockKind, Use]
+    blocks: dict[BlockMode, Use]
     """What is kept includes the block's output, which the next one needs, and not its input."""
     loss: Use
     """With the head's product and both gradients; without the hidden states that it is given."""
@@ -78,19 +76,18 @@ class Measured:
 
 
 def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measured:
-    """Run one block of each kind and the loss; `mesh` is that of the run, if it is running."""
+    """Run one block in each mode and the loss; `mesh` is that of the run, if it is running."""
     with nullcontext(mesh) if mesh is not None else _mesh_of_shapes(dims) as mesh:
-        models = {
-            kind: _build(config, dims, mesh, kind) for kind in set(get_block_kinds(config.activation_checkpoint, 2))
-        }
-        model = next(iter(models.values()))
+        model = _build(config, dims, mesh)
         whole = dims.pp == 1
         sequences = config.training.local_batch_size if whole else config.parallelism.pipeline_parallel_microbatch_size
         tokens_shape = (sequences, config.training.seq_len // dims.cp)
-        blocks = {
-            kind: _trace_block(m.layers["0"], _run(m, tokens_shape, dims)[1], is_compiled=config.training.compile)
-            for kind, m in models.items()
-        }
+        blocks: dict[BlockMode, Use] = {}
+        for mode in BLOCK_MODES:
+            set_block_modes(model, [mode])
+            model.zero_grad()  # the gradients count as made
+            block_args = _run(model, tokens_shape, dims)[1]
+            blocks[mode] = _trace_block(model.layers["0"], block_args, is_compiled=config.training.compile)
         hidden, _ = _run(model, tokens_shape, dims)
         return Measured(
             n_layers=_get_args(config).n_layers,
@@ -113,16 +110,6 @@ def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measure
 def is_one_process(config: JobConfig, dims: ParallelDims) -> bool:
     """Whether the run has no FSDP (distributed/mixed_precision.py): parameters are float32 and cast where used."""
     return dims.world_size == 1 and not config.training.enable_cpu_offload
-
-
-def get_block_kinds(activation_checkpoint: ActivationCheckpoint, n_layers: int) -> list[BlockKind]:
-    """How each block of a model, or of a pipeline stage, is checkpointed."""
-    mode, option = activation_checkpoint.mode, activation_checkpoint.selective_ac_option
-    if mode != "selective":
-        return [mode] * n_layers
-    if option == "op":
-        return ["op"] * n_layers
-    return ["none" if number % int(option) else "full" for number in range(1, n_layers + 1)]
 
 
 @contextmanager
@@ -150,7 +137,7 @@ class _NothingToShard(ParallelDims):
         return 1
 
 
-def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh, kind: BlockKind) -> Decoder:
+def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh) -> Decoder:
     """The model with one block, on the meta device, as this run divides it."""
     code = get_train_spec(config.model.name).load()
     with torch.device("meta"):
@@ -162,7 +149,6 @@ def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh, kind: BlockKind) -
         model.init_buffers("meta")  # these it does not cast
     block = model.layers["0"]
     block.forward = with_gpu_kernels(block.forward)  # type: ignore[method-assign]
-    mode: Literal["none", "selective", "full"] = "selective" if kind == "op" else kind
     with _quiet(logger):
         code.parallelize_fn(
             model,
@@ -170,7 +156,7 @@ def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh, kind: BlockKind) -
             parallel_dims=_NothingToShard(cp=dims.cp, tp=dims.tp),
             parallelism=replace(config.parallelism, enable_async_tensor_parallel=False),
             training=replace(config.training, compile=False, enable_cpu_offload=False),
-            activation_checkpoint=ActivationCheckpoint(mode=mode, selective_ac_option="op"),
+            block_modes=["none"],
             loss_parallel=not config.parallelism.disable_loss_parallel,
         )
     return model
@@ -239,13 +225,10 @@ def _get_fused_loss_use(config: JobConfig, dims: ParallelDims, weight_shape: tor
     budget = options.logits_memory_budget_mib << 20
     is_in_tree = options.implementation == "native" or dims.tp > 1
     if is_in_tree:
-        logits = get_fused_logits_bytes(
-            num_tokens=num_tokens,
-            vocab_rows=rows,
-            bytes_per_logit=itemsize,
-            budget_bytes=budget,
-            is_sharded=dims.tp > 1,
+        chunks = plan_chunks(
+            num_tokens, vocab_rows=rows, bytes_per_logit=itemsize, budget_bytes=budget, is_sharded=dims.tp > 1
         )
+        logits = chunks.num_buffers * chunks.rows * rows * itemsize
     else:
         most = rows_in_budget(budget, vocab_rows=rows, bytes_per_logit=itemsize)
         value = liger_chunk_mem_const(num_tokens=num_tokens, dim=dim, vocab_size=rows, max_rows=most)

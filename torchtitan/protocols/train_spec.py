@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torchtitan
+from torchtitan.config.block_modes import BlockMode
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError, TokenizerError
-from torchtitan.config.job_config import ActivationCheckpoint, JobConfig, Model, Parallelism, Training
+from torchtitan.config.job_config import JobConfig, Model, Parallelism, Training
 from torchtitan.config.schema import meant_or_known
 from torchtitan.config.validate import validate
 from torchtitan.tools.packages import is_installed
@@ -59,7 +60,7 @@ class ParallelizeFn(Protocol):
         parallel_dims: ParallelDims,
         parallelism: Parallelism,
         training: Training,
-        activation_checkpoint: ActivationCheckpoint,
+        block_modes: Sequence[BlockMode],  # of every block of the whole model: distributed/activation_checkpoint.py
         loss_parallel: bool,
     ) -> None: ...
 

@@ -44,6 +44,14 @@ def get_peak_flops(device_name: str) -> float | None:
     return next((flops for name, flops in _PEAK_FLOPS.items() if re.search(rf"{name}(?!\d)", device_name)), None)
 
 
+def get_memory_held_by_others(device: torch.device) -> int:
+    """Bytes of a GPU that torch's allocator in this process does not have: other processes', and its own context's."""
+    if device.type == "cpu":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
 class MemoryStats(NamedTuple):
     """Peak memory since the last reset, and what happened since the start.
 

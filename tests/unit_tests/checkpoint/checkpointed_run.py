@@ -18,7 +18,7 @@ from torchtitan.components.dataloader import DataloaderStateError
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import ActivationCheckpoint, Checkpoint, LRScheduler, Optimizer, Parallelism, Training
+from torchtitan.config.job_config import Checkpoint, LRScheduler, Optimizer, Parallelism, Training
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh
@@ -144,7 +144,7 @@ def build_run(
         parallel_dims=dims,
         parallelism=Parallelism(disable_loss_parallel=True),
         training=Training(mixed_precision_param="float32"),
-        activation_checkpoint=ActivationCheckpoint(mode="none"),
+        block_modes=("none",) * len(model.layers),
         loss_parallel=False,
     )
     if device == "cuda":  # parallelize_llama leaves FSDP out on one rank

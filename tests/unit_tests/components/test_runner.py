@@ -12,7 +12,7 @@ from tests.unit_tests.distributed.layouts import ARGS
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.runner import EagerRunner, build_runner
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
+from torchtitan.config.job_config import Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.distributed.pipeline_parallel import PipelineRunner
@@ -79,7 +79,7 @@ def test_a_pipeline_sums_with_the_loss_that_it_is_given() -> None:
             parallel_dims=dims,
             parallelism=parallelism,
             training=training,
-            activation_checkpoint=ActivationCheckpoint(),
+            block_modes=("none",) * ARGS().n_layers,
             loss_parallel=False,
         ),
         mesh=mesh,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from torchtitan.config.block_modes import get_block_modes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters
@@ -40,7 +41,7 @@ def build_model(
         parallel_dims=dims,
         parallelism=parallelism or Parallelism(),
         training=training or Training(mixed_precision_param="float32"),
-        activation_checkpoint=activation_checkpoint or ActivationCheckpoint(mode="none"),
+        block_modes=get_block_modes(activation_checkpoint or ActivationCheckpoint(mode="none"), len(model.layers)),
         loss_parallel=loss_parallel,
     )
     model.to_empty(device="cpu")

@@ -4,21 +4,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit_tests.distributed.layouts import ARGS, get_batch, get_gradients, loss_sum
-from torchtitan.config.job_config import ActivationCheckpoint
-from torchtitan.distributed.activation_checkpoint import _checkpointed, _keep_costly_ops, apply_ac
+from torchtitan.config.block_modes import BlockMode
+from torchtitan.distributed.activation_checkpoint import apply_ac, set_block_modes
 from torchtitan.distributed.context_parallel import attend_to_prefix
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.models.llama3.infra.parallelize import KEPT_RESULTS
 from torchtitan.models.llama3.model.model import Transformer
 
 N_LAYERS = 4
-NONE = ActivationCheckpoint(mode="none")
-FULL = ActivationCheckpoint(mode="full")
-EVERY_SECOND_BLOCK = ActivationCheckpoint(mode="selective", selective_ac_option="2")
-EVERY_OP = ActivationCheckpoint(mode="selective", selective_ac_option="op")
+NONE: list[BlockMode] = ["none"] * N_LAYERS
+FULL: list[BlockMode] = ["full"] * N_LAYERS
+EVERY_SECOND_BLOCK: list[BlockMode] = ["none", "full"] * (N_LAYERS // 2)
+EVERY_OP: list[BlockMode] = ["op"] * N_LAYERS
 
 
 class OpCounter(TorchDispatchMode):
@@ -31,11 +32,11 @@ class OpCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run(config: ActivationCheckpoint, **options: Any) -> tuple[dict[str, Tensor], Counter[str]]:
+def run(modes: list[BlockMode], **options: Any) -> tuple[dict[str, Tensor], Counter[str]]:
     """The gradients of one step, and how often each operation ran in its backward."""
     model = Transformer(ARGS(n_layers=N_LAYERS))
     init_parameters(model, seed=7, device="cpu")
-    apply_ac(model, config, **options)
+    apply_ac(model, modes, **options)
     tokens, labels = get_batch()
     loss = loss_sum(model(tokens), labels)
     with OpCounter() as backward:
@@ -43,9 +44,9 @@ def run(config: ActivationCheckpoint, **options: Any) -> tuple[dict[str, Tensor]
     return get_gradients(model), backward.counts
 
 
-@pytest.mark.parametrize("config", [FULL, EVERY_SECOND_BLOCK, EVERY_OP])
-def test_gradients_do_not_change(config: ActivationCheckpoint) -> None:
-    gradients, _ = run(config)
+@pytest.mark.parametrize("modes", [FULL, EVERY_SECOND_BLOCK, EVERY_OP])
+def test_gradients_do_not_change(modes: list[BlockMode]) -> None:
+    gradients, _ = run(modes)
     for name, expected in run(NONE)[0].items():
         torch.testing.assert_close(gradients[name], expected, rtol=0, atol=0)
 
@@ -54,8 +55,8 @@ def test_recomputation_is_as_asked() -> None:
     attention = "_scaled_dot_product_flash_attention_for_cpu"
     mm: dict[str, int] = {}
     sdpa: dict[str, int] = {}
-    for name, config in (("none", NONE), ("full", FULL), ("second", EVERY_SECOND_BLOCK), ("op", EVERY_OP)):
-        counts = run(config)[1]
+    for name, modes in (("none", NONE), ("full", FULL), ("second", EVERY_SECOND_BLOCK), ("op", EVERY_OP)):
+        counts = run(modes)[1]
         mm[name], sdpa[name] = counts["mm"], counts[attention]
     assert sdpa == {"none": 0, "full": N_LAYERS, "second": N_LAYERS // 2, "op": 0}
     # Of a block's seven products the last is never needed again.
@@ -103,19 +104,23 @@ def test_what_is_kept_is_named_whatever_else_the_block_multiplies(compiled: bool
 )
 def test_context_parallel_attention_on_a_gpu_is_not_recomputed_by_op(dtype: torch.dtype, kernel: str) -> None:
     """On the meta device, which goes a GPU's way."""
+    model, block = Transformer(ARGS(n_layers=1)), nn.Module()
+    block.forward = attend_to_prefix  # type: ignore[method-assign]
+    model.layers["0"] = block
+    apply_ac(model, EVERY_OP)
     q, k, v = (torch.empty(1, 2, n, 8, dtype=dtype, device="meta", requires_grad=True) for n in (4, 8, 8))
     with OpCounter() as forward:
-        out = _checkpointed(attend_to_prefix, _keep_costly_ops)(q, k, v)
+        out = block(q, k, v)
     with OpCounter() as backward:
         out.sum().backward()
     assert (forward.counts[kernel], backward.counts[kernel]) == (1, 0)
 
 
-@pytest.mark.parametrize("config", [FULL, EVERY_SECOND_BLOCK, EVERY_OP])
-def test_names_stay(config: ActivationCheckpoint) -> None:
+@pytest.mark.parametrize("modes", [FULL, EVERY_SECOND_BLOCK, EVERY_OP])
+def test_names_stay(modes: list[BlockMode]) -> None:
     model = Transformer(ARGS())
     names = [name for name, _ in model.named_parameters()]
-    apply_ac(model, config)
+    apply_ac(model, modes)
     assert [name for name, _ in model.named_parameters()] == names
     assert list(model.state_dict()) == names
 
@@ -130,3 +135,33 @@ def test_attention_on_a_cpu_may_be_kept() -> None:
         loss.backward()
     assert backward.counts["_scaled_dot_product_flash_attention_for_cpu"] == 0
     assert backward.counts["_scaled_dot_product_flash_attention_for_cpu_backward"] == 2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_modes_of_a_running_model_may_change(compiled: bool) -> None:
+    """The next step recomputes as the new ones say; gradients stay, and a mode that was there is not compiled again."""
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    model = Transformer(ARGS(n_layers=N_LAYERS))
+    init_parameters(model, seed=7, device="cpu")
+    apply_ac(model, NONE, kept_results=KEPT_RESULTS)
+    if compiled:
+        for block in model.layers.values():
+            block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+    tokens, labels = get_batch()
+    products, compilations = [], []
+    first: dict[str, Tensor] = {}
+    some_of_each: list[BlockMode] = ["op", "op", "none", "none"]
+    for modes in (NONE, some_of_each, EVERY_OP, NONE):
+        set_block_modes(model, modes)
+        model.zero_grad()
+        loss = loss_sum(model(tokens), labels)
+        with OpCounter() as backward:
+            loss.backward()
+        products.append(backward.counts["mm"])
+        compilations.append(backend.frame_count)
+        gradients = get_gradients(model)
+        first = first or gradients
+        torch.testing.assert_close(gradients, first)
+    assert [n - products[0] for n in products] == [0, 2, N_LAYERS, 0]  # "op" recomputes that of w3
+    assert compilations == ([1, 2, 2, 2] if compiled else [0] * 4)

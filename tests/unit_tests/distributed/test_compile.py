@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from tests.unit_tests.distributed.layouts import ARGS, get_batch, get_gradients, loss_sum
+from torchtitan.config.block_modes import get_block_modes
 from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
@@ -28,7 +29,7 @@ def test_one_compilation_serves_all_blocks_and_changes_nothing(mode: str, option
     expected = get_gradients(model)
     model.zero_grad()
 
-    apply_ac(model, ActivationCheckpoint(mode=mode, selective_ac_option=option))
+    apply_ac(model, get_block_modes(ActivationCheckpoint(mode=mode, selective_ac_option=option), N_LAYERS))
     apply_compile(model)
     loss = loss_sum(model(tokens), labels)
     loss.backward()

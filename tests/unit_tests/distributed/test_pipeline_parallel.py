@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
+from torchtitan.config.block_modes import get_block_modes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
 from torchtitan.config.pipeline_split import get_stage_modules, get_stages_of_rank
@@ -158,7 +159,7 @@ def run_case(case: Case) -> dict[str, Tensor]:
             parallel_dims=dims,
             parallelism=parallelism,
             training=training,
-            activation_checkpoint=ActivationCheckpoint(mode=case.recompute),
+            block_modes=get_block_modes(ActivationCheckpoint(mode=case.recompute), MODEL.n_layers),
             loss_parallel=case.loss_parallel,
         ),
         loss_sum=cross_entropy_sum,

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchtitan.config.job_config import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.memory.trace import MemoryTrace, with_gpu_kernels
 from torchtitan.models.llama3.infra.parallelize import KEPT_RESULTS
@@ -91,7 +90,7 @@ def test_kept_when_compiled_is_what_the_partitioner_keeps(option: str, kernel: t
     block = model.layers["0"]
     block.attention.sdpa = kernel()
     if option == "op":
-        apply_ac(model, ActivationCheckpoint(mode="selective", selective_ac_option="op"), kept_results=KEPT_RESULTS)
+        apply_ac(model, ["op"], kept_results=KEPT_RESULTS)
 
     trace = MemoryTrace()
     with trace:

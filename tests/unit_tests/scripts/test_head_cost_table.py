@@ -7,13 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.finished_run import load_script
+from scripts.head_cost_table import get_head_cost, get_table
 from torchtitan.components.loss import VocabShard, fused_linear_cross_entropy
-from torchtitan.memory.head_cost import (
-    about_logits_memory,
-    get_fused_logits_bytes,
-    get_head_cost,
-)
 from torchtitan.memory.trace import MemoryTrace
 
 LLAMA_8B = {"vocab_size": 128256, "dim": 4096, "num_tokens": 8192}
@@ -68,26 +63,18 @@ def test_logits_are_the_buffers_that_the_loss_makes(budget_rows: int, num_ranks:
             fused_linear_cross_entropy(hidden, weight, labels, budget_bytes=budget, shard=shard)
     finally:
         dist.destroy_process_group()
-    logits = get_fused_logits_bytes(
-        num_tokens=num_tokens, vocab_rows=rows, bytes_per_logit=4, budget_bytes=budget, is_sharded=num_ranks > 1
-    )
+    logits = get_head_cost(
+        vocab_size=num_ranks * rows,
+        dim=dim,
+        num_tokens=num_tokens,
+        tp_degree=num_ranks,
+        bytes_per_element=4,
+        budget_bytes=budget,
+    ).logits
     assert logits in made
     assert logits <= max(budget, num_ranks * rows * 4)
 
 
 def test_the_page_shows_this_table() -> None:
     page = Path(__file__).parents[3] / "docs" / "parallelism.md"
-    table = load_script("head_cost_table").get_table()
-    assert table in page.read_text(), "python scripts/head_cost_table.py prints the table"
-
-
-def test_logits_are_told_of_where_they_are_a_twentieth_of_the_memory() -> None:
-    """Llama 3 8B's, of 8192 tokens: 12,024 MiB were measured on a GPU; compiled, the logits and their gradient."""
-    sizes = {"num_tokens": 8192, "vocab_rows": 128256, "bytes_per_logit": 2}
-    compiled = 8192 * 128256 * 4
-    said = about_logits_memory(**sizes, compiled=False, capacity=80 << 30)
-    assert said is not None
-    assert said.startswith(f"The logits of each microbatch take about {12024 / 1024:.1f} GiB, 15% of this device's")
-    assert "--liger_kernel.enable_fused_linear_cross_entropy" in said
-    assert about_logits_memory(**sizes, compiled=True, capacity=20 * compiled) is not None
-    assert about_logits_memory(**sizes, compiled=True, capacity=20 * compiled + 20) is None
+    assert get_table() in page.read_text(), "python scripts/head_cost_table.py prints the table"

@@ -1,0 +1,35 @@
+"""How each block of a model is recomputed. Imports no torch."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+from torchtitan.config.job_config import ActivationCheckpoint
+
+BlockMode = Literal["none", "op", "full"]
+"""What a block does in backward: nothing again, what is cheap for its size, or all of its forward."""
+
+BLOCK_MODES: dict[BlockMode, str] = {
+    "none": "keep all",
+    "op": "keep the costly results",
+    "full": "are recomputed whole",
+}
+"""From the fastest to the leanest, in words."""
+
+
+def get_block_modes(options: ActivationCheckpoint, n_layers: int) -> tuple[BlockMode, ...]:
+    """By the block's number in the model; for "auto", which memory/plan.py decides, the leanest."""
+    modes: list[BlockMode] = ["none"] * n_layers
+    if options.mode == "selective" and options.selective_ac_option == "op":
+        modes = ["op"] * n_layers
+    elif options.mode != "none":
+        every_nth = int(options.selective_ac_option) if options.mode == "selective" else 1
+        modes[every_nth - 1 :: every_nth] = ["full"] * (n_layers // every_nth)
+    return tuple(modes)
+
+
+def describe_block_modes(block_modes: Sequence[BlockMode]) -> str:
+    """18 of 32 blocks keep all, 14 keep the costly results"""
+    counts = Counter(block_modes)
+    groups = [f"{counts[mode]} {words}" for mode, words in BLOCK_MODES.items() if counts[mode]]
+    return ", ".join(groups).replace(" ", f" of {len(block_modes)} blocks ", 1)

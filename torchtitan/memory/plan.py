@@ -1,0 +1,164 @@
+"""What a start says about memory, and the choice of recomputation that activation_checkpoint.mode = "auto" makes.
+
+The choice begins with the fastest way, every block keeps all, and makes one block after the other leaner until the
+estimated peak fits: first all of them keep only the costly results, then, if need be, they are recomputed whole. So
+what is cheap to recompute for its size goes first. Earlier blocks become leaner first, since they wait longest for
+their backward. Each pipeline rank chooses for its own blocks, by its own peak.
+"""
+
+import gc
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from torchtitan.config.block_modes import BLOCK_MODES, BlockMode, describe_block_modes, get_block_modes
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.job_config import JobConfig
+from torchtitan.config.pipeline_split import ZERO_BUBBLE
+from torchtitan.distributed.activation_checkpoint import set_block_modes
+from torchtitan.distributed.mesh import Mesh
+from torchtitan.distributed.utils import World
+from torchtitan.memory.advice import list_remedies
+from torchtitan.memory.estimate import GIB, MemoryModel, describe
+from torchtitan.memory.measure import is_one_process
+from torchtitan.protocols.model import Decoder
+from torchtitan.protocols.train_spec import get_run_args
+from torchtitan.tools.device import DeviceMemoryMonitor, get_memory_held_by_others
+from torchtitan.tools.logging import logger
+
+T = TypeVar("T")
+BlockModes = tuple[BlockMode, ...]
+
+LARGE_SHARE = 0.05
+"""Of the device's memory: where the standard loss takes as much of the peak, the log says so."""
+
+LEANER = 0.95
+"""Of the estimated peak that was too much, where the next choice must stay; the estimate is as exact."""
+
+
+class MemoryPlan:
+    """How each block of a run is recomputed, by its number in the model, and what follows if that was too much."""
+
+    def __init__(self, block_modes: BlockModes, choose: Callable[[float], BlockModes] | None = None, peak: float = 0):
+        """choose(budget) gives the modes within so many bytes; peak is the estimate for block_modes."""
+        self.block_modes = block_modes
+        self._choose = choose
+        self._peak = peak
+
+    def run(self, forward_backward: Callable[[], T], model_parts: Sequence[Decoder]) -> T:
+        """Call `forward_backward`, which drops the gradients first; again with leaner blocks if its memory runs out.
+
+        Nothing is lost by that, since weights change only afterwards. Only one process can do it: of several, those
+        that have enough wait in a collective for the one that has not.
+
+        Raises:
+            torch.OutOfMemoryError: the recomputation was not left to "auto", is the leanest, or there are other ranks.
+        """
+        while True:
+            try:
+                return forward_backward()
+            except torch.OutOfMemoryError:
+                self._peak *= LEANER
+                leaner = self._choose(self._peak) if self._choose else self.block_modes
+                if leaner == self.block_modes:
+                    raise
+            # not above, where the error still holds what was kept for backward
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.block_modes = leaner
+            for part in model_parts:
+                set_block_modes(part, leaner)
+            logger.warning(f"Out of memory: this step again, and from now on {describe_block_modes(leaner)}")
+
+
+def plan_memory(config: JobConfig, *, world: World, mesh: Mesh, device: torch.device) -> MemoryPlan:
+    """Say what the run will need of the device, and choose the recomputation; a collective call.
+
+    On a CPU, whose memory also holds the program, nothing is said unless the recomputation is to be chosen.
+
+    Raises:
+        ConfigError: the mode is "auto", and the model fits in no way, or its memory cannot be estimated.
+    """
+    options = config.activation_checkpoint
+    unchosen = get_block_modes(options, get_run_args(config.model, max_seq_len=config.max_seq_len).n_layers)
+    if device.type == "cpu" and options.mode != "auto":
+        return MemoryPlan(unchosen)
+    try:
+        model = MemoryModel(config, world_size=world.size, mesh=mesh)
+    except Exception as error:  # a model from outside may use what the meta device lacks: no reason not to train
+        cannot = f"The peak memory cannot be estimated for {config.model.name}: {error}"
+        if options.mode == "auto":
+            raise ConfigError(f"{cannot}; use another activation_checkpoint.mode than auto") from error
+        logger.warning(cannot)
+        return MemoryPlan(unchosen)
+
+    capacity = DeviceMemoryMonitor(device).capacity // (world.local_size if device.type == "cpu" else 1)
+    budget = _get_budget(config, capacity, device)
+    choose = partial(choose_block_modes, config, model)
+    block_modes = choose(budget)
+    estimate = model.estimate(block_modes)
+    logger.info(describe(estimate, capacity=capacity))
+    if options.mode == "auto":
+        if estimate.peak > budget:
+            raise ConfigError(_explain_misfit(config, estimate.peak, budget, capacity, world, mesh))
+        logger.info(
+            f"activation_checkpoint.mode=auto: {describe_block_modes(block_modes)}; estimated peak"
+            f" {estimate.peak / GIB:.1f} GiB, {(budget - estimate.peak) / GIB:.1f} left of {budget / GIB:.1f}"
+        )
+    loss = estimate.parts["loss"]
+    may_fuse = not config.liger_kernel.enable_fused_linear_cross_entropy and model.dims.pp == 1
+    if may_fuse and loss > LARGE_SHARE * capacity:
+        logger.info(
+            f"The logits of each microbatch take about {loss / GIB:.1f} GiB of the peak, {100 * loss / capacity:.0f}%"
+            " of this device's memory; --liger_kernel.enable_fused_linear_cross_entropy trains without them"
+        )
+    return MemoryPlan(block_modes, choose if is_one_process(config, model.dims) else None, estimate.peak)
+
+
+def choose_block_modes(config: JobConfig, model: MemoryModel, budget: float) -> BlockModes:
+    """As the options say; for "auto" the fastest whose estimated peak is within `budget` bytes, or else the leanest."""
+    if config.activation_checkpoint.mode != "auto":
+        return get_block_modes(config.activation_checkpoint, model.n_layers)
+    fastest, *leaner = BLOCK_MODES
+    if model.dims.pp > 1 and config.parallelism.pipeline_parallel_schedule in ZERO_BUBBLE:
+        leaner.remove("op")  # which these schedules cannot run: config/validate.py
+    chosen = [fastest] * model.n_layers
+    for rank in range(model.dims.pp):
+        for mode, block in itertools.product(leaner, model.get_blocks(rank)):
+            if model.estimate_rank(rank, chosen).peak <= budget:
+                break
+            chosen[block] = mode
+    return tuple(chosen)
+
+
+def _get_budget(config: JobConfig, capacity: int, device: torch.device) -> int:
+    """Bytes that this process may use, the same on all ranks: those of the rank that has the fewest.
+
+    Deterministic runs do not look at what other processes hold, so that a resume chooses alike.
+    """
+    budget = config.activation_checkpoint.memory_share * capacity
+    if not config.training.deterministic:
+        budget -= get_memory_held_by_others(device)
+    smallest = torch.tensor(budget, dtype=torch.float64, device=device)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return int(smallest.item())
+
+
+def _explain_misfit(config: JobConfig, peak: int, budget: int, capacity: int, world: World, mesh: Mesh) -> str:
+    share = config.activation_checkpoint.memory_share
+    needed_share = math.ceil(100 * (share + (peak - budget) / capacity)) / 100
+    lines = [
+        f"activation_checkpoint.mode=auto: {config.model.name} {config.model.flavor} does not fit, however much is"
+        f" recomputed: {(peak - budget) / GIB:.1f} GiB are missing of the {peak / GIB:.1f} that it needs, where"
+        f" activation_checkpoint.memory_share={share} of {capacity / GIB:.1f} GiB and other processes"
+        f" leave {budget / GIB:.1f}"
+    ]
+    if needed_share <= 1:
+        lines.append(f"activation_checkpoint.memory_share={needed_share} would let it try")
+    return "\n".join([*lines, *list_remedies(config, world_size=world.size, mesh=mesh)])
