@@ -18,22 +18,29 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from torchtitan.components.compact_optimizer import MAX_GROUP
 from torchtitan.config.block_modes import BlockMode, get_block_modes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.pipeline_split import ONE_STAGE, get_stage_modules, get_stages_of_rank
 from torchtitan.distributed.fsdp import should_reshard_after_forward
 from torchtitan.distributed.mesh import Mesh
-from torchtitan.memory.measure import Measured, Unit, get_param_dtype, is_one_process, measure
+from torchtitan.memory.measure import Measured, Unit, casts_weights, get_param_dtype, is_one_process, measure
 
 GIB = 1 << 30
 
 # Assumptions, beside those of trace.py. scripts/benchmark_train.py and docs/performance.md check their sum.
 
 FLOAT32 = 4
-"""Bytes of a weight, a gradient and each moment on its shard, and of a gradient while it is reduced."""
+"""Bytes of a weight, a gradient and each moment on its shard, unless compact, and of a gradient while it is reduced."""
 
 NUM_ADAM_MOMENTS = 2
+
+COMPACT_WEIGHT = 2
+COMPACT_STATES = 3 + 2 * FLOAT32 / MAX_GROUP
+"""Bytes for each parameter of optimizer.state_precision "compact": its weight, and its gradient; a correction, two
+moments and their groups' scales.
+"""
 
 NUM_FOREACH_COPIES = 1
 """Copies of all parameters that the foreach implementation of Adam makes during its step; fused makes none."""
@@ -172,7 +179,11 @@ class _Rank:
         )
         self.block = measured.units["block"]
         self.units = [self.embedding, *[self.block] * len(self.block_uses), self.norm, self.output]
-        self.all_shards = FLOAT32 * sum(self._shard_numel(unit) for unit in self.units)
+        is_compact = config.optimizer.state_precision == "compact"
+        self.weight_bytes = COMPACT_WEIGHT if is_compact else FLOAT32
+        num_elements = sum(self._shard_numel(unit) for unit in self.units)
+        self.all_shards = self.weight_bytes * num_elements
+        self.states = round((COMPACT_STATES if is_compact else NUM_ADAM_MOMENTS * FLOAT32) * num_elements)
         # of each kind of block the last, which has the most before it, and the first, behind whose backward most
         # gradients are there
         by_number = list(enumerate(self.block_uses))
@@ -181,7 +192,7 @@ class _Rank:
         self.other_microbatches = self._get_other_microbatches(len(stages))
 
     def estimate(self) -> MemoryEstimate:
-        host = self.is_offloaded * (2 + NUM_ADAM_MOMENTS) * self.all_shards
+        host = self.is_offloaded * (2 * self.all_shards + self.states)
         return MemoryEstimate(self._get_moments(), host, self.pp_rank if self.dims.pp > 1 else None)
 
     def _get_other_microbatches(self, num_stages: int) -> float:
@@ -267,7 +278,7 @@ class _Rank:
                 )
         if self.embedding.shapes:
             # without FSDP the gradient of what was looked up is cast to the table's float32
-            cast = 0 if self.has_fsdp else boundary * FLOAT32 // self.param_bytes
+            cast = casts_weights(self.config, self.dims) * boundary * FLOAT32 // self.param_bytes
             yield self._moment(
                 "gradient of the embedding",
                 reduced=self._reduced(self.units),
@@ -285,10 +296,9 @@ class _Rank:
         self, name: str, *, reduced: int = 0, gathering: int = 0, has_optimizer: bool = True, gap: int = 0, **parts: int
     ) -> Moment:
         """`parts` come on top of what a rank always has; gradients that are `reduced` are on their shards."""
-        on_device = 0 if self.is_offloaded else self.all_shards
         in_use: Counter[tuple[Stream, Part]] = Counter({("main", part): parts.get(part, 0) for part in PARTS})
-        in_use["main", "weights"] += on_device + self.measured.buffers
-        in_use["main", "optimizer"] += has_optimizer * NUM_ADAM_MOMENTS * on_device
+        in_use["main", "weights"] += (not self.is_offloaded) * self.all_shards + self.measured.buffers
+        in_use["main", "optimizer"] += (has_optimizer and not self.is_offloaded) * self.states
         in_use["main", "gradients"] += self._pipeline_accumulators
         in_use["main", "activations"] += LIBRARY_WORKSPACES
         in_use["reduce" if self.has_fsdp else "main", "gradients"] += reduced
@@ -300,7 +310,7 @@ class _Rank:
 
     def _reduced(self, units: Iterable[Unit]) -> int:
         """Gradients on their shards, of a microbatch that has got so far."""
-        shards = [FLOAT32 * self._shard_numel(unit) for unit in units]
+        shards = [self.weight_bytes * self._shard_numel(unit) for unit in units]
         if self.is_offloaded:  # each goes to the machine's memory at once
             return max(shards, default=0)
         # where nothing is sharded, FSDP copies a unit's gradient once more to scale it (torch 2.11 and 2.13)

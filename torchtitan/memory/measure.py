@@ -108,8 +108,13 @@ def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measure
 
 
 def is_one_process(config: JobConfig, dims: ParallelDims) -> bool:
-    """Whether the run has no FSDP (distributed/mixed_precision.py): parameters are float32 and cast where used."""
+    """Whether the run has no FSDP (distributed/mixed_precision.py)."""
     return dims.world_size == 1 and not config.training.enable_cpu_offload
+
+
+def casts_weights(config: JobConfig, dims: ParallelDims) -> bool:
+    """Whether layers cast float32 weights where they use them, and autograd their gradients back."""
+    return is_one_process(config, dims) and config.optimizer.state_precision == "float32"
 
 
 @contextmanager
@@ -144,7 +149,7 @@ def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh) -> Decoder:
         model = code.model_cls(_get_args(config))
     for name in list(model.layers)[1:]:
         del model.layers[name]
-    if not is_one_process(config, dims):
+    if not casts_weights(config, dims):
         model.to(get_param_dtype(config))  # as FSDP gathers the weights
         model.init_buffers("meta")  # these it does not cast
     block = model.layers["0"]
@@ -242,7 +247,7 @@ def _get_fused_loss_use(config: JobConfig, dims: ParallelDims, weight_shape: tor
         # cast at the end; the in-tree loss has freed the logits by then
         gradient = float_d_weight + (max(logits, d_weight) if is_in_tree else gradient)
     # one process casts the weight for the loss, and its gradient back
-    has_cast = is_one_process(config, dims) and itemsize != 4
+    has_cast = casts_weights(config, dims) and itemsize != 4
     return Use(
         kept=d_weight + hidden,
         forward=gradient + hidden + gathered_hidden + (d_weight if has_cast else 0),
