@@ -5,7 +5,6 @@ that are left to others: FSDP, which is arithmetic (estimate.py), and compilatio
 (trace.py). The fused losses, whose memory depends on the device, are arithmetic too.
 """
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -154,7 +153,8 @@ def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh) -> Decoder:
         model.init_buffers("meta")  # these it does not cast
     block = model.layers["0"]
     block.forward = with_gpu_kernels(block.forward)  # type: ignore[method-assign]
-    with _quiet(logger):
+    logger.disabled = True  # it would tell how the model is divided
+    try:
         code.parallelize_fn(
             model,
             mesh=mesh,
@@ -164,22 +164,13 @@ def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh) -> Decoder:
             block_modes=["none"],
             loss_parallel=not config.parallelism.disable_loss_parallel,
         )
+    finally:
+        logger.disabled = False
     return model
 
 
 def get_param_dtype(config: JobConfig) -> torch.dtype:
     return getattr(torch, config.training.mixed_precision_param)
-
-
-@contextmanager
-def _quiet(log: logging.Logger) -> Iterator[None]:
-    """Without the lines that tell how the model is divided."""
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _run(model: Decoder, tokens_shape: tuple[int, int], dims: ParallelDims) -> tuple[Tensor, tuple[Any, ...]]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.block_modes import describe_block_modes
 from torchtitan.config.degrees import ParallelDims
@@ -159,6 +160,34 @@ def test_what_was_chosen_is_said(mesh: Any, caplog: pytest.LogCaptureFixture, mo
     assert float(match[3]) + float(match[4]) == pytest.approx(54, abs=0.11)
     assert "16 of 16 blocks keep all; " in said["--training.deterministic"]
     assert "left of 64.0" in said["--training.deterministic"]
+
+
+def plan_on_a_rank() -> list[Any]:
+    """A step of the real mesh under FSDP and tensor parallel is planned; others hold more on rank 1's device."""
+    plan.DeviceMemoryMonitor = lambda device: SimpleNamespace(capacity=60 * GIB)  # type: ignore[assignment,misc]
+    plan.get_memory_held_by_others = lambda device: dist.get_rank() * 20 * GIB
+    world = World(dist.get_rank(), 2, 0, 1, 0)
+    found: list[Any] = []
+    for dims, options in (
+        (ParallelDims(dp_shard=2), ""),
+        (ParallelDims(tp=2), "--parallelism.tensor_parallel_degree 2 --liger_kernel.implementation native"),
+    ):
+        config = parse(f"{LARGE} --training.local_batch_size 8 {options}")
+        mesh = build_mesh(dims, "cpu")
+        model = MemoryModel(config, world_size=2, mesh=mesh)
+        found += [
+            plan_memory(config, world=world, mesh=mesh, device=CPU).block_modes,
+            choose_block_modes(config, model, (0.92 * 60 - 20) * GIB),
+        ]
+    return found
+
+
+def test_all_ranks_choose_by_the_one_that_has_the_least() -> None:
+    first, second = run_processes(plan_on_a_rank, 2)
+    assert first == second
+    assert first[0] == first[1]
+    assert first[2] == first[3]
+    assert "op" in first[0]
 
 
 def test_processes_of_one_machine_share_a_cpu_s_memory(mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
