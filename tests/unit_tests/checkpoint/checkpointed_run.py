@@ -66,10 +66,12 @@ class Run:
     steps: int = 10
     noisy: bool = False
     is_restart: bool = False
+    compact: bool = False
     step: int = 0
 
     def __post_init__(self) -> None:
-        self.optimizer = build_optimizer(self.parts, Optimizer(lr=1e-2))
+        precision = "compact" if self.compact else "float32"
+        self.optimizer = build_optimizer(self.parts, Optimizer(lr=1e-2, state_precision=precision))
         self.lr_scheduler = build_lr_scheduler(self.optimizer, LRScheduler(warmup_steps=2), self.steps)
         self.checkpointer: CheckpointManager = build_checkpoint_manager(
             Checkpoint(**{"enable_checkpoint": True, "interval": 2, **self.options}),
@@ -129,6 +131,7 @@ def build_run(
     steps: int = 10,
     noisy: bool = False,
     is_restart: bool = False,
+    compact: bool = False,
     device: str = "cpu",
     **options: Any,
 ) -> Run:
@@ -137,13 +140,13 @@ def build_run(
     random.seed(1)
     mesh = build_mesh(dims, device)
     with torch.device("meta"):
-        model = Transformer(args)
+        model = Transformer(args).to(torch.bfloat16 if compact else torch.float32)
     parallelize_llama(
         model,
         mesh=mesh,
         parallel_dims=dims,
         parallelism=Parallelism(disable_loss_parallel=True),
-        training=Training(mixed_precision_param="float32"),
+        training=Training(mixed_precision_param="bfloat16" if compact else "float32"),
         block_modes=("none",) * len(model.layers),
         loss_parallel=False,
     )
@@ -153,7 +156,7 @@ def build_run(
     model.init_buffers(device)
     init_parameters(model, seed=3, device=device)
     data = Numbers(dp_rank=mesh["dp"].get_local_rank(), dp_world_size=dims.dp)
-    return Run([model], options, dump_folder, data, steps, noisy, is_restart)
+    return Run([model], options, dump_folder, data, steps, noisy, is_restart, compact)
 
 
 def folder(run: Run) -> Path:

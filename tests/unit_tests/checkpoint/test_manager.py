@@ -57,6 +57,49 @@ def test_resumed_run_equals_the_one_that_was_never_stopped_bit_for_bit(tmp_path,
     assert_same(resumed.full_state(), expected)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_compact_states_are_resumed_bit_for_bit(tmp_path, mode):
+    run = build_run(tmp_path, compact=True, async_mode=mode)
+    run.train(4)
+    losses = run.train(6, save=False)
+    expected = run.full_state()
+    run.checkpointer.close()
+    resumed = build_run(tmp_path, compact=True)
+    assert resumed.checkpointer.load()
+    assert resumed.train(6, save=False) == losses
+    assert_same(resumed.full_state(), expected)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_states_of_another_precision_are_refused_and_weights_are_not(tmp_path, compact):
+    build_run(tmp_path / "before", compact=compact).train(2)
+    before = folder(build_run(tmp_path / "before")) / "step-2"
+    options = {"initial_load_path": str(before), "initial_load_model_only": False}
+    with pytest.raises(CheckpointError, match=r"in another form than this run's.*optimizer.state_precision"):
+        build_run(tmp_path / "other", compact=not compact, **options).checkpointer.load()
+    options["initial_load_model_only"] = True
+    after = build_run(tmp_path / "after", compact=not compact, **options)
+    assert after.checkpointer.load()
+    saved = {"norm.weight": torch.empty(MODEL.dim)}
+    load_alone(before, saved)
+    assert_same(
+        {"norm.weight": after.parts[0].norm.weight.detach().bfloat16()},
+        {"norm.weight": saved["norm.weight"].bfloat16()},
+    )
+
+
+def test_the_last_checkpoint_holds_the_true_weights_of_compact_states(tmp_path):
+    run = build_run(tmp_path, compact=True, steps=3)
+    run.train(3)
+    expected = run.optimizer.export_weights(run.parts[0].state_dict())
+    metadata = read_metadata(folder(run) / "step-3")
+    assert {entry.properties.dtype for entry in find_weights(metadata).values()} == {torch.float32}
+    saved = {name: torch.empty_like(weight) for name, weight in expected.items()}
+    load_alone(folder(run) / "step-3", saved)
+    assert_same(saved, expected)
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in saved.values())
+
+
 def test_checkpoint_has_these_keys_and_no_others(tmp_path):
     """Names are those of the plain model. What wraps its blocks adds none: test_compile.py, and test_names_stay in
     test_activation_checkpoint.py.

@@ -93,6 +93,15 @@ def test_grad_factor_scales_the_gradients(implementation):
     torch.testing.assert_close(scaled.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
 
 
+def test_what_follows_a_step_does_not_follow_the_making_of_the_moments():
+    parts, seen = make_parts(), []
+    optimizer = OptimizersContainer(parts, torch.optim.AdamW, fused=True, after_step=seen.append)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == []
+    train(parts, optimizer, 1)
+    assert seen == parts
+
+
 def test_zero_grad_frees_the_gradients_of_all_parts():
     parts = make_parts()
     optimizer = build_optimizer(parts, Optimizer())

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.unit_tests.distributed.layouts import ARGS
@@ -90,3 +91,43 @@ def test_a_pipeline_sums_with_the_loss_that_it_is_given() -> None:
     )
     assert isinstance(runner, PipelineRunner)
     assert runner._loss.sum is loss.sum
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_weights_of_another_dtype_are_the_float32_ones_rounded() -> None:
+    weights = []
+    for dtype in (torch.float32, torch.bfloat16):
+        dims = ParallelDims()
+        mesh = build_mesh(dims, "cpu")
+        runner = build_runner(
+            partial(Transformer, ARGS()),
+            ARGS(),
+            CrossEntropyLoss(),
+            parallelize=partial(
+                parallelize_llama,
+                mesh=mesh,
+                parallel_dims=dims,
+                parallelism=Parallelism(),
+                training=Training(),
+                activation_checkpoint=ActivationCheckpoint(),
+                loss_parallel=False,
+            ),
+            mesh=mesh,
+            parallelism=Parallelism(),
+            training=Training(),
+            device=torch.device("cpu"),
+            seed=7,
+            weight_dtype=dtype,
+        )
+        (model,) = runner.model_parts
+        assert {weight.dtype for weight in model.parameters()} == {dtype}
+        assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
+        weights.append([weight.detach().bfloat16() for weight in model.parameters()])
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
