@@ -166,4 +166,5 @@ def test_weights_that_are_quantized_are_refused(tmp_path, capsys):
     safetensors.torch.save_file({**weights, name: weights[name].to(torch.int8)}, file)
     capsys.readouterr()
     message = fails(capsys, "from_hf", tmp_path / "hf", tmp_path / "ours")
-    assert f"{name} is I8; expected F64, F32, F16, BF16" in message
+    expected = "torch.float64, torch.float32, torch.float16 or torch.bfloat16"
+    assert f"{name} is torch.int8; expected {expected}" in message

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.checkpoint.folder import CheckpointFolder
 from torchtitan.checkpoint.storage import find_weights, load_alone, read_metadata, reason, save_alone
 from torchtitan.config.errors import CheckpointError, ConfigError
+from torchtitan.config.schema import either
 from torchtitan.distributed.init_weights import local_shard
 from torchtitan.protocols.model import StateDictAdapter
 from torchtitan.protocols.train_spec import ModelCode, find_hf_family
@@ -132,7 +133,7 @@ class HuggingFaceFormat:
                         opened[file.name] = stack.enter_context(safetensors.safe_open(file, framework="pt"))
                     whole = opened[file.name].get_tensor(hf_name)
                 if whole.dtype not in DTYPES:
-                    raise CheckpointError(f"{file}: {hf_name} is {whole.dtype}; expected one of {DTYPES}")
+                    raise CheckpointError(f"{file}: {hf_name} is {whole.dtype}; expected {either(DTYPES)}")
                 for name, converted in self._adapter.from_hf({hf_name: whole}).items():
                     is_tied = hf_names.get(name) != hf_name
                     if name not in shapes or (is_tied and hf_names[name] in files):
