@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from torchtitan.components.loss import FusedLinearCrossEntropyLoss, fused_linear_cross_entropy
-from torchtitan.config.job_config import Comm
+from torchtitan.config.sections import Comm
 from torchtitan.distributed.utils import end_process, get_world, init_distributed
 
 IN_TREE, GATHERED = "in-tree", "weight gathered"

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torchtitan.checkpoint import Ranks, check_divisible, find_pretrained
 from torchtitan.components.generation import Sampling, TextStream, generate, get_num_new_tokens
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job_config import Comm
+from torchtitan.config.sections import Comm
 from torchtitan.distributed.utils import end_process, get_world, init_distributed
 from torchtitan.protocols.model import Decoder
 from torchtitan.tools.device import get_device_type

@@ -19,12 +19,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchtitan.checkpoint.manager import CheckpointManager, build_checkpoint_manager
 from torchtitan.components.dataloader import Batch, build_dataloader
@@ -32,6 +31,7 @@ from torchtitan.components.loss import IGNORE_INDEX, build_loss
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.metrics import MetricsProcessor, build_metrics
 from torchtitan.components.optimizer import build_optimizer
+from torchtitan.components.run_guard import RunGuard
 from torchtitan.components.runner import Runner, build_runner
 from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.components.validate import build_validator
@@ -42,13 +42,11 @@ from torchtitan.config.manager import to_toml, write_resolved
 from torchtitan.distributed import utils
 from torchtitan.distributed.context_parallel import ContextSharder
 from torchtitan.distributed.mesh import build_mesh
-from torchtitan.memory import explain_out_of_memory, plan_memory
+from torchtitan.memory import explain_out_of_memory, is_out_of_memory, plan_memory
 from torchtitan.protocols.custom_import import maybe_import_custom
 from torchtitan.protocols.model import Loss
 from torchtitan.protocols.train_spec import check_vocab_size, get_run_args, get_train_spec, validate_run
-from torchtitan.tools.device import DeviceMemoryMonitor
 from torchtitan.tools.gc import GarbageCollection
-from torchtitan.tools.host_mirror import HostMirror
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.packages import is_liger_installed
 from torchtitan.tools.process import end_with_launcher
@@ -103,18 +101,15 @@ class Trainer:
         self.model_code = get_train_spec(config.model.name).load()
         self.model_args = get_run_args(config.model, max_seq_len=config.max_seq_len)
         logger.info(f"Building {config.model.name} {config.model.flavor} with {self.model_args}")
+        self.float8 = config.float8 if "float8" in config.model.converters else None
         self.loss = self._build_loss()
         self.memory = plan_memory(config, world=utils.get_world(), mesh=self.mesh, device=self.device)
         self.runner = self._build_runner()
-        self._report_model()
+        num_params = self.model_args.num_params()
+        logger.info(f"Model {config.model.name} {config.model.flavor} size: {num_params:,} total parameters")
 
         # gradients to weights
-        self.optimizer = build_optimizer(
-            self.runner.model_parts,
-            config.optimizer,
-            precompute_float8_scales="float8" in config.model.converters
-            and config.float8.precompute_float8_dynamic_scale_for_fsdp,
-        )
+        self.optimizer = build_optimizer(self.runner.model_parts, config.optimizer, float8=self.float8)
         self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, config.training.steps)
 
         # what the run says, keeps and checks
@@ -123,19 +118,14 @@ class Trainer:
         self.validator = build_validator(
             config.validation,
             tokenizer=self.tokenizer,
-            dp_rank=self.mesh["dp"].get_local_rank(),
-            dp_world_size=self.parallel_dims.dp,
             runner=self.runner,
             metrics=self.metrics,
             shard_context=self.shard_context,
+            mesh=self.mesh,
             device=self.device,
-            counts_tokens=self.counts_tokens,
-            counts_loss=self.mesh.is_first("tp"),
         )
 
-        self._stop_requested = False
-        self._all_finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self._flags = HostMirror()
+        self.guard = RunGuard(self.device)
         logger.info(
             f"Trainer is initialized with local batch size {config.training.local_batch_size}, "
             f"global batch size {self.num_microbatches * config.training.local_batch_size * self.parallel_dims.dp}, "
@@ -152,35 +142,28 @@ class Trainer:
                 optimizer has made the weights so (they are not saved).
             SystemExit: with EXIT_PREEMPTED, after SIGTERM and a save.
         """
-        signal.signal(signal.SIGTERM, self._request_stop)
+        self.guard.heed_sigterm()
         config = self.config
         if self.checkpointer.load():
             self._report_seed()
         self.save_options()
         batches = self.batches()
         first_step = self.step + 1
-        if first_step <= config.training.steps:
-            logger.info(f"Training starts at step {first_step}")
-        else:
-            logger.info(
-                f"Nothing is left to train: step {self.step} is done, of training.steps={config.training.steps}"
-            )
+        steps, rank = config.training.steps, utils.get_world().rank
+        nothing_left = f"Nothing is left to train: step {self.step} is done, of training.steps={steps}"
+        logger.info(f"Training starts at step {first_step}" if first_step <= steps else nothing_left)
         with maybe_profile(
-            config.profiling,
-            config.job.dump_folder,
-            device=self.device,
-            rank=utils.get_world().rank,
-            start_step=self.step,
+            config.profiling, config.job.dump_folder, device=self.device, rank=rank, start_step=self.step
         ) as profile_step:
-            while self.step < config.training.steps:
+            while self.step < steps:
                 self.step += 1
                 self.gc.run(self.step)
                 self.metrics.start_step(self.step)
                 stop = self.train_step(batches)
-                last_step = self.step == config.training.steps
+                last_step = self.step == steps
                 if stop or last_step or self.checkpointer.is_due(self.step):
-                    stop |= self._check_flags(self._flags.take(), self.step)
-                    self._check_weights()  # what is not finite must not be saved
+                    stop |= self.guard.check_last(self.step)
+                    self.guard.check_weights(self.parameters(), self.step)  # what is not finite must not be saved
                 self.checkpointer.maybe_save(self.step, last_step=last_step)
                 self.validator.maybe_validate(self.step)
                 profile_step()
@@ -193,29 +176,27 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch]) -> bool:
         """One optimizer step; returns whether some rank was asked to stop (known one step late)."""
         microbatches = [next(batches) for _ in range(self.num_microbatches)]
-        num_local_tokens = self._count_valid_tokens(microbatches)
+        # on the CPU, where the batches are
+        num_local_tokens = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in microbatches]).sum()
         num_valid_tokens, stop = utils.sum_over_world_(
-            torch.stack([num_local_tokens * self.counts_tokens, torch.tensor(self._stop_requested)])
+            torch.stack([num_local_tokens * self.counts_tokens, self.guard.stop_requested])
             .float()
             .to(self.device, non_blocking=True)
         )
         scale = 1 / num_valid_tokens.clamp(min=1)
 
         loss = self.memory.run(partial(self._forward_backward, microbatches, scale), self.runner.model_parts)
-        parameters = [p for part in self.runner.model_parts for p in part.parameters()]
-        grad_norm = utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        grad_norm = utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         lr = self.lr_scheduler.lr
         self.checkpointer.maybe_wait_for_staging()
-        self._all_finite &= torch.isfinite(grad_norm)  # stays false: no step follows one that was left out
         clip_factor = utils.get_clip_factor(grad_norm, self.config.training.max_norm)
-        self.optimizer.step(grad_factor=clip_factor, skip=~self._all_finite)
+        self.optimizer.step(grad_factor=clip_factor, skip=self.guard.must_skip(grad_norm))
         self.lr_scheduler.step()
 
         self.n_tokens_seen += sum(batch.tokens.numel() for batch in microbatches) * self.parallel_dims.dp
         if self.metrics.should_log(self.step):
             self._log(loss, grad_norm, lr, share=num_local_tokens.to(self.device) * scale)
-        # Read at the next step: then the device has long computed them, and the host does not wait.
-        return self._check_flags(self._flags.exchange(torch.stack([self._all_finite.to(stop), stop])), self.step - 1)
+        return self.guard.check_previous(stop, self.step)
 
     def _forward_backward(self, microbatches: list[Batch], scale: Tensor) -> Tensor:
         """This rank's share of the loss; the gradients are those of these microbatches alone."""
@@ -238,6 +219,10 @@ class Trainer:
         self.step = state_dict["step"]
         self.n_tokens_seen = state_dict["n_tokens_seen"]
 
+    def parameters(self) -> list[nn.Parameter]:
+        """This rank's, of all parts of the model."""
+        return [parameter for part in self.runner.model_parts for parameter in part.parameters()]
+
     def batches(self) -> Iterator[Batch]:
         """The loader's batches, counted and timed."""
         batches = iter(self.dataloader)
@@ -248,44 +233,18 @@ class Trainer:
             self.metrics.count_tokens(batch.tokens.numel())
             yield batch
 
-    @staticmethod
-    def _count_valid_tokens(batches: list[Batch]) -> Tensor:
-        """On the CPU, where the batches are."""
-        return torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in batches]).sum()
-
     def _log(self, loss: Tensor, grad_norm: Tensor, lr: float, *, share: Tensor) -> None:
         """Log a step. `share` is this data rank's part of the global batch's valid tokens."""
         # context ranks hold parts of the same sequences; a pipeline's loss is on its last stage
         local_loss = utils.dist_sum(utils.dist_sum(loss, self.mesh["cp"]), self.mesh["pp"])
         loss_avg = utils.dist_sum(local_loss, self.mesh["dp"]).item()
         loss_max = utils.dist_max(local_loss / share.clamp(min=1e-12), self.mesh["dp"]).item()
-        if not math.isfinite(loss_avg) or not math.isfinite(grad_norm.item()):
-            raise NonFiniteError(
-                self.step,
-                f"the loss is {loss_avg} and the gradient norm {grad_norm.item()};"
-                " the weights are left as they were before",
-            )
-        self.metrics.log(
-            self.step,
-            loss_avg=loss_avg,
-            loss_max=loss_max,
-            grad_norm=grad_norm.item(),
-            lr=lr,
-            n_tokens_seen=self.n_tokens_seen,
-        )
-
-    def _check_flags(self, flags: list[float] | None, step: int) -> bool:
-        """Whether to stop, by the flags of a step."""
-        all_finite, stop = flags or (True, False)
-        if not all_finite:
-            raise NonFiniteError(step, "the gradient norm is inf or nan; the weights are left as they were before")
-        return bool(stop)
-
-    def _check_weights(self) -> None:
-        """Finite gradients too can ruin the weights, by a learning rate that is far too high."""
-        weights = [p.detach() for part in self.runner.model_parts for p in part.parameters()]
-        if not math.isfinite(utils.get_total_norm(weights).item()):
-            raise NonFiniteError(self.step, "the optimizer has made weights that are inf or nan; they are not saved")
+        norm = grad_norm.item()
+        if not math.isfinite(loss_avg) or not math.isfinite(norm):
+            found = f"the loss is {loss_avg} and the gradient norm {norm}"
+            raise NonFiniteError(self.step, f"{found}; the weights are left as they were before")
+        seen = self.n_tokens_seen
+        self.metrics.log(self.step, loss_avg=loss_avg, loss_max=loss_max, grad_norm=norm, lr=lr, n_tokens_seen=seen)
 
     def get_options_in_force(self) -> JobConfig:
         """The options, with the seed of the data's order, which may have been drawn, or come with a checkpoint."""
@@ -302,9 +261,6 @@ class Trainer:
             without_effect = "" if given is None else f"; training.seed={given} changes nothing"
             logger.info(f"The data's order goes on with the checkpoint's seed, {self.dataloader.seed}{without_effect}")
 
-    def _request_stop(self, signum: int, frame: FrameType | None) -> None:
-        self._stop_requested = True
-
     def _stop(self) -> None:
         saved = self.checkpointer.save(self.step)
         logger.info(f"Stopped by SIGTERM after step {self.step}; " + ("it is saved" if saved else "nothing was saved"))
@@ -319,17 +275,11 @@ class Trainer:
         utils.set_pg_timeouts(datetime.timedelta(seconds=seconds), self.mesh, self.device)
 
     def _build_loss(self) -> Loss:
-        config, build_own = self.config, self.model_code.build_loss
-        if build_own is not None and self.parallel_dims.pp > 1:
-            raise ConfigError(
-                f"model.name={config.model.name} has a loss of its own, and pipelines use the standard one;"
-                f" parallelism.pipeline_parallel_degree={self.parallel_dims.pp} must be 1"
-            )
-        return (build_own or build_loss)(
-            config.liger_kernel,
+        return (self.model_code.build_loss or build_loss)(
+            self.config.liger_kernel,
             device_type=self.device.type,
             tensor_parallel=self.parallel_dims.tp > 1,
-            compile=config.training.compile,
+            compile=self.config.training.compile,
         )
 
     def _build_runner(self) -> Runner:
@@ -352,7 +302,7 @@ class Trainer:
             training=config.training,
             device=self.device,
             seed=self.seed,
-            float8=config.float8 if "float8" in config.model.converters else None,
+            float8=self.float8,
             weight_dtype=torch.bfloat16 if config.optimizer.state_precision == "compact" else torch.float32,
         )
 
@@ -390,14 +340,6 @@ class Trainer:
             eos_id=self.tokenizer.eos_id,
         )
 
-    def _report_model(self) -> None:
-        config = self.config
-        memory = DeviceMemoryMonitor(self.device)
-        logger.info(
-            f"Model {config.model.name} {config.model.flavor} size: {self.model_args.num_params():,} total parameters"
-        )
-        logger.info(f"{memory.name} capacity: {memory.capacity / 2**30:.2f}GiB memory")
-
 
 def main(argv: list[str]) -> int:
     """Train as the arguments say; the exit status."""
@@ -433,7 +375,7 @@ def main(argv: list[str]) -> int:
             if trainer is not None:
                 trainer.metrics.close(failed=True)
             utils.end_after_lost_rank(error, step=trainer.step if trainer is not None else 0)
-        logger.error(_explain(error, config, trainer) or traceback.format_exc())
+        logger.error(_explain(error, config, trainer))
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -443,27 +385,17 @@ def main(argv: list[str]) -> int:
         utils.leave_process_group(failed=failed)
 
 
-def _explain(error: Exception, config: JobConfig | None, trainer: Trainer | None) -> str | None:
-    """What the user reads of a failure; None for a bug, whose traceback is needed."""
+def _explain(error: Exception, config: JobConfig | None, trainer: Trainer | None) -> str:
+    """What the user reads of a failure; the traceback of a bug."""
     if isinstance(error, ConfigError | NonFiniteError):
         return error.report()
-    if "DefaultCPUAllocator: can't allocate memory" in str(error):
-        return (
-            f"OutOfMemoryError: the machine's memory does not suffice: {error}. Use a smaller training.local_batch_size"
-            " or training.seq_len, a smaller model.flavor, or a GPU"
-        )
-    if isinstance(error, torch.OutOfMemoryError):
-        assert config is not None, "nothing was allocated before there were options"
-        if trainer is None and dist.is_initialized():
-            dist.destroy_process_group()  # for the estimate to make a mesh of its own
-        return explain_out_of_memory(
-            config,
-            str(error),
-            world_size=utils.get_world().size,
-            mesh=trainer.mesh if trainer is not None else None,
-            block_modes=trainer.memory.block_modes if trainer is not None else None,
-        )
-    return None
+    if config is None or not is_out_of_memory(error):
+        return traceback.format_exc()
+    mesh, block_modes = (trainer.mesh, trainer.memory.block_modes) if trainer is not None else (None, None)
+    if mesh is None and dist.is_initialized():
+        dist.destroy_process_group()  # for the estimate to make a mesh of its own
+    world_size = utils.get_world().size
+    return explain_out_of_memory(config, error, world_size=world_size, mesh=mesh, block_modes=block_modes)
 
 
 if __name__ == "__main__":

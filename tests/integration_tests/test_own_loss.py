@@ -36,4 +36,4 @@ def test_a_pipeline_refuses_it(tmp_path: Path) -> None:
     life = train(
         tmp_path / "run", f"{OWN} --parallelism.pipeline_parallel_degree 2", world_size=2, hook=register, status=1
     )
-    assert any("model.name=doubled has a loss of its own" in line for line in errors(life))
+    assert any("the model has a loss of its own" in line for line in errors(life))

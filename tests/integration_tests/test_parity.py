@@ -25,7 +25,7 @@ from tests.integration_tests.tiny_runs import (
 from tests.integration_tests.tiny_sizes import ODD
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import Model
+from torchtitan.config.sections import Model
 from torchtitan.distributed.init_weights import init_parameters
 
 TOLERANCE = 1e-5

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.integration_tests.doc_pages import REPO, Page
 from torchtitan.components.loss import cross_entropy_sum, fused_linear_cross_entropy
-from torchtitan.config.job_config import LigerKernel
+from torchtitan.config.sections import LigerKernel
 from torchtitan.datasets import DocumentStream, Position
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.models.llama3.model.args import TransformerModelArgs

@@ -29,7 +29,7 @@ from torchtitan.checkpoint.ranks import Ranks
 from torchtitan.checkpoint.start import Start
 from torchtitan.checkpoint.storage import CheckpointWriter, check_files, reason
 from torchtitan.config.errors import CheckpointError
-from torchtitan.config.job_config import Checkpoint
+from torchtitan.config.sections import Checkpoint
 from torchtitan.protocols.model import StateDictAdapter
 from torchtitan.tools.logging import logger
 

@@ -13,7 +13,7 @@ from torchtitan.checkpoint.ranks import Ranks
 from torchtitan.checkpoint.storage import STATES, UnusableCheckpointError, read_metadata
 from torchtitan.components.dataloader import DataloaderStateError
 from torchtitan.config.errors import CheckpointError
-from torchtitan.config.job_config import Checkpoint
+from torchtitan.config.sections import Checkpoint
 from torchtitan.tools.logging import logger
 
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job_config import Optimizer
+from torchtitan.config.sections import Optimizer
 
 MAX_GROUP = 128
 

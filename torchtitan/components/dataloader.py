@@ -25,7 +25,7 @@ from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import CheckpointError
-from torchtitan.config.job_config import Validation
+from torchtitan.config.sections import Validation
 from torchtitan.datasets import Cursor, DocumentStream, open_dataset, pack
 from torchtitan.tools.logging import logger
 

@@ -14,7 +14,7 @@ from functools import partial
 
 from torchtitan.components.compact_optimizer import CompactAdamW
 from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.config.job_config import DecayType, LRScheduler
+from torchtitan.config.sections import DecayType, LRScheduler
 from torchtitan.tools.logging import logger
 
 

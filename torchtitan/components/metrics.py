@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job_config import Metrics
+from torchtitan.config.sections import Metrics
 from torchtitan.tools.device import DeviceMemoryMonitor, MemoryStats, get_peak_flops
 from torchtitan.tools.logging import logger
 from torchtitan.tools.terminal import send_progress

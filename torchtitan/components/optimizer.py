@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from torchtitan.components.compact_optimizer import CompactAdamW
-from torchtitan.config.job_config import Optimizer
+from torchtitan.config.sections import Float8, Optimizer
 
 # Flat keys: nested ones number the parameters, which two pipeline stages would do alike.
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -98,13 +98,13 @@ def _flat_state(part: nn.Module, optimizer: torch.optim.Optimizer) -> Iterable[t
 
 
 def build_optimizer(
-    model_parts: Sequence[nn.Module], optimizer: Optimizer, *, precompute_float8_scales: bool = False
+    model_parts: Sequence[nn.Module], optimizer: Optimizer, *, float8: Float8 | None = None
 ) -> OptimizersContainer | CompactAdamW:
     if optimizer.state_precision == "compact":
         return CompactAdamW(model_parts, optimizer)
     classes: dict[str, type[torch.optim.Optimizer]] = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
     after_step: Callable[[nn.Module], object] = id
-    if precompute_float8_scales:
+    if float8 is not None and float8.precompute_float8_dynamic_scale_for_fsdp:
         from torchtitan.distributed.float8 import precompute_scales
 
         after_step = precompute_scales

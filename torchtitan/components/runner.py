@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from torchtitan.components.loss import CrossEntropyLoss
-from torchtitan.config.job_config import Float8, Parallelism, Training
+from torchtitan.config.errors import ConfigError
+from torchtitan.config.sections import Float8, Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.pipeline_parallel import build_pipeline
@@ -92,7 +93,11 @@ def build_runner(
 
     runner: Runner
     if mesh["pp"].size() > 1:
-        assert isinstance(loss, CrossEntropyLoss), f"pipelines have the standard loss only, got {loss}"
+        if not isinstance(loss, CrossEntropyLoss):
+            raise ConfigError(
+                f"the model has a loss of its own, {type(loss).__name__}, and pipelines use the standard one;"
+                f" parallelism.pipeline_parallel_degree={mesh['pp'].size()} must be 1"
+            )
         runner = build_pipeline(
             build_on_meta,
             n_layers=model_args.n_layers,

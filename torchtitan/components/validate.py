@@ -16,8 +16,9 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.runner import Runner
 from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.config.job_config import Validation
+from torchtitan.config.sections import Validation
 from torchtitan.distributed.context_parallel import ContextSharder
+from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.utils import sum_over_world_
 
 
@@ -72,17 +73,18 @@ def build_validator(
     validation: Validation,
     *,
     tokenizer: Tokenizer,
-    dp_rank: int,
-    dp_world_size: int,
     runner: Runner,
     metrics: MetricsProcessor,
     shard_context: ContextSharder,
+    mesh: Mesh,
     device: torch.device,
-    counts_tokens: bool,
-    counts_loss: bool,
 ) -> Validator:
     """A validator of this rank's share of the set. Raises DatasetError: it is missing, empty or in no known format."""
     batches: Iterable[Batch] = []
     if validation.enabled:
-        batches = build_validation_dataloader(validation, tokenizer, dp_rank=dp_rank, dp_world_size=dp_world_size)
+        batches = build_validation_dataloader(
+            validation, tokenizer, dp_rank=mesh["dp"].get_local_rank(), dp_world_size=mesh["dp"].size()
+        )
+    counts_tokens = mesh.is_first("pp", "cp", "tp")  # one rank of those that read the same sequences
+    counts_loss = mesh.is_first("tp")  # whose ranks all have the same loss
     return Validator(validation, batches, runner, metrics, shard_context, device, counts_tokens, counts_loss)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from torchtitan.config.job_config import ActivationCheckpoint
+from torchtitan.config.sections import ActivationCheckpoint
 
 BlockMode = Literal["none", "op", "full"]
 """What a block does in backward: nothing again, what is cheap for its size, or all of its forward."""

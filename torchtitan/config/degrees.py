@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job_config import Parallelism
+from torchtitan.config.sections import Parallelism
 
 _SHARD = "data_parallel_shard_degree"
 

@@ -2,7 +2,7 @@
 
 from itertools import accumulate, pairwise
 
-from torchtitan.config.job_config import Parallelism
+from torchtitan.config.sections import Parallelism
 
 # Schedules by the number of stages on each rank: one, two, or (the interleaved ones) two or more.
 ONE_STAGE = ("GPipe", "1F1B")

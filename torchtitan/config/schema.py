@@ -1,4 +1,4 @@
-"""The schema of job_config.py as a table of options, by dotted name.
+"""The schema of sections.py as a table of options, by dotted name.
 
 An `Option` knows what it allows, how one value is read from a TOML file or from the command line,
 and its documentation, which is the string under the field. Nearest names for a misspelling come from here too.
@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from torchtitan.config import job_config
+from torchtitan.config import sections
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.types import Range
 
@@ -168,7 +168,7 @@ def _ratio(a: str, b: str) -> float:
 def _field_docs() -> dict[tuple[str, str], str]:
     """The string under each field, by names of class and field."""
     docs = {}
-    for cls in ast.parse(inspect.getsource(job_config)).body:
+    for cls in ast.parse(inspect.getsource(sections)).body:
         if not isinstance(cls, ast.ClassDef):
             continue
         for statement, below in zip(cls.body, cls.body[1:], strict=False):

@@ -17,7 +17,7 @@ from torchao.float8 import Float8LinearConfig, precompute_float8_dynamic_scale_f
 from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
 
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job_config import Float8
+from torchtitan.config.sections import Float8
 from torchtitan.protocols.model import Decoder
 from torchtitan.tools.logging import logger
 

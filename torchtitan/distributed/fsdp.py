@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
 )
 
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import ReshardPolicy
+from torchtitan.config.sections import ReshardPolicy
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.protocols.model import Decoder
 

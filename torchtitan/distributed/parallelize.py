@@ -7,7 +7,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchtitan.config.block_modes import BlockMode, describe_block_modes
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import Parallelism, Training
+from torchtitan.config.sections import Parallelism, Training
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_context_parallel

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 
-from torchtitan.config.job_config import Parallelism, Training
 from torchtitan.config.pipeline_split import get_stage_modules, get_stages_of_rank
+from torchtitan.config.sections import Parallelism, Training
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.protocols.model import Decoder
 

@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job_config import Comm
+from torchtitan.config.sections import Comm
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.tools.device import get_device_type
 from torchtitan.tools.logging import logger

@@ -7,7 +7,7 @@ measure     what a block and the loss keep and need, run on the meta device
 trace       which tensors exist when
 """
 
-from torchtitan.memory.advice import explain_out_of_memory, get_remedies
+from torchtitan.memory.advice import explain_out_of_memory, get_remedies, is_out_of_memory
 from torchtitan.memory.estimate import MemoryEstimate, estimate_memory
 from torchtitan.memory.plan import MemoryPlan, plan_memory
 
@@ -17,5 +17,6 @@ __all__ = [
     "estimate_memory",
     "explain_out_of_memory",
     "get_remedies",
+    "is_out_of_memory",
     "plan_memory",
 ]

@@ -7,6 +7,8 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from torchtitan.config.block_modes import BlockMode
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError
@@ -16,6 +18,7 @@ from torchtitan.memory.estimate import GIB, describe, estimate_memory
 from torchtitan.protocols.train_spec import validate_run
 from torchtitan.tools.packages import is_liger_installed
 
+_ON_CPU = "DefaultCPUAllocator: can't allocate memory"
 _SMALL_BUDGET_MIB = 256
 _WORTH_NAMING = 0.01
 """Share of the peak that an option must free."""
@@ -33,9 +36,14 @@ class Remedy:
     """The estimated peak afterwards, in bytes."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's memory or the machine's did not suffice."""
+    return isinstance(error, torch.OutOfMemoryError) or _ON_CPU in str(error)
+
+
 def explain_out_of_memory(
     config: JobConfig,
-    error: str,
+    error: Exception,
     *,
     world_size: int,
     mesh: Mesh | None = None,
@@ -44,11 +52,16 @@ def explain_out_of_memory(
     """The message for the user.
 
     Args:
-        error: what torch.OutOfMemoryError says: what was asked for, in use and reserved at that moment.
+        error: torch's, which says what was asked for, in use and reserved at that moment.
         mesh: that of the run; None only where no process group exists.
         block_modes: as the run recomputes, if it has got so far.
     """
-    lines = [f"OutOfMemoryError: {error.split(' If reserved but')[0].strip()}"]
+    if _ON_CPU in str(error):
+        return (
+            f"OutOfMemoryError: the machine's memory does not suffice: {error}. Use a smaller training.local_batch_size"
+            " or training.seq_len, a smaller model.flavor, or a GPU"
+        )
+    lines = [f"OutOfMemoryError: {str(error).split(' If reserved but')[0].strip()}"]
     try:
         estimate = estimate_memory(config, world_size=world_size, mesh=mesh, block_modes=block_modes)
         remedies = list_remedies(config, world_size=world_size, mesh=mesh, block_modes=block_modes)

@@ -87,6 +87,8 @@ def plan_memory(config: JobConfig, *, world: World, mesh: Mesh, device: torch.de
     """
     options = config.activation_checkpoint
     unchosen = get_block_modes(options, get_run_args(config.model, max_seq_len=config.max_seq_len).n_layers)
+    monitor = DeviceMemoryMonitor(device)
+    logger.info(f"{monitor.name} capacity: {monitor.capacity / GIB:.2f}GiB memory")
     if device.type == "cpu" and options.mode != "auto":
         return MemoryPlan(unchosen)
     try:
@@ -98,7 +100,7 @@ def plan_memory(config: JobConfig, *, world: World, mesh: Mesh, device: torch.de
         logger.warning(cannot)
         return MemoryPlan(unchosen)
 
-    capacity = DeviceMemoryMonitor(device).capacity // (world.local_size if device.type == "cpu" else 1)
+    capacity = monitor.capacity // (world.local_size if device.type == "cpu" else 1)
     budget = _get_budget(config, capacity, device)
     choose = partial(choose_block_modes, config, model)
     block_modes = choose(budget)

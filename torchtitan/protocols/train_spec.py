@@ -18,8 +18,9 @@ import torchtitan
 from torchtitan.config.block_modes import BlockMode
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError, TokenizerError
-from torchtitan.config.job_config import JobConfig, Model, Parallelism, Training
+from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import meant_or_known
+from torchtitan.config.sections import Model, Parallelism, Training
 from torchtitan.config.validate import validate
 from torchtitan.tools.packages import is_installed
 

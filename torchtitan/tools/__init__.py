@@ -6,6 +6,5 @@ process       what a worker arranges with the operating system
 packages      which packages that only some runs need are there
 device        the device's kind, its peak arithmetic, the memory in use
 gc            Python's garbage collector, at chosen steps
-host_mirror   device values read one step late, without waiting
 profiling     traces of a step, and snapshots of the CUDA allocator
 """

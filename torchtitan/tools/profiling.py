@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from torchtitan.config.job_config import Profiling
+from torchtitan.config.sections import Profiling
 from torchtitan.tools.logging import logger
 
 # The first steps under the profiler are slower than the rest.

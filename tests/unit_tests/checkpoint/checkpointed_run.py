@@ -18,7 +18,7 @@ from torchtitan.components.dataloader import DataloaderStateError
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import Checkpoint, LRScheduler, Optimizer, Parallelism, Training
+from torchtitan.config.sections import Checkpoint, LRScheduler, Optimizer, Parallelism, Training
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh

@@ -11,7 +11,7 @@ import torch
 from tests.finished_run import CONTEXT, TOKENIZER, load_weights, save_run
 from torchtitan.checkpoint.pretrained import check_divisible, find_pretrained
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job_config import Model
+from torchtitan.config.sections import Model
 from torchtitan.models.llama3 import llama3_flavors
 from torchtitan.models.llama3.model.args import RopeScaling
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter

@@ -26,7 +26,7 @@ from torchtitan.components.compact_optimizer import (
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import ConfigError
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import ActivationCheckpoint, Optimizer, Parallelism, Training
+from torchtitan.config.sections import ActivationCheckpoint, Optimizer, Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters, local_shard
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.models.llama3.infra.parallelize import parallelize_llama

@@ -32,7 +32,7 @@ from torchtitan.components.dataloader import (
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer, build_tokenizer
 from torchtitan.config.errors import ConfigError, DatasetError
-from torchtitan.config.job_config import Validation
+from torchtitan.config.sections import Validation
 
 Loader = TrainingDataLoader | ValidationDataLoader
 
@@ -319,7 +319,7 @@ def test_exit_does_not_wait_for_the_thread(path):
     code = f"""
 from torchtitan.components.dataloader import build_dataloader, build_validation_dataloader
 from torchtitan.components.tokenizer import build_tokenizer
-from torchtitan.config.job_config import Validation
+from torchtitan.config.sections import Validation
 data = dict(dataset="c4", dataset_path={path!r}, seq_len=8)
 arguments = dict(tokenizer=build_tokenizer("tests/assets/tokenizer"), dp_rank=0, dp_world_size=1)
 validation = Validation(**data, local_batch_size=1)

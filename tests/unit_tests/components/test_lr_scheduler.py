@@ -7,7 +7,7 @@ from torch import nn
 
 from torchtitan.components.lr_scheduler import build_lr_scheduler, lr_factor
 from torchtitan.components.optimizer import build_optimizer
-from torchtitan.config.job_config import LRScheduler, Optimizer
+from torchtitan.config.sections import LRScheduler, Optimizer
 
 
 def build(steps: int, lr: float = 1.0, **options):

@@ -16,7 +16,7 @@ from tests.full_disk import limited_files
 from torchtitan.components import metrics as module
 from torchtitan.components.metrics import JsonLines, MetricsProcessor, TensorBoard, build_metrics
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job_config import Metrics
+from torchtitan.config.sections import Metrics
 from torchtitan.tools.device import MemoryStats
 
 # Upstream's names; torchtitan's users have dashboards on them.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtitan.components.optimizer import OptimizersContainer, build_optimizer
-from torchtitan.config.job_config import Optimizer
+from torchtitan.config.sections import Optimizer
 
 ONE, GO = torch.tensor(1.0), torch.tensor(False)
 IMPLEMENTATIONS = ["for-loop", "foreach", "fused"]

@@ -13,7 +13,7 @@ from tests.unit_tests.distributed.layouts import ARGS
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.runner import EagerRunner, build_runner
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import Parallelism, Training
+from torchtitan.config.sections import Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.distributed.pipeline_parallel import PipelineRunner
@@ -116,7 +116,7 @@ def test_weights_of_another_dtype_are_the_float32_ones_rounded() -> None:
                 parallel_dims=dims,
                 parallelism=Parallelism(),
                 training=Training(),
-                activation_checkpoint=ActivationCheckpoint(),
+                block_modes=("none",) * ARGS().n_layers,
                 loss_parallel=False,
             ),
             mesh=mesh,

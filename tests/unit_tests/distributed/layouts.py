@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan.config.block_modes import get_block_modes
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
+from torchtitan.config.sections import ActivationCheckpoint, Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.models.llama3.infra.parallelize import parallelize_llama

@@ -3,7 +3,7 @@ import torch
 
 from tests.unit_tests.distributed.layouts import ARGS, get_batch, get_gradients, loss_sum
 from torchtitan.config.block_modes import get_block_modes
-from torchtitan.config.job_config import ActivationCheckpoint
+from torchtitan.config.sections import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.init_weights import init_parameters

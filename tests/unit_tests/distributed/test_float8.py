@@ -16,7 +16,7 @@ from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import ConfigError
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import ActivationCheckpoint, Float8, Optimizer, Parallelism, Training
+from torchtitan.config.sections import ActivationCheckpoint, Float8, Optimizer, Parallelism, Training
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.float8 import CastingFloat8Linear, apply_float8
@@ -193,7 +193,9 @@ def layout_step(degrees: dict[str, int], options: dict[str, bool]) -> dict[str, 
         assert isinstance(weight, DTensor) and isinstance(weight._local_tensor, WeightWithDynamicFloat8CastTensor)
         one, go, losses = torch.tensor(1.0), torch.tensor(False), []
         for precompute in (True, False):
-            optimizer = build_optimizer([model], Optimizer(lr=0.0), precompute_float8_scales=precompute)
+            optimizer = build_optimizer(
+                [model], Optimizer(lr=0.0), float8=Float8(precompute_float8_dynamic_scale_for_fsdp=precompute)
+            )
             weight._local_tensor._precomputed_scale = None
             optimizer.step(grad_factor=one, skip=go)
             assert (weight._local_tensor._precomputed_scale is not None) == precompute

@@ -11,7 +11,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from tests.unit_tests.distributed.layouts import ARGS, build_model, get_batch, get_gradients, loss_sum
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import Parallelism, ReshardPolicy, Training
+from torchtitan.config.sections import Parallelism, ReshardPolicy, Training
 from torchtitan.distributed.fsdp import should_reshard_after_forward
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh

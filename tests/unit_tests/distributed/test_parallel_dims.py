@@ -6,7 +6,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job_config import Parallelism
+from torchtitan.config.sections import Parallelism
 from torchtitan.distributed.mesh import build_mesh
 
 

@@ -16,8 +16,8 @@ from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
 from torchtitan.config.block_modes import get_block_modes
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
 from torchtitan.config.pipeline_split import get_stage_modules, get_stages_of_rank
+from torchtitan.config.sections import ActivationCheckpoint, Parallelism, Training
 from torchtitan.distributed.context_parallel import ContextSharder
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job_config import Comm
+from torchtitan.config.sections import Comm
 from torchtitan.distributed import utils
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.distributed.utils import (

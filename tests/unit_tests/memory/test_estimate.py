@@ -14,7 +14,7 @@ from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropy
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.block_modes import get_block_modes
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import Model
+from torchtitan.config.sections import Model
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.memory import estimate as memory_estimate
 from torchtitan.memory.estimate import GIB, MemoryEstimate, Moment, describe, estimate_memory

@@ -46,7 +46,7 @@ def choose(options: str, gib: float, *, world_size: int = 1) -> tuple[tuple[str,
 
 
 def set_capacity(monkeypatch: pytest.MonkeyPatch, gib: int) -> None:
-    monkeypatch.setattr(plan, "DeviceMemoryMonitor", lambda device: SimpleNamespace(capacity=gib * GIB))
+    monkeypatch.setattr(plan, "DeviceMemoryMonitor", lambda device: SimpleNamespace(name="GPU", capacity=gib * GIB))
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_what_was_chosen_is_said(mesh: Any, caplog: pytest.LogCaptureFixture, mo
 
 def plan_on_a_rank() -> list[Any]:
     """A step of the real mesh under FSDP and tensor parallel is planned; others hold more on rank 1's device."""
-    plan.DeviceMemoryMonitor = lambda device: SimpleNamespace(capacity=60 * GIB)  # type: ignore[assignment,misc]
+    plan.DeviceMemoryMonitor = lambda device: SimpleNamespace(name="GPU", capacity=60 * GIB)  # type: ignore[assignment,misc]
     plan.get_memory_held_by_others = lambda device: dist.get_rank() * 20 * GIB
     world = World(dist.get_rank(), 2, 0, 1, 0)
     found: list[Any] = []

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchtitan.config.job_config import Profiling
+from torchtitan.config.sections import Profiling
 from torchtitan.tools.profiling import maybe_profile
 
 CPU = torch.device("cpu")

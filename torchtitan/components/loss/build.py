@@ -5,7 +5,7 @@ import torch
 from torchtitan.components.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.components.loss.fused_linear import FusedLinearCrossEntropyLoss
 from torchtitan.config.errors import ConfigError, LigerNotInstalledError
-from torchtitan.config.job_config import LigerKernel
+from torchtitan.config.sections import LigerKernel
 from torchtitan.protocols.model import Loss
 from torchtitan.tools.logging import logger
 from torchtitan.tools.packages import is_liger_installed

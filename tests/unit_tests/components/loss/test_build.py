@@ -10,7 +10,7 @@ import triton
 from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, build_loss
 from torchtitan.components.loss.liger import LigerFusedLinearLoss
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.job_config import LigerKernel
+from torchtitan.config.sections import LigerKernel
 
 LIGER = "Using Liger-Kernel fused linear cross entropy loss"
 IN_TREE = "Using the in-tree fused linear cross entropy loss: "

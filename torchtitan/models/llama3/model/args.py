@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torchtitan.config.job_config import Model
+from torchtitan.config.sections import Model
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.unit_tests.distributed.layouts import ARGS, build_model, get_batch, get_gradients, loss_sum, whole
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.job_config import ActivationCheckpoint, Parallelism, Training
+from torchtitan.config.sections import ActivationCheckpoint, Parallelism, Training
 from torchtitan.distributed.context_parallel import ContextSharder
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh

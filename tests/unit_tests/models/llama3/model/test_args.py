@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from torchtitan.config.job_config import Model
+from torchtitan.config.sections import Model
 from torchtitan.models.llama3.flavors import llama3_flavors
 from torchtitan.models.llama3.model.args import RopeScaling, TransformerModelArgs
 from torchtitan.models.llama3.model.model import Transformer
