@@ -67,9 +67,7 @@ class Trainer:
 
         # processes, and the mesh they form
         self.device = utils.init_distributed(
-            config.comm,
-            dump_folder=config.job.dump_folder,
-            enable_cpu_offload=config.training.enable_cpu_offload,
+            config.comm, dump_folder=config.job.dump_folder, enable_cpu_offload=config.training.enable_cpu_offload
         )
         self.parallel_dims = ParallelDims.from_config(config.parallelism, utils.get_world().size)
         self.mesh = build_mesh(self.parallel_dims, self.device.type)
@@ -220,7 +218,6 @@ class Trainer:
         self.n_tokens_seen = state_dict["n_tokens_seen"]
 
     def parameters(self) -> list[nn.Parameter]:
-        """This rank's, of all parts of the model."""
         return [parameter for part in self.runner.model_parts for parameter in part.parameters()]
 
     def batches(self) -> Iterator[Batch]:
@@ -243,8 +240,8 @@ class Trainer:
         if not math.isfinite(loss_avg) or not math.isfinite(norm):
             found = f"the loss is {loss_avg} and the gradient norm {norm}"
             raise NonFiniteError(self.step, f"{found}; the weights are left as they were before")
-        seen = self.n_tokens_seen
-        self.metrics.log(self.step, loss_avg=loss_avg, loss_max=loss_max, grad_norm=norm, lr=lr, n_tokens_seen=seen)
+        losses = {"loss_avg": loss_avg, "loss_max": loss_max}
+        self.metrics.log(self.step, **losses, grad_norm=norm, lr=lr, n_tokens_seen=self.n_tokens_seen)
 
     def get_options_in_force(self) -> JobConfig:
         """The options, with the seed of the data's order, which may have been drawn, or come with a checkpoint."""

@@ -92,8 +92,7 @@ class Model:
     """Size of the model: a key of the family's flavours."""
 
     tokenizer_path: FilePath = "./tests/assets/tokenizer"
-    """Folder that holds a tokenizer.json (or the path of the file itself), in the working directory or else in the
-    repository."""
+    """A tokenizer.json or its folder, in the working directory or else in the repository."""
 
     use_scaled_rope: bool = False
     """Scale the rotary frequencies as Llama 3.1 does for long contexts."""
@@ -183,8 +182,7 @@ class Training:
     """Sequences per data-parallel rank in one microbatch."""
 
     global_batch_size: PositiveIntOrAuto = -1
-    """Sequences per optimizer step over all ranks; -1 is one microbatch per data-parallel rank, more are reached by
-    gradient accumulation."""
+    """Sequences per step over all ranks, by gradient accumulation; -1 is one microbatch per data-parallel rank."""
 
     seq_len: PositiveInt = 2048
     """Tokens per sequence."""
