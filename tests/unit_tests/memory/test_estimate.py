@@ -81,7 +81,7 @@ def trace_whole_step(config: JobConfig) -> int:
 def test_equals_a_whole_step(checkpointing: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = f"--training.seq_len 1024 --training.local_batch_size 4 {checkpointing} {loss}"
     monkeypatch.setattr(memory_estimate, "LIBRARY_WORKSPACES", 0)
-    monkeypatch.setattr(fused_linear, "_multiply_", lambda gradient, factor: None)  # which reads a value
+    monkeypatch.setattr(fused_linear, "multiply_", lambda gradient, factor: None)  # which reads a value
     config = parse(options)
     result = estimate_memory(config, world_size=1)
     always = 12 * llama3_flavors["debugmodel"].num_params() + measure(config, ParallelDims(), None).buffers

@@ -141,11 +141,9 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
         )
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, got {labels.dtype}")
-    if not hidden.device == weight.device == labels.device or hidden.is_meta:
-        raise ValueError(
-            "hidden, weight and labels must be on one device, and not on meta, where they have no values; "
-            f"got {hidden.device}, {weight.device} and {labels.device}"
-        )
+    if not hidden.device == weight.device == labels.device:
+        devices = f"{hidden.device}, {weight.device} and {labels.device}"
+        raise ValueError(f"hidden, weight and labels must be on one device, got {devices}")
 
 
 @dataclass(frozen=True)
