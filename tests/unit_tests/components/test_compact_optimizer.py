@@ -25,7 +25,7 @@ from torchtitan.components.compact_optimizer import (
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import ConfigError
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.sections import ActivationCheckpoint, Optimizer, Parallelism, Training
+from torchtitan.config.sections import Optimizer, Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters, local_shard
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.models.llama3.infra.parallelize import parallelize_llama
@@ -192,7 +192,7 @@ def parallelized(dims: ParallelDims, **sizes: int) -> Transformer:
         parallel_dims=dims,
         parallelism=Parallelism(),
         training=Training(),
-        activation_checkpoint=ActivationCheckpoint(mode="none"),
+        block_modes=("none",) * len(model.layers),
         loss_parallel=False,
     )
     model.to_empty(device="cpu")

@@ -15,8 +15,9 @@ from tests.unit_tests.distributed.layouts import ARGS, get_batch, get_gradients,
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import ConfigError
+from torchtitan.config.block_modes import BlockMode
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.sections import ActivationCheckpoint, Float8, Optimizer, Parallelism, Training
+from torchtitan.config.sections import Float8, Optimizer, Parallelism, Training
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.float8 import CastingFloat8Linear, apply_float8
@@ -150,11 +151,12 @@ def test_an_old_gpu_is_refused_with_what_is_needed() -> None:
 def test_recomputation_by_op_changes_nothing(compiled: bool) -> None:
     tokens, labels = get_batch()
     gradients = []
-    for mode in ("none", "selective"):
+    modes: tuple[BlockMode, ...] = ("none", "op")
+    for mode in modes:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         model = build(Float8(emulate=True), torch.float32)
-        apply_ac(model, ActivationCheckpoint(mode=mode, selective_ac_option="op"), kept_results=KEPT_RESULTS)
+        apply_ac(model, (mode,) * len(model.layers), kept_results=KEPT_RESULTS)
         if compiled:
             with patch("torch.compile", partial(torch.compile, backend="aot_eager")):
                 apply_compile(model)
@@ -178,7 +180,7 @@ def layout_step(degrees: dict[str, int], options: dict[str, bool]) -> dict[str, 
         parallel_dims=dims,
         parallelism=Parallelism(),
         training=Training(mixed_precision_param="float32"),
-        activation_checkpoint=ActivationCheckpoint(mode="none"),
+        block_modes=("none",) * len(model.layers),
         loss_parallel=False,
     )
     model.to_empty(device="cpu")
