@@ -236,6 +236,22 @@ def test_within_5_percent_of_the_measured_peak(options: str, reserved: float) ->
     assert f"| {peak:.1f} | {reserved} |" in page
 
 
+@pytest.mark.parametrize(
+    ("options", "reserved"),
+    [
+        (
+            "--model.flavor 8B --training.seq_len 8192 --training.local_batch_size 1 --optimizer.state_precision compact"
+            " --activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op",
+            57.2,
+        ),
+        (f"{LARGE} --training.local_batch_size 8 --activation_checkpoint.mode none", 58.0),
+    ],
+)
+def test_within_5_percent_whatever_the_states_and_the_recomputation(options: str, reserved: float) -> None:
+    assert estimate(f"{options} {COMPILE} {FLAG}").peak / GIB == pytest.approx(reserved, rel=0.05)
+    assert f"| {reserved} |" in (Path(__file__).parents[3] / "docs" / "performance.md").read_text()
+
+
 def test_peak_is_the_sum_of_the_streams_own_worst_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_estimate, "FRAGMENTATION", 0)
     moments = [
