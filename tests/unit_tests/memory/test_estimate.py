@@ -240,8 +240,9 @@ def test_within_5_percent_of_the_measured_peak(options: str, reserved: float) ->
     ("options", "reserved"),
     [
         (
-            "--model.flavor 8B --training.seq_len 8192 --training.local_batch_size 1 --optimizer.state_precision compact"
-            " --activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op",
+            "--model.flavor 8B --training.seq_len 8192 --training.local_batch_size 1"
+            " --optimizer.state_precision compact --activation_checkpoint.mode selective"
+            " --activation_checkpoint.selective_ac_option op",
             57.2,
         ),
         (f"{LARGE} --training.local_batch_size 8 --activation_checkpoint.mode none", 58.0),
