@@ -13,9 +13,11 @@
 #
 # scripts/multinode_trainer.slurm does it under SLURM. Exit status: 0, a failed worker's own, 130 after Ctrl-C, 143
 # after SIGTERM. An active Python that has the dependencies is used as it is; otherwise .venv is made here.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # as `sh run_train.sh` starts it
 set -euo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+unset CDPATH # which has cd go elsewhere, and say so
+root="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)"
 source "$root/scripts/setup_env.sh"
 setup_env
 

@@ -41,6 +41,7 @@ from torchtitan.config.errors import ConfigError, NonFiniteError
 from torchtitan.config.manager import to_toml, write_resolved
 from torchtitan.distributed import utils
 from torchtitan.distributed.context_parallel import ContextSharder
+from torchtitan.distributed.fsdp import reduce_over_copies
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.memory import explain_out_of_memory, is_out_of_memory, plan_memory
 from torchtitan.protocols.custom_import import maybe_import_custom
@@ -92,8 +93,6 @@ class Trainer:
         )
         self.num_microbatches = self._get_num_microbatches()
         self.shard_context = ContextSharder(self.mesh["cp"])
-        # one rank of those that read the same sequences counts their tokens
-        self.counts_tokens = self.mesh.is_first("pp", "cp", "tp")
 
         # batches to gradients
         self.model_code = get_train_spec(config.model.name).load()
@@ -174,10 +173,10 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch]) -> bool:
         """One optimizer step; returns whether some rank was asked to stop (known one step late)."""
         microbatches = [next(batches) for _ in range(self.num_microbatches)]
-        # on the CPU, where the batches are
+        # on the CPU, where the batches are, and by one rank of those that read the same sequences
         num_local_tokens = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in microbatches]).sum()
         num_valid_tokens, stop = utils.sum_over_world_(
-            torch.stack([num_local_tokens * self.counts_tokens, self.guard.stop_requested])
+            torch.stack([num_local_tokens * self.mesh.is_first("pp", "cp", "tp"), self.guard.stop_requested])
             .float()
             .to(self.device, non_blocking=True)
         )
@@ -201,6 +200,7 @@ class Trainer:
         self.optimizer.zero_grad()
         loss = torch.zeros((), device=self.device)
         for batch in microbatches:
+            reduce_over_copies(self.runner.model_parts, now=batch is microbatches[-1])
             tokens, labels, positions = self.shard_context(*(t.to(self.device, non_blocking=True) for t in batch))
             loss += self.runner.forward_backward(tokens, labels, positions, scale)
         return loss

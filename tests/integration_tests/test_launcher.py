@@ -160,6 +160,18 @@ def test_it_runs_from_any_folder(repo: Path, tmp_path: Path, has_one_of_its_own:
     assert worker(folder, 0)["WORLD_SIZE"] == "1"
 
 
+@pytest.mark.parametrize("start", ["sh run_train.sh", "./link_to_it"])
+def test_it_runs_by_sh_through_a_link_and_with_cdpath(repo: Path, tmp_path: Path, start: str) -> None:
+    (repo / "link_to_it").symlink_to(repo / "run_train.sh")
+    (tmp_path / "elsewhere" / repo.name).mkdir(parents=True)
+    variables = environment(repo, "succeed", CDPATH=f"{tmp_path / 'elsewhere'}:{repo.parent}")
+    result = subprocess.run(
+        start.split(), cwd=repo, env=variables, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert worker(repo, 0)["WORLD_SIZE"] == "1"
+
+
 def test_bytes_that_are_not_utf8_are_a_mistake_too(repo: Path) -> None:
     result = run(repo, "succeed", "--job.description", "bad\udcff")
     assert (result.returncode, result.stdout) == (1, "")
@@ -211,6 +223,10 @@ def test_a_log_dir_must_be_writable(repo: Path) -> None:
             "--standalone is for one machine, and --nnodes is 2; leave one of them out",
         ),
         ("--max_restarts abc --node_rank abc", "2 mistakes:"),
+        (
+            "--nnodes 2:4 --rdzv_endpoint a:1 --checkpoint.enable_checkpoint",
+            "--nnodes 2:4 with checkpoint.enable_checkpoint: a restart on another number of machines cannot go on",
+        ),
     ],
 )
 def test_a_mistake_in_torchruns_flags_is_one_of_the_options(

@@ -10,6 +10,7 @@ it, under every reshard policy, and its gradient is reduced once.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -74,6 +75,16 @@ def apply_fsdp(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             _sum_gradients(module, parallel_dims)
+
+
+def reduce_over_copies(model_parts: Sequence[nn.Module], *, now: bool) -> None:
+    """Whether the next backward sums its gradients over HSDP's copies of the weights, or leaves that to a later one.
+
+    Those copies are joined by the slowest links, and the sums of several microbatches need to cross them only once.
+    """
+    for part in model_parts:
+        if isinstance(part, FSDPModule):
+            part.set_requires_all_reduce(now)
 
 
 def should_reshard_after_forward(policy: ReshardPolicy, parallel_dims: ParallelDims) -> bool:

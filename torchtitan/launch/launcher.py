@@ -68,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launcher, options = split_arguments(sys.argv[1:] if argv is None else argv)
         num_gpus = getattr(launcher, "num_gpus", None)
-        nnodes = int(launcher.nnodes.partition(":")[0])
-        preflight.check(options, nproc=launcher.nproc_per_node, nnodes=nnodes, num_gpus=num_gpus)
+        fewest, _, most = launcher.nnodes.partition(":")
+        nnodes, max_nnodes, nproc = int(fewest), int(most or fewest), launcher.nproc_per_node
+        preflight.check(options, nproc=nproc, nnodes=nnodes, max_nnodes=max_nnodes, num_gpus=num_gpus)
         raise_all([ConfigError(problem) for problem in _about_flags(launcher)])
         if (folder := getattr(launcher, "log_dir", os.devnull)) != os.devnull:  # which torchrun knows how to take
             preflight.check_writable(Path(folder), given=f"--log_dir {folder}")

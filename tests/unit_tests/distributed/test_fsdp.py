@@ -12,7 +12,7 @@ from tests.unit_tests.distributed.layouts import ARGS, build_model, get_batch, g
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.sections import Parallelism, ReshardPolicy, Training
-from torchtitan.distributed.fsdp import should_reshard_after_forward
+from torchtitan.distributed.fsdp import reduce_over_copies, should_reshard_after_forward
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.models.llama3.model.model import Transformer
@@ -98,8 +98,25 @@ def mixed_precision() -> dict[str, Any]:
     return seen | {"parameter": parameter.dtype, "gradient": parameter.grad.dtype, "final hidden": hidden.dtype}
 
 
+def copies_of_the_weights() -> dict[str, Any]:
+    """Three microbatches on two copies: all-reduces of each backward, and the gradients of all."""
+    model = build_model(ParallelDims(dp_replicate=2))
+    tokens, labels = get_batch()
+    counts = []
+    for number in range(3):
+        reduce_over_copies([model], now=number == 2)
+        with CommDebugMode() as comm:
+            loss_sum(model(tokens.roll(number)), labels).backward()
+        counts.append(sum(n for name, n in count(comm).items() if "allreduce" in name.replace("_", "")))
+    return {"all-reduces": counts, "gradients": get_gradients(model)}
+
+
 def on_two_ranks() -> dict[str, Any]:
-    return {"mixed": mixed_precision(), **{policy: step_with_chunks(policy) for policy in POLICIES}}
+    return {
+        "copies": copies_of_the_weights(),
+        "mixed": mixed_precision(),
+        **{policy: step_with_chunks(policy) for policy in POLICIES},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +179,16 @@ def test_pipeline_stages_keep_their_weights_between_microbatches() -> None:
     assert not should_reshard_after_forward("default", ParallelDims(pp=2, dp_shard=2))
     assert should_reshard_after_forward("always", ParallelDims(pp=2))
     assert not should_reshard_after_forward("never", ParallelDims(dp_shard=2))
+
+
+def test_gradients_of_several_microbatches_cross_the_copies_once(results: dict[str, Any]) -> None:
+    *earlier, last = results["copies"]["all-reduces"]
+    assert earlier == [0, 0]
+    assert last == len(UNITS)
+    model = Transformer(ARGS())
+    init_parameters(model, seed=7, device="cpu")
+    tokens, labels = get_batch()
+    for number in range(3):
+        (2 * loss_sum(model(tokens.roll(number)), labels)).backward()  # both ranks have the whole batch
+    for name, expected in get_gradients(model).items():
+        torch.testing.assert_close(results["copies"]["gradients"][name], expected, rtol=1e-5, atol=1e-5)
