@@ -2,7 +2,6 @@
 
 import json
 import math
-import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -115,11 +114,11 @@ def seed_python() -> None:
 
 def read_states(folder: Path, world_size: int) -> tuple[str, Any]:
     """The random states and the places in the data that a checkpoint in the midst of the run holds."""
-    random_states = {f"rng.rank_{rank}": b"" for rank in range(world_size)}
+    random_states = {f"rng.rank_{rank}": "" for rank in range(world_size)}
     state = {"dataloader.dp_rank_0": "", **random_states}
     load_alone(folder / "checkpoint/step-2", state)
-    loaded = [pickle.loads(state[name]) for name in random_states]
-    return state["dataloader.dp_rank_0"], [(states["python"], states["torch"].tolist()) for states in loaded]
+    loaded = [json.loads(state[name]) for name in random_states]
+    return state["dataloader.dp_rank_0"], [(states["python"], states["torch"]) for states in loaded]
 
 
 def test_every_validation_reads_the_same_batches(tmp_path):
