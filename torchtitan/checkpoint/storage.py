@@ -156,7 +156,10 @@ class CheckpointWriter(FileSystemWriter):
             raise
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the first rank, after all have written."""
+        """On the first rank, after all have written. What it finds is noted in `metadata`, which `save` returns."""
+        metadata.storage_data = {
+            r.index: r.storage_data for of_rank in results for r in of_rank
+        }  # torch 2.11: in a copy
         super().finish(metadata, results)
         content = Path(self.path, ".metadata").read_bytes()
         Path(self.path, _DIGEST).write_text(hashlib.sha256(content).hexdigest())
