@@ -110,8 +110,9 @@ def end_process(status: int) -> NoReturn:
 
 
 def is_of_lost_rank(error: Exception) -> bool:
-    """Whether a collective failed, and not this rank itself."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    """Whether a collective failed, and not this rank itself, nor the start of the group."""
+    of_collective = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    return of_collective and dist.is_initialized()
 
 
 def end_after_lost_rank(error: Exception, *, step: int) -> NoReturn:

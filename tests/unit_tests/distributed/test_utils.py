@@ -173,3 +173,14 @@ end_process({status})
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (status, "buffered\nregistered\n"), ended.stderr
+
+
+def test_a_group_that_cannot_be_made_has_lost_no_rank() -> None:
+    error = dist.DistStoreError("the address is in use")
+    assert not utils.is_of_lost_rank(error)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert utils.is_of_lost_rank(error)
+        assert not utils.is_of_lost_rank(KeyError("a bug"))
+    finally:
+        dist.destroy_process_group()
