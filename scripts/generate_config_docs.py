@@ -18,7 +18,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 INTRODUCTION = """\
 # Configuration
 
-<!-- Written by scripts/generate_config_docs.py from torchtitan/config/sections.py: edit that file, then run it. -->
+<!-- Written by scripts/generate_config_docs.py from torchtitan/config/sections/: edit those files, then run it. -->
 
 A run is described by a TOML file (1.1) and by flags. A flag wins over the file, the file over the defaults below.
 

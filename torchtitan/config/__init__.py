@@ -1,6 +1,6 @@
 """Configuration of a run. Nothing in this package imports torch, so that a mistake is found in an instant.
 
-sections.py        the schema: one dataclass per TOML [section]; types.py has what types its fields may have
+sections/          the schema: one dataclass per TOML [section]; types.py has what types its fields may have
 job_config.py      all sections as one configuration
 schema.py          the schema as a table of options: types, ranges, documentation, reading one value
 upstream.py        options that only upstream has: without effect here, or refused

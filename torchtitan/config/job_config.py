@@ -1,4 +1,4 @@
-"""A whole configuration: the sections of sections.py, by name."""
+"""A whole configuration: the sections of sections/, by name."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

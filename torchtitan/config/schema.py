@@ -1,4 +1,4 @@
-"""The schema of sections.py as a table of options, by dotted name.
+"""The schema of sections/ as a table of options, by dotted name.
 
 An `Option` knows what it allows, how one value is read from a TOML file or from the command line,
 and its documentation, which is the string under the field. Nearest names for a misspelling come from here too.
@@ -15,10 +15,10 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import SequenceMatcher
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from torchtitan.config import sections
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.types import Range
 
@@ -168,14 +168,13 @@ def _ratio(a: str, b: str) -> float:
 def _field_docs() -> dict[tuple[str, str], str]:
     """The string under each field, by names of class and field."""
     docs = {}
-    for cls in ast.parse(inspect.getsource(sections)).body:
-        if not isinstance(cls, ast.ClassDef):
-            continue
-        for statement, below in zip(cls.body, cls.body[1:], strict=False):
+    for cls in get_sections().values():
+        body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+        for statement, below in pairwise(body):
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 match below:
                     case ast.Expr(value=ast.Constant(value=str(text))):
-                        docs[cls.name, statement.target.id] = " ".join(text.split())
+                        docs[cls.__name__, statement.target.id] = " ".join(text.split())
     return docs
 
 
