@@ -12,8 +12,8 @@ from torchtitan.checkpoint.storage import find_weights, load_alone, read_metadat
 from torchtitan.config import JobConfig
 from torchtitan.config.manager import write_resolved
 from torchtitan.distributed.init_weights import init_parameters
+from torchtitan.models.common.model import Transformer
 from torchtitan.models.llama3 import llama3_flavors
-from torchtitan.models.llama3.model.model import Transformer
 
 REPO = Path(__file__).parents[1]
 TOKENIZER = REPO / "tests/assets/tokenizer"

@@ -20,8 +20,8 @@ import torch
 
 import torchtitan.train
 from tests.finished_run import save_run
+from torchtitan.models.common.model import Transformer
 from torchtitan.models.llama3 import llama3_flavors
-from torchtitan.models.llama3.model.model import Transformer
 
 REPO = Path(__file__).parents[2]
 PAGES_AT_A_TIME = 2

@@ -15,7 +15,7 @@ from tests.integration_tests.lives import read_lines, read_steps, train
 from tests.integration_tests.tiny_sizes import TINY
 from torchtitan.checkpoint.storage import load_alone
 from torchtitan.components.tokenizer import build_tokenizer
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.model import Transformer
 
 SEQ_LEN = 32
 LAYOUTS = {

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.model import Transformer
 from torchtitan.protocols.model import Initializer
 
 FACTOR = 8

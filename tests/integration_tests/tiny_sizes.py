@@ -1,6 +1,6 @@
 """Sizes of Llama 3 for which a step takes milliseconds."""
 
-from torchtitan.models.llama3.model.args import TransformerModelArgs
+from torchtitan.models.common.args import TransformerModelArgs
 
 TINY = TransformerModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden_dim=64, vocab_size=2000)
 

@@ -11,8 +11,8 @@ from torchtitan.components.loss import cross_entropy_sum, fused_linear_cross_ent
 from torchtitan.config.sections import LigerKernel
 from torchtitan.datasets import DocumentStream, Position
 from torchtitan.distributed.init_weights import init_parameters
-from torchtitan.models.llama3.model.args import TransformerModelArgs
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.args import TransformerModelArgs
+from torchtitan.models.common.model import Transformer
 
 TINY = TransformerModelArgs(dim=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_hidden_dim=48, vocab_size=101)
 

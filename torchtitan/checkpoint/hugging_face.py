@@ -174,9 +174,9 @@ def read_model(file: Path) -> tuple[ModelCode, Any]:
     try:
         if "quantization_config" in config:
             raise CheckpointError("quantized weights are not supported; get the model in bfloat16 or float32")
-        code = find_hf_family(config.get("model_type")).load()
-        assert code.args_from_hf_config is not None, "a family with a hf_model_type reads its config.json"
-        return code, code.args_from_hf_config(config)
+        spec = find_hf_family(config.get("model_type"))
+        assert spec.args_from_hf_config is not None, "a family with a hf_model_type reads its config.json"
+        return spec.load(), spec.args_from_hf_config(config)
     except ConfigError as error:
         raise CheckpointError(f"{file}: {str(error).removeprefix('config.json: ')}") from error
     except KeyError as error:

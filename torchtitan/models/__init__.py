@@ -1,1 +1,4 @@
-"""Model families: a package each, with a `train_spec` (protocols/train_spec.py) that names its parts."""
+"""Model families: a package each, with a `train_spec` (protocols/train_spec.py) that names its parts.
+
+common/ is what they share.
+"""

@@ -77,8 +77,6 @@ class ModelCode:
     """Builds the adapter from the model's ModelArgs; None where Hugging Face has no such model."""
     tensor_parallel_plan: Mapping[str, Any] = field(default_factory=dict)
     """The style of torch.distributed.tensor.parallel of each module of a block; empty where it cannot be split."""
-    args_from_hf_config: Callable[[dict[str, Any]], Any] | None = None
-    """The ModelArgs that a config.json describes. Raises CheckpointError for what the model lacks."""
     build_loss: Callable[..., Loss] | None = None
     """In place of components.loss.build_loss, with its arguments: a loss of the family's own. Not for pipelines."""
 
@@ -92,6 +90,8 @@ class TrainSpec:
     load: Callable[[], ModelCode]
     hf_model_type: str | None = None
     """What transformers' config.json calls the family."""
+    args_from_hf_config: Callable[[Mapping[str, Any]], Any] | None = None
+    """The ModelArgs that such a config.json describes. Raises CheckpointError for what the model lacks."""
 
 
 # Filled while modules are imported, read afterwards.
@@ -106,8 +106,8 @@ def register_train_spec(name: str, spec: TrainSpec) -> None:
 
 
 def get_model_names() -> list[str]:
-    in_tree = [module.name for module in pkgutil.iter_modules([str(Path(torchtitan.__path__[0], "models"))])]
-    return sorted([*in_tree, *_registered])
+    in_tree = {module.name for module in pkgutil.iter_modules([str(Path(torchtitan.__path__[0], "models"))])}
+    return sorted([*(in_tree - {"common"}), *_registered])
 
 
 def get_train_spec(name: str) -> TrainSpec:

@@ -22,10 +22,12 @@ from torchtitan.config.sections import Checkpoint, LRScheduler, Optimizer, Paral
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh
-from torchtitan.models.llama3.infra.parallelize import parallelize_llama
-from torchtitan.models.llama3.model.args import TransformerModelArgs
-from torchtitan.models.llama3.model.model import Transformer
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.models.common.args import TransformerModelArgs
+from torchtitan.models.common.model import Transformer
+from torchtitan.models.common.parallelize import parallelize_transformer
+from torchtitan.models.llama3 import train_spec
+
+build_adapter = train_spec.load().state_dict_adapter
 
 MODEL = TransformerModelArgs(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden_dim=48, vocab_size=61, max_seq_len=64
@@ -83,7 +85,7 @@ class Run:
             train_state=self,
             steps=self.steps,
             is_restart=self.is_restart,
-            adapter=Llama3StateDictAdapter(MODEL),
+            adapter=build_adapter(MODEL),
             tokenizer_path=str(TOKENIZER),
             bos_id=59,
             eos_id=60,
@@ -141,7 +143,7 @@ def build_run(
     mesh = build_mesh(dims, device)
     with torch.device("meta"):
         model = Transformer(args).to(torch.bfloat16 if compact else torch.float32)
-    parallelize_llama(
+    parallelize_transformer(
         model,
         mesh=mesh,
         parallel_dims=dims,
@@ -150,7 +152,7 @@ def build_run(
         block_modes=("none",) * len(model.layers),
         loss_parallel=False,
     )
-    if device == "cuda":  # parallelize_llama leaves FSDP out on one rank
+    if device == "cuda":  # parallelize_transformer leaves FSDP out on one rank
         apply_fsdp(model, mesh, dims, param_dtype=torch.float32)
     model.to_empty(device=device)
     model.init_buffers(device)

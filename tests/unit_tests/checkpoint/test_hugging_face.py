@@ -11,9 +11,11 @@ from tests.unit_tests.checkpoint.checkpointed_run import MODEL, assert_same, bui
 from torchtitan.checkpoint import hugging_face
 from torchtitan.checkpoint.storage import read_metadata
 from torchtitan.config.errors import CheckpointError
-from torchtitan.models.llama3.model.args import RopeScaling, TransformerModelArgs
-from torchtitan.models.llama3.model.model import Transformer
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.models.common.args import RopeScaling, TransformerModelArgs
+from torchtitan.models.common.model import Transformer
+from torchtitan.models.llama3 import train_spec
+
+build_adapter = train_spec.load().state_dict_adapter
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -45,7 +47,7 @@ def test_there_and_back_keeps_where_a_text_ends(tmp_path):
     (theirs / "config.json").write_text(json.dumps({**config, "eos_token_id": [1, 5, 7]}))
     (theirs / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
     (theirs / "chat_template.jinja").write_text("{{ messages }}")
-    ours_to_theirs = hugging_face.HuggingFaceFormat(Llama3StateDictAdapter(MODEL), bos_id=59, eos_id=60)
+    ours_to_theirs = hugging_face.HuggingFaceFormat(build_adapter(MODEL), bos_id=59, eos_id=60)
     shapes = {name: weight.shape for name, weight in Transformer(MODEL).state_dict().items()}
     ours_to_theirs.convert_back(theirs, ours, shapes)
     ours_to_theirs.convert(ours, back)
@@ -62,7 +64,7 @@ def test_the_tokenizer_of_an_export_is_the_file_that_was_named(tmp_path, beside)
     (tmp_path / "tok/mine.json").write_text("mine")
     if beside is not None:
         (tmp_path / "tok/tokenizer.json").write_text(beside)
-    adapter = Llama3StateDictAdapter(MODEL)
+    adapter = build_adapter(MODEL)
     ours_to_theirs = hugging_face.HuggingFaceFormat(adapter, tokenizer_path=tmp_path / "tok/mine.json")
     ours_to_theirs.convert(folder(export) / "step-1", tmp_path / "out")
     assert (tmp_path / "out/tokenizer.json").read_text() == "mine"
@@ -83,7 +85,7 @@ def test_transformers_loads_the_export_and_computes_the_same_logits(tmp_path):
 def test_transformers_own_save_is_loaded(tmp_path, tied):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = {k: v for k, v in Llama3StateDictAdapter(MODEL).to_hf_config().items() if k not in ("architectures",)}
+    config = {k: v for k, v in build_adapter(MODEL).to_hf_config().items() if k not in ("architectures",)}
     theirs = LlamaForCausalLM(LlamaConfig(**{**config, "tie_word_embeddings": tied}))
     theirs.save_pretrained(tmp_path / "hf")
     run = build_run(tmp_path, initial_load_path=str(tmp_path / "hf"), initial_load_in_hf=True)
@@ -115,12 +117,12 @@ def test_bad_hugging_face_folders_are_explained(tmp_path):
 
     (tmp_path / "empty").mkdir()
     config = json.loads((path / "config.json").read_bytes())
-    scaled = Llama3StateDictAdapter(replace(MODEL, rope_scaling=RopeScaling())).to_hf_config()
+    scaled = build_adapter(replace(MODEL, rope_scaling=RopeScaling())).to_hf_config()
     for change, message in (
         ({"num_hidden_layers": 3}, "num_hidden_layers is 3, and 2 in this model"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2'; the families of this package have "),
-        ({"attention_bias": True}, "attention_bias is True; Llama 3 here has False"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; Llama 3 here has 'silu'"),
+        ({"attention_bias": True}, "attention_bias is True; LlamaForCausalLM here has False"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; LlamaForCausalLM here has 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
         (scaled, r"rope_scaling is {'rope_type': 'llama3', .*}, and None in this model"),
     ):

@@ -31,8 +31,10 @@ from torchtitan.checkpoint.storage import (
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import CheckpointError
 from torchtitan.distributed.init_weights import init_parameters
-from torchtitan.models.llama3.model.model import Transformer
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.models.common.model import Transformer
+from torchtitan.models.llama3 import train_spec
+
+build_adapter = train_spec.load().state_dict_adapter
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -276,7 +278,7 @@ def test_initial_weights_of_another_model_than_their_config_says_are_refused(tmp
     source = build_run(tmp_path / "source")
     source.train(2)
     path = folder(source) / "step-2"
-    config = {**Llama3StateDictAdapter(MODEL).to_hf_config(), "rms_norm_eps": 1e-6}
+    config = {**build_adapter(MODEL).to_hf_config(), "rms_norm_eps": 1e-6}
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"config.json: rms_norm_eps is 1e-06, and 1e-05 in this model"):
         build_run(tmp_path / "run", initial_load_path=str(path)).checkpointer.load()

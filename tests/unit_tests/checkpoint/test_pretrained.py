@@ -12,9 +12,10 @@ from tests.finished_run import CONTEXT, TOKENIZER, load_weights, save_run
 from torchtitan.checkpoint.pretrained import check_divisible, find_pretrained
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import Model
-from torchtitan.models.llama3 import llama3_flavors
-from torchtitan.models.llama3.model.args import RopeScaling
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.models.common.args import RopeScaling
+from torchtitan.models.llama3 import llama3_flavors, train_spec
+
+build_adapter = train_spec.load().state_dict_adapter
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,7 @@ def hf_folder(path: Path, **config) -> Path:
     path.mkdir()
     (path / "model.safetensors").touch()
     args = llama3_flavors["debugmodel"]
-    config = {**Llama3StateDictAdapter(args).to_hf_config(), **config}
+    config = {**build_adapter(args).to_hf_config(), **config}
     (path / "config.json").write_text(json.dumps(config))
     return path
 

@@ -28,8 +28,8 @@ from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.sections import Optimizer, Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters, local_shard
 from torchtitan.distributed.mesh import build_mesh
-from torchtitan.models.llama3.infra.parallelize import parallelize_llama
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.model import Transformer
+from torchtitan.models.common.parallelize import parallelize_transformer
 
 ONE, GO, SALT = torch.tensor(1.0), torch.tensor(False), torch.tensor(5, dtype=torch.int32)
 
@@ -186,7 +186,7 @@ def test_the_learning_rate_and_the_constants_are_the_configurations() -> None:
 def parallelized(dims: ParallelDims, **sizes: int) -> Transformer:
     with torch.device("meta"):
         model = Transformer(ARGS(**sizes)).bfloat16()
-    parallelize_llama(
+    parallelize_transformer(
         model,
         mesh=build_mesh(dims, "cpu"),
         parallel_dims=dims,

@@ -18,9 +18,9 @@ from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.config.errors import ConfigError
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.tensor_parallel import apply_tp
-from torchtitan.models.llama3.infra.parallelize import TENSOR_PARALLEL_PLAN
-from torchtitan.models.llama3.model.args import TransformerModelArgs
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.args import TransformerModelArgs
+from torchtitan.models.common.model import Transformer
+from torchtitan.models.common.parallelize import TENSOR_PARALLEL_PLAN
 
 ARGS = TransformerModelArgs(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden_dim=48, vocab_size=61, max_seq_len=32

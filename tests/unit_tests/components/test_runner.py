@@ -17,8 +17,8 @@ from torchtitan.config.sections import Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.distributed.pipeline_parallel import PipelineRunner
-from torchtitan.models.llama3.infra.parallelize import parallelize_llama
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.model import Transformer
+from torchtitan.models.common.parallelize import parallelize_transformer
 
 
 def test_validation_uses_the_standard_path() -> None:
@@ -75,7 +75,7 @@ def test_a_pipeline_sums_with_the_loss_that_it_is_given() -> None:
         ARGS(),
         loss,
         parallelize=partial(
-            parallelize_llama,
+            parallelize_transformer,
             mesh=mesh,
             parallel_dims=dims,
             parallelism=parallelism,
@@ -111,7 +111,7 @@ def test_weights_of_another_dtype_are_the_float32_ones_rounded() -> None:
             ARGS(),
             CrossEntropyLoss(),
             parallelize=partial(
-                parallelize_llama,
+                parallelize_transformer,
                 mesh=mesh,
                 parallel_dims=dims,
                 parallelism=Parallelism(),

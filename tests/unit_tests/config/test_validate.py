@@ -9,7 +9,7 @@ import pytest
 from torchtitan.config import ConfigError, JobConfig
 from torchtitan.config.errors import FusedLossWithPipelineError, LigerNotInstalledError
 from torchtitan.config.manager import resolve
-from torchtitan.models.llama3.model.args import TransformerModelArgs
+from torchtitan.models.common.args import TransformerModelArgs
 from torchtitan.protocols.train_spec import validate_run
 
 TRAIN_CONFIGS = Path(__file__).parents[3] / "torchtitan" / "models"

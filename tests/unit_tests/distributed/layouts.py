@@ -12,9 +12,9 @@ from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.sections import ActivationCheckpoint, Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import Mesh, build_mesh
-from torchtitan.models.llama3.infra.parallelize import parallelize_llama
-from torchtitan.models.llama3.model.args import TransformerModelArgs
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.args import TransformerModelArgs
+from torchtitan.models.common.model import Transformer
+from torchtitan.models.common.parallelize import parallelize_transformer
 
 # A vocabulary that no degree divides.
 ARGS = partial(
@@ -35,7 +35,7 @@ def build_model(
     """In float32 and without checkpointing unless said otherwise; the same weights on every layout."""
     with torch.device("meta"):
         model = Transformer(ARGS(**args))
-    parallelize_llama(
+    parallelize_transformer(
         model,
         mesh=mesh or build_mesh(dims, "cpu"),
         parallel_dims=dims,

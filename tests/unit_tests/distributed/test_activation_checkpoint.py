@@ -12,8 +12,8 @@ from torchtitan.config.block_modes import BlockMode
 from torchtitan.distributed.activation_checkpoint import apply_ac, set_block_modes
 from torchtitan.distributed.context_parallel import attend_to_prefix
 from torchtitan.distributed.init_weights import init_parameters
-from torchtitan.models.llama3.infra.parallelize import KEPT_RESULTS
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.model import Transformer
+from torchtitan.models.common.parallelize import KEPT_RESULTS
 
 N_LAYERS = 4
 NONE: list[BlockMode] = ["none"] * N_LAYERS

@@ -7,7 +7,7 @@ from torchtitan.config.sections import ActivationCheckpoint
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.init_weights import init_parameters
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.model import Transformer
 
 N_LAYERS = 12
 """More than the number of recompilations after which torch gives up."""

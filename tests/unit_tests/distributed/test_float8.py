@@ -24,8 +24,8 @@ from torchtitan.distributed.float8 import CastingFloat8Linear, apply_float8
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.distributed.mixed_precision import apply_mixed_precision
-from torchtitan.models.llama3.infra.parallelize import KEPT_RESULTS, parallelize_llama
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.model import Transformer
+from torchtitan.models.common.parallelize import KEPT_RESULTS, parallelize_transformer
 
 CPU = torch.device("cpu")
 SIZES = {"dim": 64, "n_kv_heads": 4, "ffn_hidden_dim": 96}
@@ -174,7 +174,7 @@ def layout_step(degrees: dict[str, int], options: dict[str, bool]) -> dict[str, 
     with torch.device("meta"):
         model = Transformer(ARGS(**SIZES))
     apply_float8(model, config, tp=dims.tp, sharded=dims.dp_shard > 1, device=CPU)
-    parallelize_llama(
+    parallelize_transformer(
         model,
         mesh=mesh,
         parallel_dims=dims,

@@ -15,7 +15,7 @@ from torchtitan.config.sections import Parallelism, ReshardPolicy, Training
 from torchtitan.distributed.fsdp import reduce_over_copies, should_reshard_after_forward
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.model import Transformer
 
 POLICIES: list[ReshardPolicy] = ["default", "always", "never"]
 UNITS = ["tok_embeddings", "layers.0", "layers.1", "norm", "output"]

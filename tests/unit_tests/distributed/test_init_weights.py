@@ -10,7 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.unit_tests.distributed.layouts import ARGS
 from torchtitan.distributed.init_weights import init_parameters, local_shard
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.model import Transformer
 
 
 @pytest.fixture(params=range(4))

@@ -7,7 +7,7 @@ from tests.unit_tests.distributed.layouts import ARGS, get_batch, get_gradients,
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mixed_precision import apply_mixed_precision
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.model import Transformer
 
 
 def build_model() -> Transformer:

@@ -22,9 +22,9 @@ from torchtitan.distributed.context_parallel import ContextSharder
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.distributed.pipeline_parallel import build_pipeline, keep_modules
-from torchtitan.models.llama3.infra.parallelize import parallelize_llama
-from torchtitan.models.llama3.model.args import TransformerModelArgs
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.args import TransformerModelArgs
+from torchtitan.models.common.model import Transformer
+from torchtitan.models.common.parallelize import parallelize_transformer
 
 MODEL = TransformerModelArgs(
     dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_hidden_dim=48, vocab_size=61, max_seq_len=16
@@ -154,7 +154,7 @@ def run_case(case: Case) -> dict[str, Tensor]:
         dim=MODEL.dim,
         vocab_size=MODEL.vocab_size,
         parallelize=partial(
-            parallelize_llama,
+            parallelize_transformer,
             mesh=mesh,
             parallel_dims=dims,
             parallelism=parallelism,

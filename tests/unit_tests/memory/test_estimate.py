@@ -20,9 +20,9 @@ from torchtitan.memory import estimate as memory_estimate
 from torchtitan.memory.estimate import GIB, MemoryEstimate, Moment, describe, estimate_memory
 from torchtitan.memory.measure import measure
 from torchtitan.memory.trace import MemoryTrace, with_gpu_kernels
+from torchtitan.models.common.model import Transformer
+from torchtitan.models.common.parallelize import parallelize_transformer
 from torchtitan.models.llama3 import llama3_flavors
-from torchtitan.models.llama3.infra.parallelize import parallelize_llama
-from torchtitan.models.llama3.model.model import Transformer
 
 COMPILE = "--training.compile"
 FLAG = "--liger_kernel.enable_fused_linear_cross_entropy"
@@ -45,7 +45,7 @@ def trace_whole_step(config: JobConfig) -> int:
         model = Transformer(args)
     for module in (*model.layers.values(), model.norm):
         module.forward = with_gpu_kernels(module.forward)
-    parallelize_llama(
+    parallelize_transformer(
         model,
         mesh=None,
         parallel_dims=ParallelDims(),
@@ -132,7 +132,7 @@ def test_units_are_fsdps(tp: int) -> None:
     try:
         with torch.device("meta"):
             model = Transformer(llama3_flavors["debugmodel"])
-        parallelize_llama(
+        parallelize_transformer(
             model,
             mesh=build_mesh(dims, "cpu"),
             parallel_dims=dims,

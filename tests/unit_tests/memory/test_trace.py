@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.memory.trace import MemoryTrace, with_gpu_kernels
-from torchtitan.models.llama3.infra.parallelize import KEPT_RESULTS
-from torchtitan.models.llama3.model.args import TransformerModelArgs
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.args import TransformerModelArgs
+from torchtitan.models.common.model import Transformer
+from torchtitan.models.common.parallelize import KEPT_RESULTS
 
 ARGS = TransformerModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, ffn_hidden_dim=192, vocab_size=100)
 

@@ -1,6 +1,6 @@
 """The sizes of Llama 3, by name. Imports no torch, so that options are checked fast."""
 
-from torchtitan.models.llama3.model.args import TransformerModelArgs
+from torchtitan.models.common.args import TransformerModelArgs
 
 llama3_flavors: dict[str, TransformerModelArgs] = {
     # 6,139,136 parameters: trains on a laptop's CPU, with the tokenizer in tests/assets

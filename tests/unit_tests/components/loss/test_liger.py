@@ -10,7 +10,7 @@ from torchtitan.components.loss import IGNORE_INDEX, CrossEntropyLoss
 from torchtitan.components.loss.chunking import liger_chunk_mem_const, liger_chunk_rows
 from torchtitan.components.loss.liger import LigerFusedLinearLoss
 from torchtitan.config.errors import ConfigError
-from torchtitan.models.llama3.model.model import OutputHead
+from torchtitan.models.common.model import OutputHead
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB, DIM = 200, 16

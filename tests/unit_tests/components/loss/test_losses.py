@@ -15,7 +15,7 @@ from torchtitan.components.loss import (
     CrossEntropyLoss,
     FusedLinearCrossEntropyLoss,
 )
-from torchtitan.models.llama3.model.model import OutputHead
+from torchtitan.models.common.model import OutputHead
 
 VOCAB, DIM = 101, 16
 BYTES = 4 * VOCAB  # of one row of float32 logits

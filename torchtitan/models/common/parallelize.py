@@ -1,4 +1,4 @@
-"""Llama 3 on many devices: what is its own of the way that distributed/parallelize.py divides a model."""
+"""A Transformer on many devices: what is its own of the way that distributed/parallelize.py divides a model."""
 
 from functools import partial
 
@@ -25,4 +25,6 @@ TENSOR_PARALLEL_PLAN = {
     "feed_forward.w2": RowwiseParallel(output_layouts=SEQUENCE),
 }
 
-parallelize_llama = partial(parallelize_decoder, tensor_parallel_plan=TENSOR_PARALLEL_PLAN, kept_results=KEPT_RESULTS)
+parallelize_transformer = partial(
+    parallelize_decoder, tensor_parallel_plan=TENSOR_PARALLEL_PLAN, kept_results=KEPT_RESULTS
+)

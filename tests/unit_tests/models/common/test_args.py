@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from torchtitan.config.sections import Model
+from torchtitan.models.common.args import RopeScaling, TransformerModelArgs
+from torchtitan.models.common.model import Transformer
 from torchtitan.models.llama3.flavors import llama3_flavors
-from torchtitan.models.llama3.model.args import RopeScaling, TransformerModelArgs
-from torchtitan.models.llama3.model.model import Transformer
 
 NUM_PARAMS = {
     "debugmodel": 6_139_136,

@@ -1,6 +1,6 @@
-"""Llama 3: embedding, blocks of attention and feed-forward, norm, output.
+"""A dense decoder: embedding, blocks of attention and feed-forward, norm, output.
 
-Parallelism is applied from outside (infra/parallelize.py), so nothing here knows of it, save for three courtesies:
+Parallelism is applied from outside (parallelize.py), so nothing here knows of it, save for three courtesies:
 head counts are read from the tensors (tensor parallel leaves each rank some of the heads), the parts that a pipeline
 stage lacks are None, and attention's kernel is a module that context parallel and generation replace.
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtitan.models.llama3.model.args import RopeScaling, TransformerModelArgs
+from torchtitan.models.common.args import RopeScaling, TransformerModelArgs
 from torchtitan.protocols.model import Decoder, Initializer, OutputHead
 
 
@@ -115,7 +115,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(Decoder):
-    """Llama 3, or a pipeline stage of it: its `tok_embeddings`, `norm` or `output` is None if another stage has it."""
+    """The model, or a pipeline stage: its `tok_embeddings`, `norm` or `output` is None if another stage has it."""
 
     freqs_cis: Tensor
 

@@ -1,4 +1,4 @@
-"""The shape of a Llama 3 model, and what follows from it by arithmetic. Imports no torch: options are checked fast."""
+"""The shape of a model, and what follows from it by arithmetic. Imports no torch: options are checked fast."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from torchtitan.distributed.init_weights import init_parameters
-from torchtitan.models.llama3.model.args import RopeScaling, TransformerModelArgs
-from torchtitan.models.llama3.model.model import Transformer, apply_rotary_emb, precompute_freqs_cis
+from torchtitan.models.common.args import RopeScaling, TransformerModelArgs
+from torchtitan.models.common.model import Transformer, apply_rotary_emb, precompute_freqs_cis
 
 ARGS = TransformerModelArgs(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden_dim=48, vocab_size=101, max_seq_len=16

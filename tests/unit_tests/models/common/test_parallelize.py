@@ -18,7 +18,7 @@ from torchtitan.distributed.context_parallel import ContextSharder
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.distributed.utils import dist_sum, get_total_norm
-from torchtitan.models.llama3.model.model import Transformer
+from torchtitan.models.common.model import Transformer
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from torchtitan.config.errors import CheckpointError
 from torchtitan.distributed.init_weights import init_parameters
-from torchtitan.models.llama3.model.args import RopeScaling, TransformerModelArgs
-from torchtitan.models.llama3.model.model import Transformer
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.models.common.args import RopeScaling, TransformerModelArgs
+from torchtitan.models.common.model import Transformer
+from torchtitan.models.llama3 import hf_config, train_spec
+
+build_adapter = train_spec.load().state_dict_adapter
 
 ARGS = TransformerModelArgs(
     dim=48, n_layers=2, n_heads=6, n_kv_heads=2, ffn_hidden_dim=80, vocab_size=101, max_seq_len=64
@@ -31,7 +33,7 @@ def build_hf_model(config: dict[str, Any]) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("args", [ARGS, SCALED_ARGS], ids=["plain rope", "scaled rope"])
 def test_logits_equal_those_of_transformers(args: TransformerModelArgs) -> None:
-    model, adapter = build_model(args), Llama3StateDictAdapter(args)
+    model, adapter = build_model(args), build_adapter(args)
     hf_model = build_hf_model(adapter.to_hf_config())
     hf_model.load_state_dict(adapter.to_hf(model.state_dict()), strict=True)
     tokens = torch.randint(args.vocab_size, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -41,18 +43,18 @@ def test_logits_equal_those_of_transformers(args: TransformerModelArgs) -> None:
 
 def test_weights_of_transformers_load_and_give_its_logits() -> None:
     torch.manual_seed(0)
-    hf_model = build_hf_model(Llama3StateDictAdapter(SCALED_ARGS).to_hf_config())
-    args = Llama3StateDictAdapter.args_from_hf_config(hf_model.config.to_dict())
+    hf_model = build_hf_model(build_adapter(SCALED_ARGS).to_hf_config())
+    args = hf_config.read(hf_model.config.to_dict())
     assert args == SCALED_ARGS
     model = Transformer(args)
-    model.load_state_dict(Llama3StateDictAdapter(args).from_hf(hf_model.state_dict()), strict=True)
+    model.load_state_dict(build_adapter(args).from_hf(hf_model.state_dict()), strict=True)
     tokens = torch.randint(args.vocab_size, (2, 50), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), hf_model(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_there_and_back_is_identity() -> None:
-    adapter, state_dict = Llama3StateDictAdapter(ARGS), build_model(ARGS).state_dict()
+    adapter, state_dict = build_adapter(ARGS), build_model(ARGS).state_dict()
     back = adapter.from_hf(adapter.to_hf(state_dict))
     assert back.keys() == state_dict.keys()
     for name, weight in state_dict.items():
@@ -60,7 +62,7 @@ def test_there_and_back_is_identity() -> None:
 
 
 def test_part_of_a_state_dict_converts_alone() -> None:
-    adapter, state_dict = Llama3StateDictAdapter(ARGS), build_model(ARGS).state_dict()
+    adapter, state_dict = build_adapter(ARGS), build_model(ARGS).state_dict()
     whole = adapter.to_hf(state_dict)
     part = adapter.to_hf({"layers.1.attention.wk.weight": state_dict["layers.1.attention.wk.weight"]})
     assert list(part) == ["model.layers.1.self_attn.k_proj.weight"]
@@ -68,7 +70,7 @@ def test_part_of_a_state_dict_converts_alone() -> None:
 
 
 def test_tied_embeddings_become_a_copy() -> None:
-    adapter = Llama3StateDictAdapter(ARGS)
+    adapter = build_adapter(ARGS)
     hf_weights = adapter.to_hf(build_model(ARGS).state_dict())
     del hf_weights["lm_head.weight"]
     state_dict = adapter.from_hf(hf_weights)
@@ -78,16 +80,16 @@ def test_tied_embeddings_become_a_copy() -> None:
 
 def test_unknown_weight_is_named() -> None:
     with pytest.raises(CheckpointError, match="q_norm"):
-        Llama3StateDictAdapter(ARGS).from_hf({"model.layers.0.self_attn.q_norm.weight": torch.zeros(8)})
+        build_adapter(ARGS).from_hf({"model.layers.0.self_attn.q_norm.weight": torch.zeros(8)})
 
 
 @pytest.mark.parametrize("args", [ARGS, SCALED_ARGS])
 def test_config_comes_back_from_a_file(args: TransformerModelArgs, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(Llama3StateDictAdapter(args).to_hf_config()))
+    (tmp_path / "config.json").write_text(json.dumps(build_adapter(args).to_hf_config()))
     ours = json.loads((tmp_path / "config.json").read_text())
-    assert Llama3StateDictAdapter.args_from_hf_config(ours) == args
+    assert hf_config.read(ours) == args
     theirs = LlamaConfig.from_pretrained(tmp_path).to_dict()
-    assert Llama3StateDictAdapter.args_from_hf_config(theirs) == args
+    assert hf_config.read(theirs) == args
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,6 @@ def test_config_comes_back_from_a_file(args: TransformerModelArgs, tmp_path: Pat
     ],
 )
 def test_config_with_parts_that_we_lack_is_refused(key: str, value: Any) -> None:
-    config = Llama3StateDictAdapter(ARGS).to_hf_config() | {key: value}
+    config = build_adapter(ARGS).to_hf_config() | {key: value}
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        Llama3StateDictAdapter.args_from_hf_config(config)
+        hf_config.read(config)

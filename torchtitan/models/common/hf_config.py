@@ -1,0 +1,92 @@
+"""The shape of a model in Hugging Face's config.json, read and written. Imports no torch: options are checked fast."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torchtitan.config.errors import CheckpointError
+from torchtitan.config.schema import either
+from torchtitan.models.common.args import RopeScaling, TransformerModelArgs
+
+_SIZES = {  # in config.json
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "intermediate_size": "ffn_hidden_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_seq_len",
+}
+_SCALING = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_max_seq_len",
+}
+
+
+@dataclass(frozen=True)
+class HFConfig:
+    """How a family's config.json is read and written."""
+
+    model_type: str
+    architecture: str
+    """Of transformers."""
+    defaults: Mapping[str, Any]
+    """What a config.json may leave out: transformers' own."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """What the model has no choice in, and a config.json may leave out too."""
+
+    def read(self, config: Mapping[str, Any]) -> TransformerModelArgs:
+        """The shape that a config.json describes.
+
+        Raises:
+            CheckpointError: it has parts that this model lacks.
+            KeyError, TypeError, ValueError, AttributeError: an entry is missing, or of another kind.
+        """
+        for key, value in self.fixed.items():
+            self._require(key, config.get(key, value), value)
+        # transformers 5 writes rope_parameters; before, rope_theta and rope_scaling stood at the top
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        self._require("rope_type", rope_type, "default", "llama3")
+        scaling = {ours: rope[theirs] for theirs, ours in _SCALING.items()} if rope_type == "llama3" else None
+        given = {**self.defaults, **{key: value for key, value in config.items() if value is not None}}
+        given.setdefault("num_key_value_heads", given["num_attention_heads"])
+        sizes = {ours: _whole_number(theirs, given[theirs]) for theirs, ours in _SIZES.items()}
+        head_dim = sizes["dim"] // sizes["n_heads"]
+        self._require("head_dim", given.get("head_dim", head_dim), head_dim)
+        return TransformerModelArgs(
+            **sizes,
+            norm_eps=float(given["rms_norm_eps"]),
+            rope_theta=float(rope.get("rope_theta", given["rope_theta"])),
+            rope_scaling=RopeScaling(**scaling) if scaling is not None else None,
+        )
+
+    def write(self, args: TransformerModelArgs) -> dict[str, Any]:
+        """config.json of this model, as transformers reads it."""
+        scaling = asdict(args.rope_scaling) if args.rope_scaling is not None else {}
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            **{theirs: getattr(args, ours) for theirs, ours in _SIZES.items()},
+            "head_dim": args.head_dim,
+            "rms_norm_eps": args.norm_eps,
+            "rope_theta": args.rope_theta,
+            "rope_scaling": {"rope_type": "llama3", **{key: scaling[ours] for key, ours in _SCALING.items()}}
+            if scaling
+            else None,
+            "tie_word_embeddings": False,
+            **self.fixed,
+        }
+
+    def _require(self, key: str, value: Any, *allowed: Any) -> None:
+        if value not in allowed:
+            expected = either(map(repr, allowed))
+            raise CheckpointError(f"config.json: {key} is {value!r}; {self.architecture} here has {expected}")
+
+
+def _whole_number(key: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"config.json: {key} is {value!r}; expected a whole number, at least 1")
+    return value

@@ -1,1 +1,0 @@
-"""How Llama 3 is divided over devices: parallelize.py."""
