@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout need not be installed
 
 from torchtitan.config.schema import get_options, get_sections, shown
-from torchtitan.config.upstream import UPSTREAM_OPTIONS
+from torchtitan.config.upstream import UPSTREAM_NAMES, UPSTREAM_OPTIONS, UPSTREAM_VALUES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 
@@ -51,14 +51,14 @@ What the first command prints can be saved and run again. Each run saves the sam
 """
 
 UPSTREAM = """\
-## Options that only upstream torchtitan has
+## Options of upstream torchtitan
 
-TOML files written for upstream (mid-2025) are read unedited. The options in this table are accepted and have no effect
-here; those that are not at upstream's default are named in one warning. Where a value is given, any other value asks
-for something that this package does not do, and is refused. The dataset of upstream's debug model, `c4_test`, is a file
-of its repository: name a copy with `training.dataset_path`, or choose another `training.dataset`.
+TOML files and flags written for upstream are read unedited: those of v0.1.0 (June 2025), of v0.2.0 to v0.2.2, the last
+releases that read TOML (February 2026), and of the months between. [Moving from upstream](upstream.md) says what is
+different beside them. Options that this package lacks are accepted where they change nothing, and named in one warning
+unless they have upstream's default; any other value asks for something that is not done here, and is refused.
 
-| option | accepted |
+| option of upstream | here |
 |---|---|
 """
 
@@ -81,10 +81,16 @@ def _sections() -> Iterator[str]:
 
 def _upstream() -> Iterator[str]:
     for name, entry in UPSTREAM_OPTIONS.items():
-        accepted = "any value"
-        if entry.harmless is not None:
-            accepted = " or ".join(f"`{shown(value)}`" for value in entry.harmless) + f": {entry.instead}"
+        if entry.here:
+            accepted = f"`{entry.here}`"
+        elif entry.harmless is None:
+            accepted = "any value, without effect"
+        else:
+            accepted = "only " + " or ".join(f"`{shown(value)}`" for value in entry.harmless) + f": {entry.instead}"
         yield f"| `{name}` | {accepted} |"
+    for name, values in [*UPSTREAM_VALUES.items(), *UPSTREAM_NAMES.items()]:
+        for value, other in values.items():
+            yield f"| `{name}` `{value}` | {f'`{other.here}`' if other.here else f'refused: {other.instead}'} |"
 
 
 def main(arguments: list[str]) -> int:

@@ -30,7 +30,7 @@ from torchtitan.components.dataloader import Batch, build_dataloader
 from torchtitan.components.loss import IGNORE_INDEX, build_loss
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.metrics import MetricsProcessor, build_metrics
-from torchtitan.components.optimizer import build_optimizer
+from torchtitan.components.optimizer import build_optimizer, get_weight_dtype
 from torchtitan.components.run_guard import RunGuard
 from torchtitan.components.runner import Runner, build_runner
 from torchtitan.components.tokenizer import build_tokenizer
@@ -300,7 +300,7 @@ class Trainer:
             device=self.device,
             seed=self.seed,
             float8=self.float8,
-            weight_dtype=torch.bfloat16 if config.optimizer.state_precision == "compact" else torch.float32,
+            weight_dtype=get_weight_dtype(config.training, config.optimizer),
         )
 
     def _build_metrics(self) -> MetricsProcessor:

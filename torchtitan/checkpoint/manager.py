@@ -42,6 +42,7 @@ class CheckpointManager:
 
     def __init__(self, start: Start, *, options: Callable[[], str], background: BackgroundSaver | None):
         self._config = start.config
+        self._saves = start.config.enable_checkpoint and not start.config.load_only
         self._folder = start.folder
         self._ranks = start.ranks
         self._contents = start.contents
@@ -55,11 +56,11 @@ class CheckpointManager:
         """Whether a step is saved though it is not the last one."""
         config = self._config
         is_first = step == 1 and config.enable_first_step_checkpoint
-        return config.enable_checkpoint and (step % config.interval == 0 or is_first)
+        return self._saves and (step % config.interval == 0 or is_first)
 
     def maybe_save(self, step: int, *, last_step: bool = False) -> None:
         """Save if it is time. A failure is logged; that of the last step is a CheckpointError."""
-        if last_step and self._config.enable_checkpoint:
+        if last_step and self._saves:
             self._save_last(step)
         elif self.is_due(step):
             self._wait_for_save()
@@ -71,7 +72,7 @@ class CheckpointManager:
 
     def save(self, step: int) -> bool:
         """Save everything before returning; whether it is on the disk."""
-        if not self._config.enable_checkpoint:
+        if not self._saves:
             return False
         self._wait_for_save()
         if not self._is_saved(step):
@@ -191,10 +192,10 @@ def build_checkpoint_manager(
     ranks = Ranks(dist.new_group(backend="gloo", timeout=TIMEOUT))
     path = Path(dump_folder) / checkpoint.folder
     folder = CheckpointFolder(path, run=ranks.ask_first(lambda: secrets.token_hex(4)))
-    if checkpoint.enable_checkpoint:
+    if checkpoint.enable_checkpoint and not checkpoint.load_only:
         ranks.ask_first(folder.create)
     background = None
-    if checkpoint.enable_checkpoint and checkpoint.async_mode != "disabled":
+    if checkpoint.async_mode != "disabled" and checkpoint.enable_checkpoint and not checkpoint.load_only:
         background = BackgroundSaver(pinned=checkpoint.async_mode == "async_with_pinned_mem")
     hugging_face = None
     if adapter is not None:

@@ -79,10 +79,16 @@ class LRSchedule:
 def build_lr_scheduler(
     optimizer: OptimizersContainer | CompactAdamW, lr_scheduler: LRScheduler, steps: int
 ) -> LRSchedule:
-    """Fit the phases into `steps`: the warm-up comes first, then the decay takes what is left of its share."""
+    """Fit the phases into `steps`, training.steps, or else into total_steps, after which the rate stays as it is.
+
+    The warm-up comes first, then the decay takes what is left of its share.
+    """
+    given = f"training.steps={steps}"
+    if lr_scheduler.total_steps is not None:
+        steps, given = lr_scheduler.total_steps, f"lr_scheduler.total_steps={lr_scheduler.total_steps}"
     warmup_steps = lr_scheduler.warmup_steps
     if warmup_steps > steps:
-        logger.warning(f"lr_scheduler.warmup_steps={warmup_steps} is shortened to training.steps={steps}")
+        logger.warning(f"lr_scheduler.warmup_steps={warmup_steps} is shortened to {given}")
         warmup_steps = steps
     longest_decay = steps - warmup_steps
     ratio = lr_scheduler.decay_ratio
@@ -90,7 +96,7 @@ def build_lr_scheduler(
     if decay_steps > longest_decay:
         logger.warning(
             f"lr_scheduler: {warmup_steps} steps of warm-up and {decay_steps} of decay are more than"
-            f" training.steps={steps}; the decay is shortened to {longest_decay}"
+            f" {given}; the decay is shortened to {longest_decay}"
         )
         decay_steps = longest_decay
     factor = partial(

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from torchtitan.components.compact_optimizer import CompactAdamW
-from torchtitan.config.sections import Float8, Optimizer
+from torchtitan.config.sections import Float8, Optimizer, Training
 
 # Flat keys: nested ones number the parameters, which two pipeline stages would do alike.
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -97,6 +97,11 @@ def _flat_state(part: nn.Module, optimizer: torch.optim.Optimizer) -> Iterable[t
     return flat.items()
 
 
+def get_weight_dtype(training: Training, optimizer: Optimizer) -> torch.dtype:
+    """Of the weights that are stored; where it is not float32, the layers compute in the same."""
+    return torch.bfloat16 if optimizer.state_precision == "compact" else getattr(torch, training.dtype)
+
+
 def build_optimizer(
     model_parts: Sequence[nn.Module], optimizer: Optimizer, *, float8: Float8 | None = None
 ) -> OptimizersContainer | CompactAdamW:
@@ -121,4 +126,4 @@ def build_optimizer(
     )
 
 
-__all__ = ["OptimizersContainer", "build_optimizer"]
+__all__ = ["OptimizersContainer", "build_optimizer", "get_weight_dtype"]

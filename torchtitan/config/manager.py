@@ -30,7 +30,14 @@ import tomli_w
 from torchtitan.config.errors import ConfigError, raise_all
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import Option, get_options, get_sections, nearest, shown
-from torchtitan.config.upstream import UPSTREAM_OPTIONS, is_worth_a_warning, no_effect_warning, refusal
+from torchtitan.config.upstream import (
+    UPSTREAM_OPTIONS,
+    here,
+    is_worth_a_warning,
+    no_effect_warning,
+    refusal,
+    value_here,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _CONFIG_FILE = "job.config_file"
@@ -77,6 +84,7 @@ def resolve(argv: Sequence[str]) -> tuple[JobConfig, list[str]]:
     if config_files and config_files[-1] is not None:
         settings = [*_read_toml(config_files[-1]), *settings]
 
+    settings = [replace(setting, name=here(setting.name)) for setting in settings]
     used = {setting.name: setting for setting in settings if not setting.problem}  # the later wins
     foreign = [used.pop(name) for name in list(used) if name in UPSTREAM_OPTIONS]
     refused = [replace(setting, problem=refusal(setting.name, setting.value)) for setting in foreign]
@@ -184,7 +192,7 @@ def _maybe_meant(tokens: deque[str], option: Option) -> str:
 
 def _find(name: str) -> tuple[Option | None, bool]:
     """The option of this name, and whether the name is that of a boolean with `no_` put before it."""
-    section, _, field = name.partition(".")
+    section, _, field = name.rpartition(".")
     plain = _known().get(f"{section}.{field.removeprefix('no_')}")
     if name not in _known() and plain is not None and plain.base is bool:
         return plain, True
@@ -201,12 +209,22 @@ def _read_toml(file: str) -> Iterator[_Setting]:
         elif section not in known_sections and not table:
             yield _Setting("", f"{file}: [{section}]", problem=_about_unknown_section(section))
         else:
-            for field, value in table.items():
-                name, given = f"{section}.{field}", f"{file}: {section}.{field} = {shown(value)}"
+            for name, value in _flatten(section, table):
+                given = f"{file}: {name} = {shown(value)}"
                 if name in _known():
                     yield _read(_known()[name], given, _known()[name].check, value)
                 else:
                     yield _Setting("", given, problem=_about_unknown(name))
+
+
+def _flatten(section: str, table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Dotted names and their values; some options of upstream's stand in tables of tables."""
+    for field, value in table.items():
+        name = f"{section}.{field}"
+        if isinstance(value, dict) and any(known.startswith(f"{name}.") for known in _known()):
+            yield from _flatten(name, value)
+        else:
+            yield name, value
 
 
 def _load_toml(path: Path) -> dict[str, Any]:
@@ -233,7 +251,7 @@ def _load_toml(path: Path) -> dict[str, Any]:
 
 def _read(option: Option, given: str, read: Callable[[Any], Any], value: object) -> _Setting:
     try:
-        return _Setting(option.name, given, read(value))
+        return _Setting(option.name, given, read(value_here(option.name, value)))
     except ValueError as error:
         return _Setting(option.name, given, problem=str(error))
 

@@ -130,6 +130,11 @@ def _about_converters(config: JobConfig) -> Iterator[str]:
 
 def _about_state_precision(config: JobConfig) -> Iterator[str]:
     optimizer = config.optimizer
+    if config.training.dtype == "bfloat16" and config.training.mixed_precision_param != "bfloat16":
+        yield (
+            "training.dtype=bfloat16 keeps nothing that more precise products would use; leave"
+            " training.mixed_precision_param at bfloat16"
+        )
     if optimizer.state_precision == "float32":
         return
     given = _show(config, "optimizer.state_precision")
@@ -137,6 +142,8 @@ def _about_state_precision(config: JobConfig) -> Iterator[str]:
         yield f"{given} has one optimizer, the fused AdamW; leave optimizer.name and optimizer.implementation at those"
     if config.training.mixed_precision_param != "bfloat16":
         yield f"{given} keeps weights as bfloat16 with a correction; leave training.mixed_precision_param at bfloat16"
+    if config.training.dtype != "float32":
+        yield f"{given} and {_show(config, 'training.dtype')} both say how weights are stored; use one of them"
     if config.training.enable_cpu_offload:
         yield f"{given} does not work with training.enable_cpu_offload; use one of them"
     if "float8" in config.model.converters and config.float8.enable_fsdp_float8_all_gather:
@@ -164,9 +171,13 @@ def _about_checkpoint(config: JobConfig, world_size: int) -> Iterator[str]:
         "create_seed_checkpoint": checkpoint.create_seed_checkpoint,
         "last_save_in_hf": checkpoint.last_save_in_hf,
         f"load_step={checkpoint.load_step}": checkpoint.load_step != -1,
+        "load_only": checkpoint.load_only,
     }
     for option in [option for option, is_set in asked_for.items() if is_set and not checkpoint.enable_checkpoint]:
         yield f"checkpoint.{option} needs checkpoint.enable_checkpoint=true"
+    for option in ("create_seed_checkpoint", "last_save_in_hf"):
+        if checkpoint.load_only and getattr(checkpoint, option):
+            yield f"checkpoint.{option} saves, and checkpoint.load_only does not; use one of them"
     if checkpoint.create_seed_checkpoint and world_size != 1:
         yield f"checkpoint.create_seed_checkpoint runs on one process, not on {world_size}; start it with NGPU=1"
     for state in checkpoint.exclude_from_loading:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchtitan.components.compact_optimizer import MAX_GROUP
+from torchtitan.components.optimizer import get_weight_dtype
 from torchtitan.config.block_modes import BlockMode, get_block_modes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import JobConfig
@@ -32,14 +33,13 @@ GIB = 1 << 30
 # Assumptions, beside those of trace.py. scripts/benchmark_train.py and docs/performance.md check their sum.
 
 FLOAT32 = 4
-"""Bytes of a weight, a gradient and each moment on its shard, unless compact, and of a gradient while it is reduced."""
+"""Bytes of a gradient while it is reduced, and of a weight while it is drawn."""
 
 NUM_ADAM_MOMENTS = 2
 
-COMPACT_WEIGHT = 2
 COMPACT_STATES = 3 + 2 * FLOAT32 / MAX_GROUP
-"""Bytes for each parameter of optimizer.state_precision "compact": its weight, and its gradient; a correction, two
-moments and their groups' scales.
+"""Bytes for each parameter of optimizer.state_precision "compact", beside its weight: a correction, two moments and
+their groups' scales.
 """
 
 NUM_FOREACH_COPIES = 1
@@ -179,11 +179,12 @@ class _Rank:
         )
         self.block = measured.units["block"]
         self.units = [self.embedding, *[self.block] * len(self.block_uses), self.norm, self.output]
+        self.weight_bytes = get_weight_dtype(config.training, config.optimizer).itemsize
         is_compact = config.optimizer.state_precision == "compact"
-        self.weight_bytes = COMPACT_WEIGHT if is_compact else FLOAT32
+        states = COMPACT_STATES if is_compact else NUM_ADAM_MOMENTS * self.weight_bytes
         num_elements = sum(self._shard_numel(unit) for unit in self.units)
         self.all_shards = self.weight_bytes * num_elements
-        self.states = round((COMPACT_STATES if is_compact else NUM_ADAM_MOMENTS * FLOAT32) * num_elements)
+        self.states = round(states * num_elements)
         # of each kind of block the last, which has the most before it, and the first, behind whose backward most
         # gradients are there
         by_number = list(enumerate(self.block_uses))

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan.components.loss import CrossEntropyLoss, cross_entropy_sum
 from torchtitan.components.loss.chunking import liger_chunk_mem_const, liger_chunk_rows, plan_chunks, rows_in_budget
+from torchtitan.components.optimizer import get_weight_dtype
 from torchtitan.config.block_modes import BLOCK_MODES, BlockMode
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import JobConfig
@@ -113,7 +114,7 @@ def is_one_process(config: JobConfig, dims: ParallelDims) -> bool:
 
 def casts_weights(config: JobConfig, dims: ParallelDims) -> bool:
     """Whether layers cast float32 weights where they use them, and autograd their gradients back."""
-    return is_one_process(config, dims) and config.optimizer.state_precision == "float32"
+    return is_one_process(config, dims) and get_weight_dtype(config.training, config.optimizer) == torch.float32
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torchtitan.config.errors import ConfigError, TokenizerError
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import meant_or_known
 from torchtitan.config.sections import Model, Parallelism, Training
+from torchtitan.config.upstream import about_unknown_name
 from torchtitan.config.validate import validate
 from torchtitan.tools.packages import is_installed
 
@@ -119,7 +120,8 @@ def get_train_spec(name: str) -> TrainSpec:
     if name in _registered:
         return _registered[name]
     if name not in (names := get_model_names()):
-        raise ConfigError(f"model.name={name} is unknown; {meant_or_known(name, names)}")
+        hint = about_unknown_name("model.name", name) or meant_or_known(name, names)
+        raise ConfigError(f"model.name={name} is unknown; {hint}")
     spec = importlib.import_module(f"torchtitan.models.{name}").train_spec
     assert isinstance(spec, TrainSpec)
     return spec
@@ -152,7 +154,8 @@ def find_model(config: JobConfig) -> ModelArgs | None:
         return None
     flavors = get_train_spec(model.name).flavors
     if model.flavor not in flavors:
-        raise ConfigError(f"model.flavor={model.flavor} is unknown; {meant_or_known(model.flavor, flavors)}")
+        hint = about_unknown_name("model.flavor", model.flavor) or meant_or_known(model.flavor, flavors)
+        raise ConfigError(f"model.flavor={model.flavor} is unknown; {hint}")
     return flavors[model.flavor]
 
 

@@ -129,6 +129,19 @@ def test_disabled_checkpoints_touch_no_disk(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_load_only_goes_on_and_saves_nothing(tmp_path):
+    run = build_run(tmp_path, last_save_model_only=False)
+    run.train(4)
+    before = sorted(folder(run).rglob("*"))
+    reader = build_run(tmp_path, load_only=True, async_mode="async", enable_first_step_checkpoint=True)
+    assert reader.checkpointer.load()
+    assert reader.step == 4
+    reader.train(10)
+    assert not reader.checkpointer.save(10)
+    reader.checkpointer.close()
+    assert sorted(folder(run).rglob("*")) == before
+
+
 def test_latest_are_kept(tmp_path):
     run = build_run(tmp_path, keep_latest_k=2, last_save_model_only=False)
     run.train(10)

@@ -48,6 +48,11 @@ TABLES = {
     ),
     "no warm-up": ({"warmup_steps": 0, "decay_ratio": 0.2}, [1.0] * 9 + [0.5]),
     "no decay": ({"warmup_steps": 4, "decay_ratio": 0.0}, [0.25, 0.5, 0.75] + [1.0] * 7),
+    "cut short": ({"warmup_steps": 2, "decay_ratio": 0.4, "total_steps": 20}, [0.5] + [1.0] * 9),
+    "gone on": (
+        {"warmup_steps": 2, "decay_ratio": 0.5, "min_lr_factor": 0.2, "total_steps": 6},
+        [0.5, 1.0, 1.0, 1.0, 0.2 + 0.8 * 2 / 3, 0.2 + 0.8 / 3, 0.2, 0.2, 0.2, 0.2],
+    ),
     "only warm-up": ({"warmup_steps": 10}, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]),
 }
 

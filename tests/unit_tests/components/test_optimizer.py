@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchtitan.components.optimizer import OptimizersContainer, build_optimizer
-from torchtitan.config.sections import Optimizer
+from torchtitan.components.optimizer import OptimizersContainer, build_optimizer, get_weight_dtype
+from torchtitan.config.sections import Optimizer, Training
 
 ONE, GO = torch.tensor(1.0), torch.tensor(False)
 IMPLEMENTATIONS = ["for-loop", "foreach", "fused"]
@@ -17,6 +17,26 @@ def make_parts() -> list[nn.Module]:
     """Two stages of one model: the names of their parameters do not meet."""
     torch.manual_seed(0)
     return [nn.ModuleDict({"first": nn.Linear(4, 3)}), nn.ModuleDict({"second": nn.Linear(3, 2)})]
+
+
+@pytest.mark.parametrize("implementation", ["for-loop", "foreach", "fused"])
+def test_bfloat16_weights_have_bfloat16_moments_and_take_the_rounded_step(implementation):
+    assert get_weight_dtype(Training(dtype="bfloat16"), Optimizer()) == torch.bfloat16
+    assert get_weight_dtype(Training(), Optimizer()) == torch.float32
+    torch.manual_seed(0)
+    part = nn.Linear(4, 3).bfloat16()
+    twin = copy.deepcopy(part).double()
+    config = Optimizer(lr=0.1, implementation=implementation)
+    for p, q in zip(part.parameters(), twin.parameters(), strict=True):
+        p.grad = torch.randn(p.shape).bfloat16()
+        q.grad = p.grad.double()
+    optimizer = build_optimizer([part], config)
+    optimizer.step(grad_factor=torch.tensor(1.0), skip=torch.tensor(False))
+    torch.optim.AdamW(twin.parameters(), lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1).step()
+    moments = {key: value for key, value in optimizer.state_dict().items() if "exp_avg" in key}
+    assert {moment.dtype for moment in moments.values()} == {torch.bfloat16}
+    for p, q in zip(part.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.double(), q, rtol=2**-7, atol=2**-9)
 
 
 def set_grads(parts: list[nn.Module], seed: int) -> None:

@@ -223,7 +223,7 @@ def test_toml_is_read_by_version_1_1(toml):
         (["--checkpoint.enabled"], ["--checkpoint.enabled", "did you mean --checkpoint.enable_checkpoint or"]),
         (["--liger_kernel.enabled"], ["did you mean --liger_kernel.enable_fused_linear_cross_entropy or"]),
         (["--seq_len", "1"], ["did you mean --training.seq_len or --validation.seq_len?"]),
-        (["--debug.seed", "1"], ["did you mean --training.seed?"]),
+        (["--trainer.seed", "1"], ["did you mean --training.seed?"]),
         (["--training.batch_size", "1"], ["--training.local_batch_size or --training.global_batch_size?"]),
         (["--checkpoint.xyz", "1"], ["--checkpoint.xyz 1", "[checkpoint] has enable_checkpoint, folder, interval"]),
         (["--qqqq.xyz", "1"], ["--qqqq.xyz 1", "unknown section", "job, profiling, metrics, model"]),

@@ -1,40 +1,93 @@
-"""Upstream's files are read unedited; its options that this package lacks are named, or refused if they ask more."""
+"""Upstream's files and flags are read unedited; what is not here is named, or refused if it asks for more."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tomli
 import tomli_w
 
 from torchtitan.config import ConfigError
 from torchtitan.config.manager import ConfigManager, resolve
 from torchtitan.config.schema import get_options
-from torchtitan.config.upstream import UPSTREAM_OPTIONS
+from torchtitan.config.upstream import UPSTREAM_OPTIONS, UPSTREAM_VALUES
+from torchtitan.protocols import train_spec
 from torchtitan.protocols.train_spec import validate_run
 
 ASSETS = Path(__file__).parents[2] / "assets" / "upstream"
+LINES = tomli.loads((ASSETS / "integration_lines.toml").read_text())
+VERSIONS = ("v0_1_0", "2025_08", "v0_2_2")
 
 
-@pytest.mark.parametrize("name", ["debug_model", "llama3_8b"])
-def test_upstreams_files_are_valid(name):
-    config, _ = resolve(["--job.config_file", str(ASSETS / f"{name}.toml")])
-    validate_run(config, world_size=8, num_gpus=8, liger_installed=True)
+def read_files(version: str) -> dict[str, dict]:
+    return tomli.loads((ASSETS / f"{version}.toml").read_text())
 
 
-def test_upstreams_debug_model_keeps_its_values():
-    config, no_effect = resolve(["--job.config_file", str(ASSETS / "debug_model.toml")])
-    assert (config.training.steps, config.lr_scheduler.decay_ratio, config.training.dataset) == (10, 0.8, "c4_test")
-    assert config.activation_checkpoint.selective_ac_option == "2"
-    assert not config.checkpoint.last_save_model_only
-    assert no_effect == ["job.use_for_integration_test"]
-    assert config.float8.filter_fqns == ["output"]
+def write(folder: Path, version: str, file: str) -> list[str]:
+    (folder / f"{file}.toml").write_text(tomli_w.dumps(read_files(version)[file]))
+    return ["--job.config_file", str(folder / f"{file}.toml")]
 
 
-def test_upstreams_8b_keeps_its_values():
-    config, no_effect = resolve(["--job.config_file", str(ASSETS / "llama3_8b.toml")])
-    assert (config.model.flavor, config.training.seq_len, config.training.local_batch_size) == ("8B", 8192, 1)
-    assert config.activation_checkpoint.selective_ac_option == "op"
-    assert no_effect == []
+def integration_lines(version: str) -> Iterator[tuple[str, int, list[str]]]:
+    """Of each the name, the number of processes, and the options in this version's names."""
+    for name, (nproc, options) in (LINES["lines"] | LINES["only"].get(version, {})).items():
+        if name not in LINES["not_in"][version]:
+            for known, other in LINES["names"].get(version, {}).items():
+                options = options.replace(known, other)
+            yield name, nproc, options.split()
+
+
+@pytest.fixture(autouse=True)
+def with_torchao(monkeypatch):
+    monkeypatch.setattr(train_spec, "is_installed", lambda package: True)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_upstreams_four_files_are_valid_and_keep_their_values(tmp_path, version):
+    files = read_files(version)
+    assert list(files) == ["debug_model", "llama3_8b", "llama3_70b", "llama3_405b"]
+    for file, sections in files.items():
+        config, no_effect = resolve(write(tmp_path, version, file))
+        validate_run(config, world_size=512, local_world_size=8, num_gpus=8, liger_installed=True)
+        assert no_effect in ([], ["job.use_for_integration_test"])
+        ours = config.to_dict()
+        same = [(s, name) for s in sections for name in sections[s] if s in ours and name in ours[s]]
+        assert len(same) > 30
+        assert all(ours[s][name] == sections[s][name] for s, name in same if (s, name) != ("model", "converters"))
+        assert config.model.converters == (["float8"] if file == "llama3_405b" else [])
+        assert config.training.compile == (file == "llama3_405b")
+        assert config.float8.filter_fqns == ["output"]
+
+
+REFUSED = {
+    "pp_custom_csv": "parallelism.pipeline_parallel_schedule",
+    "cpu_offload+opt_in_bwd": "clipped by their global norm",
+    "fsdp+flex_attn": "the flavour without",
+    "fsdp+flex_attn+per_op_sac": "the flavour without",
+    "fsdp+varlen_attn": "the flavour without",
+    "custom_args_module": "experimental.custom_import",
+    "memory_budget": "use auto",
+    "fake_backend": "scripts/estimate_memory.py",
+    "memory_estimation": "scripts/estimate_memory.py",
+}
+
+
+@pytest.mark.parametrize(("version", "passing", "of"), [("v0_1_0", 37, 41), ("2025_08", 40, 45), ("v0_2_2", 45, 53)])
+def test_upstreams_integration_lines_pass_or_are_refused_with_what_to_do_instead(tmp_path, version, passing, of):
+    file = write(tmp_path, version, "debug_model")
+    refused = {}
+    for name, nproc, options in integration_lines(version):
+        try:
+            validate_run(resolve([*file, *options])[0], world_size=nproc, num_gpus=8, liger_installed=True)
+        except ConfigError as error:
+            refused[name] = str(error)
+    names = [name for name, _, _ in integration_lines(version)]
+    assert refused.keys() == REFUSED.keys() & names
+    assert all(
+        REFUSED[name] in why and "upstream's" in why and "did you mean" not in why for name, why in refused.items()
+    )
+    assert (len(names) - len(refused), len(names)) == (passing, of)
 
 
 def test_one_warning_names_every_option_without_effect(caplog):
@@ -47,14 +100,59 @@ def test_one_warning_names_every_option_without_effect(caplog):
     ]
 
 
-@pytest.mark.parametrize("name", UPSTREAM_OPTIONS)
-def test_upstreams_defaults_are_not_worth_a_warning(tmp_path, name):
-    option = UPSTREAM_OPTIONS[name].option
-    assert option.check(option.default) == option.default
-    if option.default is not None:  # which TOML lacks
-        section, field = name.split(".")
-        (tmp_path / "run.toml").write_text(tomli_w.dumps({section: {field: option.default}}))
-        assert resolve(["--job.config_file", str(tmp_path / "run.toml")])[1] == []
+def test_upstreams_defaults_are_not_worth_a_warning(tmp_path):
+    tables: dict[str, dict] = {}
+    for name, entry in UPSTREAM_OPTIONS.items():
+        assert entry.option.check(entry.option.default) == entry.option.default
+        if entry.option.default is not None:  # which TOML lacks
+            *sections, field = name.split(".")
+            table = tables
+            for section in sections:
+                table = table.setdefault(section, {})
+            table[field] = entry.option.default
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(tables))
+    assert resolve(["--job.config_file", str(tmp_path / "run.toml")])[1] == []
+
+
+RENAMED = {name: entry.here for name, entry in UPSTREAM_OPTIONS.items() if entry.here}
+
+
+def test_other_names_set_our_options(tmp_path):
+    for name, here in RENAMED.items():
+        option = get_options()[here]
+        value = {bool: not option.default, int: 7, float: 0.25, str: "rowwise", list[str]: ["wq"]}[option.base]
+        *sections, field = name.split(".")
+        table: dict = {field: value}
+        for section in reversed(sections):
+            table = {section: table}
+        (tmp_path / "run.toml").write_text(tomli_w.dumps(table))
+        text = ",".join(value) if isinstance(value, list) else str(value)
+        for argv in (["--job.config_file", str(tmp_path / "run.toml")], [f"--{name}", text]):
+            config, no_effect = resolve(argv)
+            section, field_here = here.split(".")
+            assert config.to_dict()[section][field_here] == value and no_effect == []
+
+
+def test_of_two_names_the_later_wins_and_the_message_has_the_one_that_was_given():
+    config, _ = resolve(["--checkpoint.enable", "--checkpoint.enable_checkpoint", "False"])
+    assert not config.checkpoint.enable_checkpoint
+    config, _ = resolve(["--checkpoint.enable_checkpoint", "False", "--checkpoint.enable"])
+    assert config.checkpoint.enable_checkpoint
+    assert (
+        resolve(["--quantize.linear.float8.emulate", "--quantize.linear.float8.no-emulate"])[0].float8.emulate is False
+    )
+    with pytest.raises(ConfigError, match=r"^--debug.seed -1: must be an integer >= 0"):
+        resolve(["--debug.seed", "-1"])
+
+
+def test_values_that_are_called_otherwise_are_translated_in_files_and_on_the_command_line(tmp_path):
+    (tmp_path / "run.toml").write_text('[model]\nconverters = ["quantize.linear.float8"]')
+    for argv in (
+        ["--job.config_file", str(tmp_path / "run.toml")],
+        ["--model.converters", "quantize.linear.float8"],
+    ):
+        assert resolve(argv)[0].model.converters == ["float8"]
+    assert all(name in get_options() for name in UPSTREAM_VALUES)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +162,9 @@ def test_upstreams_defaults_are_not_worth_a_warning(tmp_path, name):
         (["--memory_estimation.enabled"], ["--memory_estimation.enabled", "only false"]),
         (["--optimizer.early_step_in_backward=true"], ["early_step_in_backward=true", "clipped"]),
         (["--parallelism.enable_compiled_autograd"], ["training.compile"]),
-        (["--parallelism.context_parallel_rotate_method", "alltoall"], ['only "allgather"', "around a ring"]),
+        (["--comm.mode", "local_tensor"], ['only "default"', "estimate_memory.py"]),
+        (["--model.converters", "float8,mx"], ["mx is upstream's", "float8"]),
+        (["--model.name", "llama4"], ["llama4 is upstream's", "docs/extending.md"]),
         (["--parallelism.expert_parallel_degree", "2"], ["only 1", "experts"]),
         (["--parallelism.pipeline_parallel_split_points", "layers.2"], ["parallelism.module_fqns_per_model_part"]),
         (["--parallelism.pipeline_parallel_schedule_csv", "a.csv"], ["parallelism.pipeline_parallel_schedule"]),
@@ -76,7 +176,7 @@ def test_upstreams_defaults_are_not_worth_a_warning(tmp_path, name):
 )
 def test_what_would_change_the_training_is_refused(argv, parts):
     with pytest.raises(ConfigError) as raised:
-        resolve(argv)
+        validate_run(resolve(argv)[0], world_size=1, liger_installed=True)
     assert all(part in str(raised.value) for part in parts), raised.value
 
 
@@ -92,8 +192,13 @@ def test_no_option_is_both_ours_and_foreign():
     assert not UPSTREAM_OPTIONS.keys() & get_options().keys()
 
 
-@pytest.mark.parametrize("name", UPSTREAM_OPTIONS)
-def test_harmless_values_are_of_the_options_type(name):
-    entry = UPSTREAM_OPTIONS[name]
-    for value in entry.harmless or ():
-        assert entry.option.check(value) == value
+def test_harmless_values_are_of_the_options_type():
+    for entry in UPSTREAM_OPTIONS.values():
+        assert all(entry.option.check(value) == value for value in entry.harmless or ())
+
+
+def test_every_option_of_upstreams_schema_is_known():
+    """Its names: v0.1.0 had 102 options, v0.2.0 to v0.2.2 had 132, 147 and 149; 175 different ones."""
+    schema = (ASSETS / "schema.txt").read_text().split()
+    assert len(schema) == len(set(schema)) == 175
+    assert [name for name in schema if name not in get_options().keys() | UPSTREAM_OPTIONS.keys()] == []

@@ -253,6 +253,16 @@ def test_within_5_percent_whatever_the_states_and_the_recomputation(options: str
     assert f"| {reserved} |" in (Path(__file__).parents[3] / "docs" / "performance.md").read_text()
 
 
+def test_bfloat16_training_halves_moments_and_what_weights_and_gradients_take_on_their_shards() -> None:
+    options = "--model.flavor 1B --training.seq_len 512 --training.local_batch_size 1"
+    full, half = (estimate(f"{options} --training.dtype {dtype}").parts for dtype in ("float32", "bfloat16"))
+    num_bytes = 1_498_482_688 * 4
+    assert full["optimizer"] == pytest.approx(2 * num_bytes, rel=0.03)
+    assert half["optimizer"] == full["optimizer"] // 2
+    assert full["weights"] - half["weights"] == pytest.approx(num_bytes / 2, rel=0.03)
+    assert full["gradients"] - half["gradients"] == pytest.approx(num_bytes / 2, rel=0.03)
+
+
 def test_peak_is_the_sum_of_the_streams_own_worst_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_estimate, "FRAGMENTATION", 0)
     moments = [

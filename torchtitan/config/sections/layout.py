@@ -85,6 +85,9 @@ class Checkpoint:
     interval: PositiveInt = 500
     """Steps between two checkpoints."""
 
+    load_only: bool = False
+    """Continue from the newest checkpoint in the folder, and save none."""
+
     initial_load_path: FilePath | None = None
     """Checkpoint to start from when the run has none of its own."""
 

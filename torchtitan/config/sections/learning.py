@@ -107,13 +107,16 @@ class LRScheduler:
     """Steps of linear warm-up to optimizer.lr; the first has optimizer.lr / warmup_steps."""
 
     decay_ratio: Fraction | None = None
-    """Share of training.steps that decays at the end; None decays from the end of the warm-up on."""
+    """Share of the steps that decays at the end; None decays from the end of the warm-up on."""
 
     decay_type: DecayType = "linear"
     """Shape of the decay."""
 
     min_lr_factor: Fraction = 0.0
     """Share of optimizer.lr at which the decay ends, one step after the last."""
+
+    total_steps: PositiveInt | None = None
+    """Steps that the phases are fitted into, where they are not training.steps: a run that is cut short, or goes on."""
 
 
 @dataclass
@@ -144,8 +147,11 @@ class Training:
     enable_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer states in CPU memory (FSDP2's CPU offload)."""
 
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    """Dtype of weights, gradients and moments: bfloat16 halves their memory, and rounds small updates away."""
+
     mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of the parameters in forward and backward; the optimizer keeps float32."""
+    """Dtype of the parameters in forward and backward; the optimizer keeps training.dtype."""
 
     mixed_precision_reduce: Literal["float32"] = "float32"
     """Dtype in which gradients are reduced over ranks."""
