@@ -37,7 +37,7 @@ from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.components.validate import build_validator
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.errors import ConfigError, NonFiniteError
+from torchtitan.config.errors import ConfigError, NonFiniteError, exit_status
 from torchtitan.config.manager import to_toml, write_resolved
 from torchtitan.distributed import utils
 from torchtitan.distributed.context_parallel import ContextSharder
@@ -373,7 +373,7 @@ def main(argv: list[str]) -> int:
                 trainer.metrics.close(failed=True)
             utils.end_after_lost_rank(error, step=trainer.step if trainer is not None else 0)
         logger.error(_explain(error, config, trainer))
-        return 1
+        return exit_status(error)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:

@@ -38,6 +38,7 @@ from tests.integration_tests.lives import (
 from tests.processes import find_worker, is_running, wait_until
 from torchtitan.checkpoint.folder import CheckpointFolder
 from torchtitan.components.dataloader import Batch
+from torchtitan.config.errors import EXIT_MISTAKE
 from torchtitan.distributed import utils
 from torchtitan.train import EXIT_PREEMPTED, Trainer
 
@@ -233,8 +234,10 @@ def test_launcher_names_the_rank_that_failed_and_shows_its_words(tmp_path, error
         timeout=TIMEOUT_S,
         check=False,
     )
-    assert result.returncode == 1
-    _, found, words = result.stderr.partition("Rank 1 exited with status 1. The end of its output:\n")
+    status, heals = (1, "") if error == "KeyError" else (EXIT_MISTAKE, " (which no restart heals)")
+    assert result.returncode == status
+    ending = f"Rank 1 exited with status {status}{heals}. The end of its output:\n"
+    _, found, words = result.stderr.partition(ending)
     assert found, result.stderr
     cause = {"DatasetError": "there is no document for data rank 1 of 2", "KeyError": "KeyError: 'a bug'"}[error]
     assert cause in words
@@ -497,7 +500,7 @@ def test_data_that_are_lost_end_the_run_which_goes_on_when_they_are_back(tmp_pat
         data.write_bytes(content[:1000])
     else:
         data.unlink()
-    assert life.wait() == [1]
+    assert life.wait() == [EXIT_MISTAKE]
     (message,) = errors(life)
     assert message.startswith(f"ERROR - DatasetError: {data} ")
     assert ("has disappeared" if fault == "disappeared" else f"was cut while in use, from {len(content)}") in message

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import is_running, wait_until
+from torchtitan.config.errors import EXIT_MISTAKE
 from torchtitan.launch import launcher
 
 REPO = Path(__file__).parents[2]
@@ -37,6 +38,8 @@ print(f"hello from {rank}", flush=True)
 if mode == f"fail{rank}":
     print("ConfigError: the worker's own words", file=sys.stderr)
     sys.exit(3)
+if mode == f"mistake{rank}":
+    sys.exit(78)
 if mode == "progress":
     send_progress("step 1 of 2")
     print("a log line", flush=True)
@@ -132,7 +135,7 @@ def test_a_mistake_costs_one_message_and_no_start(repo: Path) -> None:
     start = time_of_children()
     result = run(repo, "succeed", "--training.seqlen", "128")
     assert time_of_children() - start < 3
-    assert result.returncode == 1
+    assert result.returncode == EXIT_MISTAKE
     assert "--training.seq_len" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (repo / "worker0.json").exists()
@@ -174,7 +177,7 @@ def test_it_runs_by_sh_through_a_link_and_with_cdpath(repo: Path, tmp_path: Path
 
 def test_bytes_that_are_not_utf8_are_a_mistake_too(repo: Path) -> None:
     result = run(repo, "succeed", "--job.description", "bad\udcff")
-    assert (result.returncode, result.stdout) == (1, "")
+    assert (result.returncode, result.stdout) == (EXIT_MISTAKE, "")
     assert result.stderr == "ConfigError: --job.description bad\\xff: must be text; these bytes are not UTF-8\n"
 
 
@@ -187,7 +190,7 @@ def test_ngpu_must_be_a_number(repo: Path) -> None:
 @pytest.mark.parametrize("log_rank", ["abc", "0,2"])
 def test_log_rank_must_be_ranks_of_this_machine(repo: Path, log_rank: str) -> None:
     result = run(repo, "succeed", NGPU="2", LOG_RANK=log_rank)
-    assert result.returncode == 1
+    assert result.returncode == EXIT_MISTAKE
     assert result.stderr == (
         f"ConfigError: LOG_RANK={log_rank} (the flag --local_ranks_filter): must be ranks of this machine,"
         " separated by commas, each of them 0 or 1\n"
@@ -197,7 +200,7 @@ def test_log_rank_must_be_ranks_of_this_machine(repo: Path, log_rank: str) -> No
 def test_a_log_dir_must_be_writable(repo: Path) -> None:
     (repo / "file").touch()
     result = run(repo, "succeed", "--log_dir", "file/logs")
-    assert result.returncode == 1
+    assert result.returncode == EXIT_MISTAKE
     assert result.stderr == "ConfigError: --log_dir file/logs cannot be written: Not a directory; name another folder\n"
 
 
@@ -233,7 +236,7 @@ def test_a_mistake_in_torchruns_flags_is_one_of_the_options(
     flags: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(launcher, "run_workers", lambda *_: pytest.fail("workers were started"))
-    assert launcher.main(["--num_gpus", "0", "--job.dump_folder", str(tmp_path), *flags.split()]) == 1
+    assert launcher.main(["--num_gpus", "0", "--job.dump_folder", str(tmp_path), *flags.split()]) == EXIT_MISTAKE
     out, errors = capsys.readouterr()
     assert out == ""
     assert errors.startswith("ConfigError: ")
@@ -322,6 +325,13 @@ def test_the_last_words_of_a_hidden_rank_are_shown(repo: Path) -> None:
     shown = result.stderr.splitlines()
     assert shown[-3] == "Rank 1 exited with status 3. The end of its output:"
     assert set(shown[-2:]) == {"hello from 1", "ConfigError: the worker's own words"}
+
+
+def test_a_mistake_that_no_restart_heals_ends_the_run_whatever_max_restarts_says(repo: Path) -> None:
+    result = run(repo, "mistake0", "--max_restarts", "3", NGPU="2")
+    assert result.returncode == EXIT_MISTAKE == 78
+    assert result.stderr == "Rank 0 exited with status 78 (which no restart heals); its messages are above.\n"
+    assert result.stdout.count("hello from 0") == 1
 
 
 def test_another_run_s_words_are_not_shown_for_a_rank_that_said_nothing(repo: Path) -> None:

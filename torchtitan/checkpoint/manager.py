@@ -28,7 +28,7 @@ from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
 from torchtitan.checkpoint.ranks import Ranks
 from torchtitan.checkpoint.start import Start
 from torchtitan.checkpoint.storage import CheckpointWriter, check_files, reason
-from torchtitan.config.errors import CheckpointError
+from torchtitan.config.errors import CheckpointError, UnsavedError
 from torchtitan.config.sections import Checkpoint
 from torchtitan.protocols.model import StateDictAdapter
 from torchtitan.tools.logging import logger
@@ -111,7 +111,7 @@ class CheckpointManager:
         else:
             self._write(step, self._contents.everything())
         if not self._is_saved(step):
-            raise CheckpointError(f"the last checkpoint, of step {step}, could not be saved in {self._folder.path}")
+            raise UnsavedError(f"the last checkpoint, of step {step}, could not be saved in {self._folder.path}")
         if self._config.last_save_in_hf:
             assert self._hugging_face is not None
             self._ranks.ask_first(partial(self._hugging_face.rewrite, self._folder, step))

@@ -1,14 +1,20 @@
 """Mistakes of the user, each with a message that is complete in itself.
 
-Whoever starts a run prints `error.report()` and exits with status 1, without a traceback.
+Whoever starts a run prints `error.report()` and exits with `exit_status(error)`, without a traceback.
 Those that the documentation of the fused loss calls an ImportError or a RuntimeError are that as well.
 """
 
 from collections.abc import Sequence
 
+EXIT_MISTAKE = 78  # EX_CONFIG of sysexits.h
+"""Status after what no restart heals: a mistake in the configuration or the data, or a run that has diverged."""
+
 
 class ConfigError(ValueError):
     """An option, or a combination of options, that cannot work."""
+
+    may_heal: bool = False
+    """Whether a start with the same options may go well."""
 
     title: str | None = None
     """What the documentation calls it, where that is not the class's own name."""
@@ -22,12 +28,24 @@ class DatasetError(ConfigError):
     """Data that is missing, empty or not in the format it should be in."""
 
 
+class UnreachableDataError(DatasetError):
+    """Data on another machine, which may answer later."""
+
+    may_heal = True
+
+
 class TokenizerError(ConfigError):
     """A tokenizer that cannot be read or does not fit the model."""
 
 
 class CheckpointError(ConfigError):
     """A checkpoint that is missing, damaged or does not fit the run."""
+
+
+class UnsavedError(CheckpointError):
+    """A checkpoint that the run must not end without, and that the disk did not take."""
+
+    may_heal = True
 
 
 class LigerNotInstalledError(ConfigError, ImportError):
@@ -79,6 +97,13 @@ class NonFiniteError(ArithmeticError):
             "Usual causes: a learning rate that is too high (optimizer.lr, lr_scheduler.warmup_steps), or bad data. "
             "Continue from the last checkpoint with other values."
         )
+
+
+def exit_status(error: Exception) -> int:
+    """Of a process that ends because of this."""
+    if isinstance(error, NonFiniteError) or (isinstance(error, ConfigError) and not error.may_heal):
+        return EXIT_MISTAKE
+    return 1
 
 
 def raise_all(errors: Sequence[ConfigError]) -> None:

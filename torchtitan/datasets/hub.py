@@ -7,7 +7,7 @@ means the same in every version of `datasets`. The package is imported when a da
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from torchtitan.config.errors import DatasetError
+from torchtitan.config.errors import DatasetError, UnreachableDataError
 from torchtitan.datasets.source import Text, get_text
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class HuggingFaceStream:
                 row = next(rows, None)
             except Exception as error:  # network, decompression, file system, parsing: whatever lies below
                 place = f"{self.name}, after row {number} of shard {shard}"
-                raise DatasetError(
+                raise UnreachableDataError(
                     f"{place}: cannot be read: {_one_line(error)}; check the network or the file and start again:"
                     " the run goes on from its last checkpoint"
                 ) from error
@@ -68,7 +68,7 @@ class HuggingFaceStream:
         try:
             dataset = load()
         except Exception as error:
-            raise DatasetError(
+            raise UnreachableDataError(
                 f"{self.name} cannot be opened: {_one_line(error)}; check the network,"
                 " or give a local file or folder as dataset_path"
             ) from error

@@ -4,7 +4,8 @@
 
 The options are checked first, without importing torch: a mistake costs one message and a fraction of a second. Then
 torch.distributed.run starts `-m torchtitan.train` N times. Its agent's long reports become one line: which rank
-ended the run, and how. Exit status: the failed worker's, or 128 + the number of the signal that ended the run.
+ended the run, and how. Exit status: the failed worker's, or 128 + the number of the signal that ended the run; a
+mistake that no restart heals has one of its own (config/errors.py), and ends the run whatever --max_restarts says.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from torchtitan.config.errors import ConfigError, raise_all
+from torchtitan.config.errors import EXIT_MISTAKE, ConfigError, exit_status, raise_all
 from torchtitan.config.schema import either, nearest, option_of
 from torchtitan.config.types import FilePath, NonNegativeInt, PositiveInt, Range
 from torchtitan.launch import preflight
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_workers({"log_dir": log_dir, **flags}, options)
     except ConfigError as error:
         print(error.report(), file=sys.stderr)
-        return 1
+        return exit_status(error)
     except KeyboardInterrupt:  # before there were workers
         return 128 + signal.SIGINT
     finally:
@@ -169,6 +170,8 @@ def run_workers(flags: dict[str, object], options: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
 
+    from torchtitan.launch.agent import use_agent
+
     # What is ignored stays so: `nohup` ignores SIGHUP, for the run to outlive the terminal.
     signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
 
@@ -191,6 +194,7 @@ def run_workers(flags: dict[str, object], options: list[str]) -> int:
     _quiet_agent()
     # A store for each start of the workers: in one that is kept, restarted ranks find the addresses of dead ones.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    use_agent()
     try:
         torchrun.run(arguments)
     except ChildFailedError as error:
@@ -222,6 +226,8 @@ def _report_failure(error: "ChildFailedError", log_dir: Path, shown_ranks: list[
     """Say in one line which worker ended the run, and how; show its last words if they are not on the screen yet."""
     rank, failure = error.get_first_failure()
     how = f"exited with status {failure.exitcode}"
+    if failure.exitcode == EXIT_MISTAKE:
+        how += " (which no restart heals)"
     if failure.exitcode < 0:
         how = f"was killed by {failure.signal_name()}"
     if failure.exitcode == -signal.SIGKILL:
