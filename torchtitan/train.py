@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from torchtitan.checkpoint.manager import CheckpointManager, build_checkpoint_manager
 from torchtitan.components.dataloader import Batch, build_dataloader
+from torchtitan.components.history import get_environment, get_report_command
 from torchtitan.components.loss import IGNORE_INDEX, build_loss
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.metrics import MetricsProcessor, build_metrics
@@ -62,8 +63,7 @@ class Trainer:
 
     def __init__(self, config: JobConfig) -> None:
         self.config = config
-        self.step = 0
-        self.n_tokens_seen = 0
+        self.step = self.n_tokens_seen = 0
         logger.info(f"Starting job: {config.job.description}")
 
         # processes, and the mesh they form
@@ -140,13 +140,12 @@ class Trainer:
             SystemExit: with EXIT_PREEMPTED, after SIGTERM and a save.
         """
         self.guard.heed_sigterm()
-        config = self.config
+        config, steps, rank = self.config, self.config.training.steps, utils.get_world().rank
         if self.checkpointer.load():
             self._report_seed()
         self.save_options()
         batches = self.batches()
         first_step = self.step + 1
-        steps, rank = config.training.steps, utils.get_world().rank
         nothing_left = f"Nothing is left to train: step {self.step} is done, of training.steps={steps}"
         logger.info(f"Training starts at step {first_step}" if first_step <= steps else nothing_left)
         with maybe_profile(
@@ -168,7 +167,7 @@ class Trainer:
                     self._set_timeouts(config.comm.train_timeout_seconds)
                 if stop:
                     self._stop()
-        logger.info("Training completed")
+        logger.info(f"Training completed; to see it: {get_report_command(config.job.dump_folder)}")
 
     def train_step(self, batches: Iterator[Batch]) -> bool:
         """One optimizer step; returns whether some rank was asked to stop (known one step late)."""
@@ -214,8 +213,7 @@ class Trainer:
         return {"step": self.step, "n_tokens_seen": self.n_tokens_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step = state_dict["step"]
-        self.n_tokens_seen = state_dict["n_tokens_seen"]
+        self.step, self.n_tokens_seen = state_dict["step"], state_dict["n_tokens_seen"]
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for part in self.runner.model_parts for parameter in part.parameters()]
@@ -248,9 +246,10 @@ class Trainer:
         return replace(self.config, training=replace(self.config.training, seed=self.dataloader.seed))
 
     def save_options(self) -> None:
-        """Write config.toml: not before a checkpoint is loaded, which may refuse them."""
+        """Write config.toml, and the start: not before a checkpoint is loaded, which may refuse them."""
         if utils.get_world().rank == 0:
             write_resolved(self.get_options_in_force(), Path(self.config.job.dump_folder) / "config.toml")
+            self.metrics.note("start", self.step, **get_environment(self.parallel_dims, self.device))
 
     def _report_seed(self) -> None:
         if self.dataloader.seed != self.seed:
@@ -260,6 +259,7 @@ class Trainer:
 
     def _stop(self) -> None:
         saved = self.checkpointer.save(self.step)
+        self.metrics.note("stop", self.step, saved=saved)
         logger.info(f"Stopped by SIGTERM after step {self.step}; " + ("it is saved" if saved else "nothing was saved"))
         raise SystemExit(EXIT_PREEMPTED)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import tomli
 
+from torchtitan.cli.main import COMMANDS
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.manager import resolve
 from torchtitan.config.schema import get_options, get_sections
@@ -33,7 +34,9 @@ _OTHERS_FLAGS = {"--help", "--ipc", "--nnodes", "--nproc_per_node", "--shm-size"
 _SUFFIXES = (".py", ".sh", ".md", ".slurm", ".toml", ".yml")
 _MADE_BY_RUNS = {"config.toml"}
 _FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w.-]*")
-_LOOKS_LIKE_A_COMMAND = re.compile(r"(\w+=\S* )*(\./run_train\.sh|python3? (scripts/|-m )|torchrun -|torchtitan -)")
+_LOOKS_LIKE_A_COMMAND = re.compile(
+    r"(\w+=\S* )*(\./run_train\.sh|python3? (scripts/|-m )|torchrun -|torchtitan (-|[a-z]+ ))"
+)
 _OPERATORS = {"&&", "||", ";", "|", "&", ">", ">>", "<", "(", ")"}
 
 
@@ -51,7 +54,14 @@ class Command:
 
     @property
     def is_training(self) -> bool:
-        return self.words[0] in ("./run_train.sh", "torchtitan")
+        if self.words[0] == "torchtitan":
+            return self.words[1:2] == ("train",) or self.words[1:] == () or self.words[1].startswith("-")
+        return self.words[0] == "./run_train.sh"
+
+    @property
+    def training_words(self) -> tuple[str, ...]:
+        """Flags and options of a training."""
+        return self.words[2:] if self.words[1:2] == ("train",) else self.words[1:]
 
     @property
     def is_fragment(self) -> bool:
@@ -69,15 +79,15 @@ class Command:
         return len(runs) == 2 and not any(value.startswith("-") for value in runs)
 
     def program(self) -> tuple[str, ...] | None:
-        """The words from the Python program on: ("scripts/x.py", ...) or ("-m", "module", ...)."""
+        """The words from the Python program on: ("scripts/x.py", ...), ("-m", "module", ...) or ("torchtitan", ...)."""
         words = list(self.words)
         if words[0] == "torchrun":
             words = words[next((i for i, word in enumerate(words) if word.endswith(".py") or word == "-m"), 0) :]
         elif re.fullmatch(r"(\.venv/bin/)?python3?", words[0]):
             words = words[1:]
-        else:
+        elif words[0] != "torchtitan":
             return None
-        return tuple(words)
+        return tuple(words[1:] if words[:2] == ["-m", "torchtitan"] else words)
 
 
 @dataclass
@@ -223,7 +233,7 @@ def _about_command(command: Command, page: Page) -> Iterator[str]:
     elif command.is_training:
         options = [*(["--job.config_file", command.env["CONFIG_FILE"]] if "CONFIG_FILE" in command.env else [])]
         try:
-            _, rest = split_arguments(command.words[1:])
+            _, rest = split_arguments(command.training_words)
             resolve(options + rest)
         except ConfigError as error:
             yield str(error)
@@ -240,11 +250,20 @@ def _about_command(command: Command, page: Page) -> Iterator[str]:
 
 
 def program_file(program: tuple[str, ...]) -> Path | None:
-    """The file of our own program, or None."""
-    if program[0] == "-m":
-        path = REPO / (program[1].replace(".", "/") + ".py")
-        return path if program[1].split(".")[0] in _FOLDERS else None
-    return REPO / program[0] if program[0].endswith(".py") else None
+    """The file of our own program, behind its door if it is the package's, or None."""
+    if program[0] in ("-m", "torchtitan"):
+        module = program[1]
+        if program[0] == "torchtitan":
+            module = COMMANDS[module].module if module in COMMANDS else f"torchtitan.cli.{module}"
+        path = REPO / (module.replace(".", "/") + ".py")
+        return path if module.split(".")[0] in _FOLDERS else None
+    if not program[0].endswith(".py"):
+        return None
+    path = REPO / program[0]
+    door = re.search(
+        r"^from (torchtitan\.cli\.\w+) import main$", path.read_text() if path.exists() else "", re.MULTILINE
+    )
+    return REPO / (door[1].replace(".", "/") + ".py") if door else path
 
 
 def _about_flags(text: str, known: set[str] | frozenset[str]) -> Iterator[str]:
@@ -361,6 +380,7 @@ def _flags_of(source: Path) -> frozenset[str]:
 
 @cache
 def _all_flags() -> frozenset[str]:
-    """Those of every script of ours, of the launcher and of torchrun."""
-    scripts = [flag for script in (REPO / "scripts").glob("*.py") for flag in _flags_of(script)]
+    """Those of every program of ours, of the launcher and of torchrun."""
+    programs = [*(REPO / "scripts").glob("*.py"), *(REPO / "torchtitan/cli").glob("*.py")]
+    scripts = [flag for program in programs for flag in _flags_of(program)]
     return frozenset({f"--{flag}" for flag in FLAGS} | set(scripts) | _OTHERS_FLAGS)

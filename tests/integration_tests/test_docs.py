@@ -42,7 +42,7 @@ SMALL_SCRIPTS = {
     ],
     "generate.py": ["--max_new_tokens=3"],
     "generate_config_docs.py": ["--check"],
-    "loss_compare.py": ["--steps=2", *SMALL_RUN, *SMALL_LLAMA],
+    "compare.py": ["--steps=2", *SMALL_RUN, *SMALL_LLAMA],
     "train_tokenizer.py": ["--vocab_size=300"],
 }
 DEBUG_MODEL = "torchtitan/models/llama3/train_configs/debug_model.toml"
@@ -110,15 +110,15 @@ def step_of(command: Command) -> Step | None:
     small = [] if command.compares_finished_runs else SMALL_SCRIPTS.get(program_file(program).name, [])
     if command.words[0] == "torchrun":
         return Step(command.where, "process", [*command.words, *small], env)
-    if program[0] == "-m":
-        return Step(command.where, "module", [*program[1:], *small], env)
+    if program[0] in ("-m", "torchtitan"):
+        return Step(command.where, "module", [*(program[1:] if program[0] == "-m" else program), *small], env)
     return Step(command.where, "script", [*program, *small], dict(command.env))
 
 
 def parse_training(command: Command) -> tuple[JobConfig, int, list[str]]:
     """The configuration, the number of processes that the command gives, and the options of the run."""
-    launcher, options = split_arguments(command.words[1:])
-    if command.words[0] == "./run_train.sh":
+    launcher, options = split_arguments(command.training_words)
+    if not any(word.startswith("--job.config_file") for word in options):
         options = ["--job.config_file", command.env.get("CONFIG_FILE", DEBUG_MODEL), *options]
     return resolve(options)[0], launcher.nproc_per_node * int(launcher.nnodes.partition(":")[0]), options
 
@@ -192,7 +192,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def costs(step: Step) -> int:
     """Roughly, in seconds: for the long pages to begin first."""
-    starts_processes = step.kind == "process" or step.words[:1] == ["scripts/loss_compare.py"]
+    starts_processes = step.kind == "process" or {"scripts/loss_compare.py", "compare"} & {*step.words[:2]}
     return 10 if starts_processes else 1
 
 

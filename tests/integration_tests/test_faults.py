@@ -5,6 +5,7 @@ alone. The last test of a fault is therefore always another start.
 """
 
 import itertools
+import json
 import os
 import random
 import re
@@ -147,6 +148,8 @@ def test_sigterm_finishes_the_step_and_saves_it(tmp_path, undisturbed, mode):
     last = last_step(life.folder)
     assert f"Stopped by SIGTERM after step {last}; it is saved" in life.output()
     assert f"step-{last}" in checkpoints(life.folder)
+    stop = json.loads((life.folder / "history.jsonl").read_text().splitlines()[-1])
+    assert (stop["event"], stop["step"], stop["saved"]) == ("stop", last, True)
     life = train(life.folder, SAVING)
     assert f"Training starts at step {last + 1}" in life.output()
     assert_as_undisturbed(life.folder, undisturbed)

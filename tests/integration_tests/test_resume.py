@@ -1,5 +1,6 @@
 """A run that is continued is the run that was never stopped: to the bit on its own layout, to 1e-5 on another."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -169,5 +170,13 @@ def test_config_toml_is_of_the_last_start_that_was_not_refused_and_has_the_seed(
     assert told in resumed.output()
     for file in ("config.toml", "checkpoint/step-3/config.toml"):
         assert tomli.loads((folder / file).read_text())["training"]["seed"] == seed
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["step"]) for event in history] == [
+        ("start", 0),
+        ("end", 2),
+        ("start", 2),
+        ("end", 3),
+    ]
+    assert history[2]["layout"] == "one process" and not history[3]["failed"]
     again = train(tmp_path / "again", f"{SAVING} --training.steps 3 --training.seed {seed}").folder
     assert read_steps(again) == read_steps(folder)

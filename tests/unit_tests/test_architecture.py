@@ -22,6 +22,8 @@ FLOORS = (
     "memory",
     "launch",
     "train",
+    "cli",
+    "__main__",
 )
 FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file

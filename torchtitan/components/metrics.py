@@ -9,8 +9,6 @@ the loss, which is when the host waits for the device. Every place gets the same
     memory/max_active(GiB), memory/max_reserved(GiB), ...         peaks since the last log; on a CPU resident memory
 """
 
-import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from torchtitan.components.history import History, append_line
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import Metrics
 from torchtitan.tools.device import DeviceMemoryMonitor, MemoryStats, get_peak_flops
@@ -49,16 +48,7 @@ class JsonLines:
         self._path = path
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        line = json.dumps({"step": step, "time": time.time(), **values}) + "\n"
-        try:
-            with self._path.open("ab+") as file:
-                if file.tell():
-                    file.seek(-1, os.SEEK_END)
-                    if file.read() != b"\n":
-                        line = "\n" + line  # the last one was cut by a kill or a full disk
-                file.write(line.encode())
-        except OSError as error:
-            logger.warning(f"The metrics of step {step} are not in {self._path}: {error.strerror}")
+        append_line(self._path, {"step": step, "time": time.time(), **values}, what="The metrics")
 
     def close(self, *, failed: bool) -> None:
         pass
@@ -127,6 +117,8 @@ class MetricsProcessor:
     """Ranks that work on the same sequences."""
     use_color: bool = False
     show_progress: bool = False
+    history: History | None = None
+    """On the rank that writes it."""
 
     def __post_init__(self) -> None:
         self._peak_flops = get_peak_flops(self.memory.name)
@@ -134,10 +126,12 @@ class MetricsProcessor:
         self._validation_start: float | None = None
         self._last_progress = 0.0
         self._status = "starting"
+        self._step = 0
         self._start_interval()
 
     def start_step(self, step: int) -> None:
         """Call at the begin of every step."""
+        self._step = step
         self._n_steps += 1
         now = time.perf_counter()
         if self.show_progress and now - self._last_progress > _PROGRESS_INTERVAL_S:
@@ -222,7 +216,14 @@ class MetricsProcessor:
         values = {"validation_metrics/loss": loss, "validation_metrics/throughput(tps)": tps}
         self._write(step, values | _memory_values("validation_metrics/memory", memory))
 
+    def note(self, event: str, step: int, **facts: object) -> None:
+        """Write to the run's history what happened."""
+        self._step = max(self._step, step)
+        if self.history:
+            self.history.note(event, step, **facts)
+
     def close(self, *, failed: bool) -> None:
+        self.note("end", self._step, failed=failed)
         if self.show_progress:
             send_progress("")
         for sink in self.sinks:
@@ -293,6 +294,7 @@ def build_metrics(
         non_data_parallel_degree=non_data_parallel_degree,
         use_color=on_terminal and not metrics.disable_color_printing,
         show_progress=owns_progress_line and not metrics.disable_progress_line,
+        history=History(folder / "history.jsonl") if rank == 0 else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""scripts/loss_compare.py on finished runs, and with a stand-in for run_train.sh; test_docs.py runs it for real."""
+"""`torchtitan compare` on finished runs, and with a stand-in for run_train.sh; test_docs.py runs it for real."""
 
 import json
 import stat
@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.finished_run import load_script
+from torchtitan.cli import compare
 
 # Writes a loss that depends on the options, as a run would.
 RUN = """
@@ -34,10 +34,9 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     (tmp_path / "run.py").write_text(RUN)
     run_train.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{tmp_path}/run.py" "$@"\n')
     run_train.chmod(run_train.stat().st_mode | stat.S_IXUSR)
-    script = load_script("loss_compare")
-    monkeypatch.setattr(script, "RUN_TRAIN", run_train)
+    monkeypatch.setattr(compare, "RUN_TRAIN", run_train)
     monkeypatch.chdir(tmp_path)
-    return script
+    return compare
 
 
 def test_new_runs_start_anew_whatever_an_earlier_comparison_left(
@@ -71,6 +70,7 @@ def test_finished_runs_are_compared_where_both_have_steps(
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     for line in (
         "first loss 5.0000 4.2500",
+        "validation loss 9.0000 9.0000",
         "last loss 2.0000 1.0000",
         "tokens/s a device 4,000 5,000",
         "peak memory, GiB 2.90 2.80",
@@ -79,37 +79,7 @@ def test_finished_runs_are_compared_where_both_have_steps(
         "gradient norm 0.5 at step 4",
     ):
         assert line in lines
-    assert (tmp_path / "out/loss_compare.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_of_a_step_that_ran_twice_the_last_counts(script: ModuleType, tmp_path: Path) -> None:
-    a = write_run(tmp_path / "a", {1: 5.0, 2: 4.0})
-    resumed = (tmp_path / "a/metrics.jsonl").read_text().replace("4.0", "3.5")
-    with (tmp_path / "a/metrics.jsonl").open("a") as file:
-        file.write(resumed)
-    run = script.read_run("a", "", Path(a))
-    assert run.curve(script.LOSS, [1, 2]) == [5.0, 3.5]
-
-
-def test_a_later_start_in_the_same_folder_is_the_run(script: ModuleType, tmp_path: Path) -> None:
-    """It began again at step 1 and ended sooner, or went on from a checkpoint before the last steps."""
-    for later, expected in (({1: 7.0, 2: 6.0}, {1: 7.0, 2: 6.0}), ({3: 6.0}, {1: 5.0, 2: 4.0, 3: 6.0})):
-        folder = tmp_path / f"run{len(later)}"
-        write_run(folder, {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0})
-        write_run(tmp_path / f"later{len(later)}", later)
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write((tmp_path / f"later{len(later)}/metrics.jsonl").read_text())
-        run = script.read_run("a", "", folder)
-        assert {step: values[script.LOSS] for step, values in run.steps.items()} == expected
-
-
-def test_cut_lines_are_skipped(script: ModuleType, tmp_path: Path) -> None:
-    a = write_run(tmp_path / "a", {1: 5.0, 2: 4.0})
-    path = tmp_path / "a/metrics.jsonl"
-    first, *others = path.read_text().splitlines()
-    path.write_text("\n".join([first, others[0][:30], *others, first[:20]]))
-    run = script.read_run("a", "", Path(a))
-    assert run.curve(script.LOSS, [1, 2]) == [5.0, 4.0]
+    assert "<td>loss</td><td>0.25</td><td>2 of 3 steps</td>" in (tmp_path / "out/report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -132,22 +102,11 @@ def test_mistakes_in_the_arguments_are_said_before_any_run(
     assert message in error
 
 
-def test_without_matplotlib_no_run_is_started(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(script, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
-        script.main(["--steps", "2"])
-    out, error = capfd.readouterr()
-    assert out == "" and "pip install matplotlib" in error
-
-
 @pytest.mark.parametrize(("tolerance", "status"), [("0.1", 1), ("0.3", 0)])
 @pytest.mark.parametrize("differs", ["loss", "grad_norm"])
 def test_tolerance_decides_the_exit_status(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tolerance: str, status: int, differs: str
+    script: ModuleType, tmp_path: Path, tolerance: str, status: int, differs: str
 ) -> None:
-    monkeypatch.setattr(script, "plot", lambda *_: None)  # it takes a second
     a = write_run(tmp_path / "a", {1: 5.0, 2: 4.0})
     b = write_run(
         tmp_path / "b", {1: 5.0, 2: 4.2 if differs == "loss" else 4.0}, {2: 1.2} if differs != "loss" else None

@@ -1,0 +1,3 @@
+from torchtitan.cli.main import run
+
+run()

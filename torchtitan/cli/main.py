@@ -1,0 +1,57 @@
+"""The program `torchtitan`, and `python -m torchtitan`: a command, then what it takes; without one, it trains."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    module: str
+    """Its main(argv) takes the words after the command and returns the exit status."""
+    about: str
+
+
+COMMANDS = {
+    "train": Command("torchtitan.launch.launcher", "train; what is meant where no command is given"),
+    "compare": Command("torchtitan.cli.compare", "train twice, or read two runs, and compare them"),
+    "report": Command("torchtitan.cli.report", "draw runs: one HTML file of curves, options and events"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command that the words begin with; the exit status. Each imports what it needs, and only that."""
+    word = argv[0] if argv else ""
+    if word in ("--help", "-h", "help") and len(argv) == 1:
+        print(help_text())
+        return 0
+    if word.startswith("-") or not word:
+        return _run("train", argv)
+    if word not in COMMANDS:
+        print(f"torchtitan {word}: no such command; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return _run(word, argv[1:])
+
+
+def help_text() -> str:
+    """The commands."""
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            "usage: torchtitan [COMMAND] ...",
+            "",
+            *(f"  {name:{width}}  {command.about}" for name, command in COMMANDS.items()),
+            "",
+            "torchtitan COMMAND --help tells what a command takes; torchtitan train --help lists the options of a run.",
+        ]
+    )
+
+
+def _run(name: str, argv: Sequence[str]) -> int:
+    status: int = import_module(COMMANDS[name].module).main(argv)
+    return status
+
+
+def run() -> None:
+    """What the installed program calls."""
+    sys.exit(main(sys.argv[1:]))
