@@ -1,4 +1,4 @@
-"""scripts/convert_checkpoint.py: no bit changes either way, and transformers computes the same with the result."""
+"""`torchtitan convert`: no bit changes either way, and transformers computes the same with the result."""
 
 import json
 import os
@@ -13,16 +13,15 @@ import tokenizers
 import torch
 from tokenizers import models
 
-from tests.finished_run import REPO, TOKENIZER, load_script, load_weights, save_run
+from tests.finished_run import REPO, TOKENIZER, load_weights, save_run
 from tests.full_disk import limited_files
 from torchtitan.checkpoint.pretrained import find_pretrained
+from torchtitan.cli.convert import main as convert
 
 CONFIG = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_ROPE |= {"original_max_position_embeddings": 16}
-
-convert = load_script("convert_checkpoint").main
 
 
 @pytest.fixture(scope="module")

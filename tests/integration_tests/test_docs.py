@@ -43,7 +43,7 @@ SMALL_SCRIPTS = {
     "generate.py": ["--max_new_tokens=3"],
     "generate_config_docs.py": ["--check"],
     "compare.py": ["--steps=2", *SMALL_RUN, *SMALL_LLAMA],
-    "train_tokenizer.py": ["--vocab_size=300"],
+    "tokenizer.py": ["--vocab_size=300"],
 }
 DEBUG_MODEL = "torchtitan/models/llama3/train_configs/debug_model.toml"
 MOST_PROCESSES = 2

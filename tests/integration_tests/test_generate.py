@@ -1,4 +1,4 @@
-"""scripts/generate.py: the text is that of transformers, of one process and of two; a mistake gets one message."""
+"""`torchtitan generate`: the text is that of transformers, of one process and of two; a mistake gets one message."""
 
 import os
 import subprocess
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.finished_run import CONTEXT, REPO, TOKENIZER, load_script, save_run
+from tests.finished_run import CONTEXT, REPO, TOKENIZER, save_run
+from torchtitan.cli import generate as script
+from torchtitan.cli.convert import main as convert
 from torchtitan.components.tokenizer import build_tokenizer
 
 PROMPT = "def naïve(x):"
 NUM_TOKENS = 40
-
-script = load_script("generate")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def run_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def hf_checkpoint(run_checkpoint, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("hf") / "model"
-    assert load_script("convert_checkpoint").main(["to_hf", str(run_checkpoint), str(path)]) == 0
+    assert convert(["to_hf", str(run_checkpoint), str(path)]) == 0
     return path
 
 

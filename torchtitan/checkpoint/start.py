@@ -88,7 +88,7 @@ class Start:
                 if is_complete and self.config.last_save_in_hf and self.ranks.is_first:
                     logger.warning(
                         f"{path} is the run's last checkpoint already, and not in Hugging Face's format:"
-                        f" python scripts/convert_checkpoint.py to_hf {path} <new folder> writes one that is"
+                        f" python -m torchtitan convert to_hf {path} <new folder> writes one that is"
                     )
         except UnusableCheckpointError as error:
             older = self.ranks.ask_first(lambda: self._find_usable(before=step))

@@ -14,6 +14,11 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("torchtitan.launch.launcher", "train; what is meant where no command is given"),
+    "generate": Command("torchtitan.cli.generate", "continue a prompt with a trained model"),
+    "convert": Command("torchtitan.cli.convert", "weights to and from Hugging Face's format"),
+    "estimate": Command("torchtitan.cli.estimate", "how much GPU memory a run needs, by part"),
+    "tokenizer": Command("torchtitan.cli.tokenizer", "train a tokenizer on texts"),
+    "config": Command("torchtitan.config.manager", "print the resolved configuration; with --help, the options"),
     "compare": Command("torchtitan.cli.compare", "train twice, or read two runs, and compare them"),
     "report": Command("torchtitan.cli.report", "draw runs: one HTML file of curves, options and events"),
 }

@@ -287,7 +287,7 @@ def test_initial_load_takes_the_weights_only(tmp_path, enable_checkpoint):
 
 
 def test_initial_weights_of_another_model_than_their_config_says_are_refused(tmp_path):
-    """As scripts/convert_checkpoint.py leaves it beside weights of Hugging Face's."""
+    """As `torchtitan convert` leaves it beside weights of Hugging Face's."""
     source = build_run(tmp_path / "source")
     source.train(2)
     path = folder(source) / "step-2"
@@ -370,7 +370,7 @@ def test_a_whole_last_checkpoint_is_not_converted_and_that_is_said(tmp_path, cap
     run = build_run(tmp_path, steps=3, last_save_in_hf=True)
     assert run.checkpointer.load()
     path = folder(run) / "step-3"
-    assert f"python scripts/convert_checkpoint.py to_hf {path} <new folder>" in caplog.text
+    assert f"python -m torchtitan convert to_hf {path} <new folder>" in caplog.text
     assert not (path / "model.safetensors").exists()
 
 

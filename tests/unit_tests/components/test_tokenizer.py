@@ -1,17 +1,15 @@
 """The tokenizer: lossless, begin and end tokens exactly where asked, faults in one message."""
 
-import importlib.util
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from torchtitan.cli import tokenizer as script
 from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.config.errors import TokenizerError
 from torchtitan.launch.preflight import get_vocab_size
@@ -157,42 +155,30 @@ def test_transformers_reads_the_shipped_folder(shipped, tmp_path):
     assert theirs(text)["input_ids"] == shipped.encode(text, add_bos=True, add_eos=False)
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_tokenizer", "scripts/train_tokenizer.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_training_gives_the_same_file_each_time(script, tmp_path, monkeypatch):
+def test_training_gives_the_same_file_each_time(tmp_path):
     (tmp_path / "a.txt").write_text(Path(script.__file__).read_text() * 3)
     for name in ("one", "two"):
         arguments = ["--dataset_path", str(tmp_path / "a.txt"), "--vocab_size", "400", "--output", str(tmp_path / name)]
-        monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *arguments])
-        script.main()
+        assert script.main(arguments) == 0
     assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (tmp_path / "two" / "tokenizer.json").read_bytes()
     tokenizer = build_tokenizer(tmp_path / "one")
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (400, 0, 1)
 
 
-def test_training_on_too_little_text_is_told(script):
+def test_training_on_too_little_text_is_told():
     with pytest.raises(SystemExit, match=r"the data gives only 2\d\d ids: give more of it, or a lower --vocab_size"):
         script.train(["too little"], 2000)
     with pytest.raises(SystemExit, match="--vocab_size 100: 256 bytes and 2 special tokens need at least 258"):
         script.train(["too little"], 100)
 
 
-def test_data_that_are_not_there_are_told(script, tmp_path, monkeypatch):
-    argv = ["train_tokenizer.py", "--dataset_path", str(tmp_path / "nope"), "--output", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", argv)
+def test_data_that_are_not_there_are_told(tmp_path):
+    argv = ["--dataset_path", str(tmp_path / "nope"), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="^DatasetError: .*nope does not exist; dataset_path takes a file or a folder"):
-        script.main()
+        script.main(argv)
 
 
-def test_shipped_file_is_what_the_script_writes(script):
+def test_shipped_file_is_what_the_script_writes():
     """But for the merges, which are those of one Python version's library."""
     made = json.loads(script.train([Path(script.__file__).read_text() * 3], 400).to_str())
     shipped = json.loads((SHIPPED / "tokenizer.json").read_text())

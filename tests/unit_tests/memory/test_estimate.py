@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from scripts.estimate_memory import main, to_table
+from torchtitan.cli.estimate import main, to_table
 from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, fused_linear
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.block_modes import get_block_modes
