@@ -225,6 +225,7 @@ def test_a_log_dir_must_be_writable(repo: Path) -> None:
             "--standalone --nnodes 2 --rdzv_endpoint a:1",
             "--standalone is for one machine, and --nnodes is 2; leave one of them out",
         ),
+        ("--nnodes 100 --nproc_per_node 8 --rdzv_endpoint a:1", "a process may open 1024 files here (`ulimit -Hn`)"),
         ("--max_restarts abc --node_rank abc", "2 mistakes:"),
         (
             "--nnodes 2:4 --rdzv_endpoint a:1 --checkpoint.enable_checkpoint",
@@ -236,6 +237,7 @@ def test_a_mistake_in_torchruns_flags_is_one_of_the_options(
     flags: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(launcher, "run_workers", lambda *_: pytest.fail("workers were started"))
+    monkeypatch.setattr(launcher, "raise_file_limit", lambda: 1024)
     assert launcher.main(["--num_gpus", "0", "--job.dump_folder", str(tmp_path), *flags.split()]) == EXIT_MISTAKE
     out, errors = capsys.readouterr()
     assert out == ""

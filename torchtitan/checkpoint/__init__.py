@@ -18,7 +18,7 @@ process that writes; synchronously T does what B and W do. Every rank runs all l
     T   state = live weights, moments, counters                          manager.maybe_save
     B   copy -> memory shared with W; T waits before the next optimizer step
                                                                          background.Copier
-    B   plan: who writes what; ranks -> rank 0 -> ranks                  torch's save()
+    B   plan: who writes what; ranks -> rank 0 -> ranks                  manager.write_together
     W   step-7.incomplete-<run>/__<rank>_0.distcp, synced                storage.CheckpointWriter
     B   ranks -> rank 0: what is where in it, or what went wrong
     B   rank 0: .metadata, .metadata.sha256                              CheckpointWriter.finish

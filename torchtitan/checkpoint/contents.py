@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
 from torchtitan.checkpoint.ranks import Ranks
-from torchtitan.checkpoint.storage import STATES, UnusableCheckpointError, check_weights, load_into, read_metadata
+from torchtitan.checkpoint.storage import STATES, UnusableCheckpointError, check_weights, load_alone, read_metadata
 from torchtitan.config.errors import CheckpointError
 from torchtitan.tools.logging import logger
 
@@ -106,7 +106,7 @@ class Contents:
         for key in [key for key in state if key.startswith(("dataloader.", "rng."))]:
             if key not in metadata.state_dict_metadata:
                 del state[key]  # of a rank that the saving run did not have: for the state itself to judge
-        load_into(state, path, metadata, group=self._ranks.group)
+        self._ranks.together(partial(load_alone, path, state, metadata))
         for name in names:
             prefix = f"{name}."
             part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

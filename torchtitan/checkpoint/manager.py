@@ -1,7 +1,7 @@
 """When a run saves, and how a save happens on all ranks, with torch.distributed.checkpoint.
 
 A save that fails on any rank is given up by all of them, with one message, and the run goes on: the ranks agree
-through torch.distributed.checkpoint, which gathers each rank's outcome before it writes `.metadata`.
+on each rank's outcome before the first one writes `.metadata`.
 """
 
 import secrets
@@ -9,17 +9,17 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import StorageWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from torchtitan.checkpoint.background import BackgroundSaver
 from torchtitan.checkpoint.contents import Contents, OptimizerState, Stateful
@@ -32,9 +32,6 @@ from torchtitan.config.errors import CheckpointError, UnsavedError
 from torchtitan.config.sections import Checkpoint
 from torchtitan.protocols.model import StateDictAdapter
 from torchtitan.tools.logging import logger
-
-# How long a rank waits for one that writes a large file to a slow disk.
-TIMEOUT = timedelta(minutes=30)
 
 
 class CheckpointManager:
@@ -124,8 +121,8 @@ class CheckpointManager:
         path = self._folder.incomplete(step)
         failure = ""
         try:
-            metadata = save(state, storage_writer=writer(path), process_group=self._ranks.group)
-            if self._ranks.is_first:
+            metadata = write_together(state, writer(path), self._ranks)
+            if metadata is not None:
                 check_files(path, metadata)  # finds those of all ranks, unless the folder is not one that all share
                 self._folder.note_options(path, self._options())
                 self._folder.note_excluded(path, self._config.exclude_from_loading)
@@ -151,6 +148,42 @@ class CheckpointManager:
             )
             newest += f"; {shutil.disk_usage(self._folder.path).free / 2**20:,.0f} MiB are free there"
         logger.error(f"Saving the checkpoint of step {step} failed: {why}. The run goes on; {newest}.")
+
+
+def write_together(state: dict[str, Any], writer: StorageWriter, ranks: Ranks) -> Metadata | None:
+    """Write the ranks' files and what is where in them, which is returned on the first rank.
+
+    As torch.distributed.checkpoint.save does, but by a tree of ranks: that would have the first one open a
+    connection to each of the others, and send each of them the places of all.
+
+    Raises:
+        CheckpointException: on all ranks, where it failed on some.
+    """
+    planner, whole = DefaultSavePlanner(), list[Metadata]()
+
+    def plan() -> SavePlan:
+        planner.set_up_planner(state, storage_meta=writer.storage_meta(), is_coordinator=ranks.is_first)
+        writer.set_up_storage_writer(ranks.is_first, rank=ranks.rank, use_collectives=True)
+        return writer.prepare_local_plan(planner.create_local_plan())
+
+    def plan_all(plans: list[SavePlan]) -> list[SavePlan]:
+        plans, metadata = planner.create_global_plan(plans)
+        whole.append(metadata)
+        return writer.prepare_global_plan(plans)
+
+    def write() -> list[WriteResult]:
+        written = writer.write_data(planner.finish_plan(own), planner)
+        written.wait()
+        return written.value()
+
+    def finish(results: list[list[WriteResult]]) -> list[None]:
+        writer.finish(metadata=whole[0], results=results)
+        return [None] * len(results)
+
+    writer.reset()
+    own = ranks.collect(plan, plan_all)
+    ranks.collect(write, finish)
+    return whole[0] if ranks.is_first else None
 
 
 def build_checkpoint_manager(
@@ -189,9 +222,9 @@ def build_checkpoint_manager(
         raise CheckpointError(
             f"checkpoint.{option}=true, and this model family has no Hugging Face format; leave it off"
         )
-    ranks = Ranks(dist.new_group(backend="gloo", timeout=TIMEOUT))
-    path = Path(dump_folder) / checkpoint.folder
-    folder = CheckpointFolder(path, run=ranks.ask_first(lambda: secrets.token_hex(4)))
+    ranks = Ranks()
+    run = ranks.ask_first(lambda: secrets.token_hex(4)) if checkpoint.enable_checkpoint else ""
+    folder = CheckpointFolder(Path(dump_folder) / checkpoint.folder, run=run)
     if checkpoint.enable_checkpoint and not checkpoint.load_only:
         ranks.ask_first(folder.create)
     background = None

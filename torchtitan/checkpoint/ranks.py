@@ -1,28 +1,80 @@
-"""How all ranks come to one answer about a checkpoint, also where one of them fails."""
+"""How all ranks come to one answer about a checkpoint, also where one of them fails.
 
+The ranks are a tree: rank r has the ranks FAN_OUT * r + 1 to FAN_OUT * r + FAN_OUT below it. What all are told comes
+down it, what is collected goes up, so that a rank has FAN_OUT + 2 sockets at most, however many ranks there are.
+"""
+
+import pickle
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.checkpoint.storage import reason
 from torchtitan.config.errors import CheckpointError
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+FAN_OUT = 8
+# How long a rank waits for one that writes a large file to a slow disk.
+TIMEOUT = timedelta(minutes=30)
 
 
 class Ranks:
-    """The ranks of a group. It is used by nothing else, since saves run beside the collectives of training."""
+    """All ranks, in a group of their own, since saves run beside the collectives of training.
 
-    def __init__(self, group: dist.ProcessGroup):
-        self.group = group
-        self.rank = dist.get_rank(group)
+    All make the same calls in the same order; the first call makes the group.
+    """
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
         self.is_first = self.rank == 0
+        first_below = FAN_OUT * self.rank + 1
+        self._below = range(first_below, min(first_below + FAN_OUT, dist.get_world_size()))
+
+    @cached_property
+    def group(self) -> dist.ProcessGroup:
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup)
+        return group
 
     def gather(self, value: T) -> list[T]:
-        values: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        """The values of all ranks, on each of them."""
+        return self._tell(self.gather_first(value) or [])
+
+    def gather_first(self, value: T) -> list[T] | None:
+        """The values of all ranks, on the first one; None on the others."""
+        mine = {self.rank: pickle.dumps(value)}
+        for rank in self._below:
+            mine |= pickle.loads(self._receive(rank))
+        if not self.is_first:
+            self._send(_above(self.rank), pickle.dumps(mine))
+            return None
+        return [pickle.loads(mine[rank]) for rank in range(len(mine))]
+
+    def scatter(self, values: list[T] | None) -> T:
+        """This rank's of the values, which the first one has."""
+        if self.is_first:
+            assert values is not None
+            mine = {rank: pickle.dumps(value) for rank, value in enumerate(values)}
+        else:
+            mine = pickle.loads(self._receive(_above(self.rank)))
+        parts: dict[int, dict[int, bytes]] = {rank: {} for rank in self._below}
+        for rank in mine.keys() - {self.rank}:
+            below = rank
+            while below not in parts:
+                below = _above(below)
+            parts[below][rank] = mine[rank]
+        for rank, part in parts.items():
+            self._send(rank, pickle.dumps(part))
+        own: T = pickle.loads(mine[self.rank])
+        return own
 
     def together(self, work: Callable[[], T]) -> T:
         """Do the work on each rank. Where it fails on one, all raise its CheckpointError, and none waits for it."""
@@ -35,11 +87,64 @@ class Ranks:
 
     def ask_first(self, question: Callable[[], T]) -> T:
         """The answer of the first rank, or its CheckpointError."""
-        answer = [_attempt(question) if self.is_first else None]
-        dist.broadcast_object_list(answer, src=0, group=self.group)
-        if isinstance(answer[0], CheckpointError):
-            raise answer[0]
-        return answer[0]  # type: ignore[return-value]
+        answer = self._tell(_attempt(question) if self.is_first else None)
+        if isinstance(answer, CheckpointError):
+            raise answer
+        return answer  # type: ignore[return-value]
+
+    def collect(self, work: Callable[[], T], combine: Callable[[list[T]], list[R]]) -> R:
+        """Do the work on each rank; the first one combines the results, and each rank gets its part of what that gives.
+
+        Raises:
+            CheckpointException: on all ranks, with the errors of all.
+        """
+        try:
+            outcome: T | _Failure = work()
+        except BaseException as error:
+            outcome = _Failure(error)
+        outcomes = self.gather_first(outcome)
+        parts: list[R | CheckpointException] | None = None
+        if outcomes is not None:
+            failures = {rank: (found.error, None) for rank, found in enumerate(outcomes) if isinstance(found, _Failure)}
+            if not failures:
+                try:
+                    parts = [*combine([found for found in outcomes if not isinstance(found, _Failure)])]
+                except BaseException as error:
+                    failures[self.rank] = (error, None)
+            if failures:
+                parts = [CheckpointException("", failures)] * len(outcomes)  # type: ignore[arg-type]
+        part = self.scatter(parts)
+        if isinstance(part, CheckpointException):
+            raise part
+        return part
+
+    def _tell(self, value: T) -> T:
+        """The first rank's value, on each of them."""
+        content = pickle.dumps(value) if self.is_first else self._receive(_above(self.rank))
+        for rank in self._below:
+            self._send(rank, content)
+        told: T = value if self.is_first else pickle.loads(content)
+        return told
+
+    def _send(self, rank: int, content: bytes) -> None:
+        dist.send(torch.tensor(len(content)), group=self.group, group_dst=rank)
+        dist.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), group=self.group, group_dst=rank)
+
+    def _receive(self, rank: int) -> bytes:
+        num_bytes = torch.tensor(0)
+        dist.recv(num_bytes, group=self.group, group_src=rank)
+        content = torch.empty(int(num_bytes), dtype=torch.uint8)
+        dist.recv(content, group=self.group, group_src=rank)
+        return content.numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: BaseException
+
+
+def _above(rank: int) -> int:
+    return (rank - 1) // FAN_OUT
 
 
 def _attempt(work: Callable[[], T]) -> T | CheckpointError:

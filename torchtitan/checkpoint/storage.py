@@ -1,7 +1,7 @@
 """The files of a checkpoint: written by torch's writer, read by torch's reader, checked, and read without running code.
 
 `.metadata` says what is where; `__<rank>_0.distcp` are the ranks' data, each entry as torch.save writes it, with
-checksums. Nothing here communicates but for torch.distributed.checkpoint itself.
+checksums. Nothing here communicates.
 """
 
 import hashlib
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -212,21 +211,14 @@ class _LoadPlanner(DefaultLoadPlanner):
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
-def load_into(
-    state: dict[str, Any], path: Path, metadata: Metadata, *, group: dist.ProcessGroup | None, alone: bool = False
-) -> None:
-    """Fill `state` from the checkpoint at `path`; a collective call of the group's ranks unless `alone`."""
+def load_alone(path: Path, state: dict[str, Any], metadata: Metadata | None = None) -> None:
+    """Fill `state` from the checkpoint at `path`: a rank reads its own shards, with nothing to tell the others."""
+    reader = _CheckpointReader(path, metadata or read_metadata(path))
     try:
-        reader = _CheckpointReader(path, metadata)
-        load(state, storage_reader=reader, planner=_LoadPlanner(), process_group=group, no_dist=alone)
+        with _alone():
+            load(state, storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
     except CheckpointException as error:
         raise UnusableCheckpointError(f"{path} cannot be loaded: {reason(error)}") from error
-
-
-def load_alone(path: Path, state: dict[str, Any], metadata: Metadata | None = None) -> None:
-    """Fill `state` from a checkpoint in this process, with or without others: for tools, not for training."""
-    with _alone():
-        load_into(state, path, metadata or read_metadata(path), group=None, alone=True)
 
 
 def save_alone(path: Path, state: dict[str, Any]) -> None:
@@ -265,7 +257,6 @@ __all__ = [
     "check_weights",
     "find_weights",
     "load_alone",
-    "load_into",
     "read_metadata",
     "reason",
     "save_alone",

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         def load() -> Decoder:
             return pretrained.build_model(device=device, dtype=dtype, tp_mesh=tp_mesh)
 
-        model = load() if tp_mesh is None else Ranks(tp_mesh.get_group()).together(load)
+        model = load() if tp_mesh is None else Ranks().together(load)
         generator = torch.Generator(device)
         seed = generator.seed() % 2**31 if args.seed is None else args.seed
         tokens = generate(

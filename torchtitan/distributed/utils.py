@@ -80,6 +80,7 @@ def init_distributed(
         torch.cuda.set_device(device)
         _enable_flight_recorder(comm, Path(dump_folder))
     timeout = datetime.timedelta(seconds=comm.init_timeout_seconds)
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # a rank connects to those that it talks to, not to all in every group
     # With CPU offload, weights are gathered on the GPU but norms are summed and checkpoints written on the CPU.
     backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl" if enable_cpu_offload else "nccl"}[device_type]
     if dist.is_torchelastic_launched():

@@ -27,6 +27,7 @@ from torchtitan.config.errors import EXIT_MISTAKE, ConfigError, exit_status, rai
 from torchtitan.config.schema import either, nearest, option_of
 from torchtitan.config.types import FilePath, NonNegativeInt, PositiveInt, Range
 from torchtitan.launch import preflight
+from torchtitan.tools.process import raise_file_limit
 from torchtitan.tools.terminal import ProgressTerminal, send_progress
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ _DEFAULTS = {"nproc_per_node": "1", "nnodes": "1", "local_ranks_filter": "0"}
 _MASTER_FLAGS = ("master_addr", "master_port", "node_rank")
 """torchrun's older way to bring machines together, which its static rendezvous reads."""
 
+_OTHER_FILES = 256
+"""How many a process may need besides a socket for each process of the run."""
+
 # A worker that is asked to stop may finish its step and save a checkpoint first.
 _SHUTDOWN_TIMEOUT_S = 600
 
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fewest, _, most = launcher.nnodes.partition(":")
         nnodes, max_nnodes, nproc = int(fewest), int(most or fewest), launcher.nproc_per_node
         preflight.check(options, nproc=nproc, nnodes=nnodes, max_nnodes=max_nnodes, num_gpus=num_gpus)
-        raise_all([ConfigError(problem) for problem in _about_flags(launcher)])
+        raise_all([ConfigError(problem) for problem in _about_flags(launcher, max_files=raise_file_limit())])
         if (folder := getattr(launcher, "log_dir", os.devnull)) != os.devnull:  # which torchrun knows how to take
             preflight.check_writable(Path(folder), given=f"--log_dir {folder}")
         if sys.stdout.isatty():
@@ -132,8 +136,14 @@ def _is_num_nodes(text: str) -> bool:
     return found is not None and int(found[1]) <= int(found[2] or found[1])
 
 
-def _about_flags(flags: argparse.Namespace) -> Iterator[str]:
+def _about_flags(flags: argparse.Namespace, *, max_files: int) -> Iterator[str]:
     """What torchrun would take and show nothing, or end in a traceback."""
+    num_processes = int(flags.nnodes.partition(":")[0]) * flags.nproc_per_node
+    if max_files < num_processes + _OTHER_FILES:
+        yield (
+            f"a process may open {max_files} files here (`ulimit -Hn`), and where {num_processes} processes meet, one"
+            f" has a socket for each of them; have the limit raised to {num_processes + _OTHER_FILES} or more"
+        )
     shown, ranks = flags.local_ranks_filter, range(flags.nproc_per_node)
     if not set(shown.split(",")) <= set(map(str, ranks)):
         yield (

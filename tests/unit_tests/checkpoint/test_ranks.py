@@ -1,0 +1,72 @@
+"""How ranks come to one answer, in more of them than one has below it in the tree."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from tests.unit_tests.distributed.processes import run_processes
+from torchtitan.checkpoint.ranks import FAN_OUT, Ranks
+from torchtitan.config.errors import CheckpointError
+
+NUM_RANKS = FAN_OUT + 4  # three of them below rank 1
+
+
+def test_all_come_to_one_answer_over_few_sockets() -> None:
+    results = run_processes(_come_to_answers, NUM_RANKS)
+    everyone = [f"of {rank}" for rank in range(NUM_RANKS)]
+    for rank, answers in enumerate(results):
+        num_sockets = answers.pop("sockets")
+        assert answers == {
+            "gather": everyone,
+            "gather_first": everyone if rank == 0 else None,
+            "scatter": rank**2,
+            "ask_first": "of 0",
+            "together": "torn",
+            "collect": sum(range(NUM_RANKS)) + rank,
+            "failures": [(2, "2 fails"), (NUM_RANKS - 1, f"{NUM_RANKS - 1} fails")],
+            "failure of the first": [(0, "it cannot be combined")],
+        }
+        assert num_sockets <= FAN_OUT + 2, f"rank {rank} of {NUM_RANKS}"  # one of them listens
+
+
+def _come_to_answers() -> dict[str, Any]:
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # as init_distributed says
+    before, rank = _count_sockets(), dist.get_rank()
+    ranks = Ranks()
+    assert _count_sockets() == before, "nothing is asked yet"
+
+    def tear() -> None:
+        if rank == NUM_RANKS - 1:
+            raise CheckpointError("torn")
+
+    def fail_on_some() -> None:
+        if rank in (2, NUM_RANKS - 1):
+            raise OSError(f"{rank} fails")
+
+    def fail_to_combine(_: list[None]) -> list[None]:
+        raise OSError("it cannot be combined")
+
+    with pytest.raises(CheckpointError) as together:
+        ranks.together(tear)
+    answers = {
+        "gather": ranks.gather(f"of {rank}"),
+        "gather_first": ranks.gather_first(f"of {rank}"),
+        "scatter": ranks.scatter([r**2 for r in range(NUM_RANKS)] if rank == 0 else None),
+        "ask_first": ranks.ask_first(lambda: f"of {rank}"),
+        "together": str(together.value),
+        "collect": ranks.collect(lambda: rank, lambda all_ranks: [sum(all_ranks) + r for r in range(NUM_RANKS)]),
+    }
+    for name, work in (("failures", fail_on_some), ("failure of the first", lambda: None)):
+        with pytest.raises(CheckpointException) as failed:
+            ranks.collect(work, fail_to_combine)
+        answers[name] = [(r, str(error)) for r, (error, _) in failed.value.failures.items()]
+    return answers | {"sockets": _count_sockets() - before}
+
+
+def _count_sockets() -> int:
+    files = [file.readlink() for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    return sum(str(file).startswith("socket:") for file in files)
