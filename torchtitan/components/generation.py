@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.config.errors import ConfigError
-from torchtitan.distributed.context_parallel import attend_to_prefix
+from torchtitan.distributed.attention_kernels import attend_to_prefix
 from torchtitan.protocols.model import Decoder
 
 

@@ -17,6 +17,7 @@ from torch.fx.traceback import annotate
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from torchtitan.config.block_modes import BlockMode
+from torchtitan.distributed import context_parallel  # noqa: F401  (has an operation that is named here)
 from torchtitan.protocols.model import Decoder
 
 ContextFn = Callable[[], tuple[Any, Any]]
@@ -107,7 +108,7 @@ def _costly_ops() -> frozenset[Any]:
             aten._scaled_dot_product_efficient_attention.default,
             aten._scaled_dot_product_cudnn_attention.default,
             aten._scaled_dot_product_flash_attention_for_cpu.default,
-            aten._efficient_attention_forward.default,  # context parallelism's, in float32
+            torch.ops.torchtitan.context_attention.default,
             aten.max.default,  # what float8 scales by, one number or one a row: to find it again reads a whole tensor
             aten.amax.default,
             collectives.reduce_scatter_tensor.default,

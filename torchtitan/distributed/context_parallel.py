@@ -12,18 +12,14 @@ holds a head chunk and a tail chunk, numbers r and 2 * C - 1 - r (C = 4, chunks 
 
 A chunk n attends to the n + 1 chunks 0..n, so each rank works on (r + 1) + (2 * C - r) = 2 * C + 1 chunk pairs.
 
-**Attention.** After the gather a rank has all K and V in the order of the sequence. With L = S / (2 * C) tokens in a
-chunk, its head chunk's queries see the first (r + 1) * L keys, its tail chunk's the first (2 * C - r) * L, each under
-a causal mask that is aligned to the bottom right: query i of a chunk sees key j of an n-key prefix if
+**Attention.** With L = S / (2 * C) tokens in a chunk, the queries of chunk n see the n * L keys before it without a
+mask, and their own L keys under a causal mask. These are two calls of the kernel that whole sequences take too
+(attention_kernels.py joins them; no kernel makes a mask or a matrix of queries by keys). The second needs only what the
+rank has already. So forward starts the gather of K and V, attends within both chunks, waits, and attends to what comes
+before them; backward does what comes before first, and reduces the gradients of K and V while it does the chunks.
 
-    j <= i + (n - L)
-
-so the mask is empty but for the chunk's own L x L diagonal block, and no key outside the prefix is ever computed.
-Two calls of an attention kernel do it. On a GPU they are FlashAttention-2, which aligns its causal mask that way
-(unlike `scaled_dot_product_attention(is_causal=True)`, which aligns it to the top left), or for float32 the
-memory-efficient kernel, which can do both; neither makes an (L, S) matrix. The kernels are called as aten operations,
-which torch.compile(fullgraph=True) traces, as it does not trace `torch.nn.attention.bias.causal_lower_right`. On a CPU,
-and for head dims that are no multiple of 8, a boolean mask of L x (prefix) is passed to SDPA.
+It is an operation of its own, `torchtitan::context_attention`: torch.compile calls it as it is, and recomputation can
+keep its results, the joined output among them and not its parts.
 
 **Collectives and bytes**, per layer and microbatch, for an element size of b bytes, counted as received by each rank
 (N = 2 * B * S * K * E elements, K and V of the whole sequence):
@@ -50,14 +46,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-aten = torch.ops.aten
-collectives = torch.ops._c10d_functional  # the operations below torch.distributed: they need no tracing support
+from torchtitan.distributed.attention_kernels import attend, attend_backward, join_
 
-_LOWER_RIGHT = 2  # value of the memory-efficient kernel's custom_mask_type
+collectives = torch.ops._c10d_functional  # the operations below torch.distributed
 
 
 def shard_sequence(
@@ -125,67 +119,132 @@ class ContextParallelAttention(nn.Module):
         k: Tensor,  # (B, K, Sl, E)
         v: Tensor,  # (B, K, Sl, E)
     ) -> Tensor:  # (B, H, Sl, E)
-        # The sequence goes outermost: the gather then needs no transposition, and attention kernels read any strides.
-        packed = torch.stack((k, v)).permute(3, 0, 1, 2, 4).contiguous()  # (Sl, 2, B, K, E)
-        gathered = _GatherSequence.apply(packed, self.degree, self.group_name)  # (S, 2, B, K, E)
-        k, v = gathered.permute(1, 2, 3, 0, 4).unbind()  # (B, K, S, E)
-
-        chunk_len = q.size(2) // 2
-        outputs = []
-        for number, queries in zip(
-            (self.rank, 2 * self.degree - 1 - self.rank), q.split(chunk_len, dim=2), strict=True
-        ):
-            end = (number + 1) * chunk_len
-            outputs.append(attend_to_prefix(queries, k[:, :, :end], v[:, :, :end]))
-        return torch.cat(outputs, dim=2)
+        return context_attention(q, k, v, self.rank, self.degree, self.group_name)[0]
 
 
-def attend_to_prefix(
-    q: Tensor,  # (B, H, L, E), the last L positions
-    k: Tensor,  # (B, K, n, E), n >= L
-    v: Tensor,  # (B, K, n, E)
-) -> Tensor:  # (B, H, L, E)
-    """Attention under a causal mask aligned to the bottom right."""
-    head_dim = q.size(3)
-    if not q.is_cpu and head_dim % 8 == 0:  # shapes alone, on the meta device, go a GPU's way
-        if head_dim <= 256 and q.dtype in (torch.bfloat16, torch.float16) and _has_flash_attention(q.device):
-            return aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)[0]
-        groups = q.size(1) // k.size(1)
-        out = aten._efficient_attention_forward(
-            q.transpose(1, 2).contiguous(),  # (B, L, H, E): inductor expects gradients laid out like the inputs
-            *(x.transpose(1, 2).repeat_interleave(groups, dim=2) for x in (k, v)),
-            bias=None,
-            cu_seqlens_q=None,
-            cu_seqlens_k=None,
-            max_seqlen_q=None,
-            max_seqlen_k=None,
-            dropout_p=0.0,
-            custom_mask_type=_LOWER_RIGHT,
-            compute_log_sumexp=True,  # backward reads it
-        )[0]
-        return out.transpose(1, 2)
-    length, prefix = q.size(2), k.size(2)
-    mask = torch.ones(length, prefix, dtype=torch.bool, device=q.device).tril(prefix - length)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1))
+@torch.library.custom_op("torchtitan::context_attention", mutates_args=())
+def context_attention(
+    q: Tensor,  # (B, H, Sl, E)
+    k: Tensor,  # (B, K, Sl, E)
+    v: Tensor,  # (B, K, Sl, E)
+    rank: int,
+    degree: int,
+    group_name: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output (B, H, Sl, E), and for backward the log-sum-exps (B, H, Sl) and K and V of all, (S, 2, B, K, E)."""
+    # The sequence goes outermost: the gather then needs no transposition, and attention kernels read any strides.
+    packed = torch.stack((k, v)).permute(3, 0, 1, 2, 4).contiguous()  # (Sl, 2, B, K, E)
+    pending = collectives.all_gather_into_tensor(packed, degree, group_name)
+    chunk_len = q.size(2) // 2
+    chunks = list(zip(*(x.split(chunk_len, dim=2) for x in (q, k, v)), strict=True))
+    own = [attend(*chunk, causal=True) for chunk in chunks]
+    gathered = _to_sequence_order(collectives.wait_tensor(pending), degree)
+    keys, values = gathered.permute(1, 2, 3, 0, 4)  # (B, K, S, E)
+
+    out = _empty_output(q)
+    lse = own[0][1].new_empty(q.shape[:3])
+    parts = zip(*(x.split(chunk_len, dim=2) for x in (q, out, lse)), own, strict=True)
+    for number, (queries, out_part, lse_part, own_part) in zip(_get_chunks(rank, degree), parts, strict=True):
+        before = slice(number * chunk_len)
+        if number == 0:  # nothing comes before it
+            out_part.copy_(own_part[0])
+            lse_part.copy_(own_part[1])
+        else:
+            part = attend(queries, keys[:, :, before], values[:, :, before], causal=False)
+            lse_part.copy_(join_(out_part, own_part, part))
+    return out, lse, gathered
 
 
-def _has_flash_attention(device: torch.device) -> bool:
-    return device.type == "meta" or torch.cuda.get_device_capability(device) >= (8, 0)
+@context_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, rank: int, degree: int, group_name: str) -> tuple[Tensor, Tensor, Tensor]:
+    batch_size, kv_heads, local_len, head_dim = k.shape
+    lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return _empty_output(q), lse, k.new_empty(local_len * degree, 2, batch_size, kv_heads, head_dim)
 
 
-class _GatherSequence(torch.autograd.Function):
-    """All-gather over dim 0, with the ranks' head and tail chunks put in the order of the sequence."""
+@torch.library.custom_op("torchtitan::context_attention_backward", mutates_args=())
+def context_attention_backward(
+    grad: Tensor,  # (B, H, Sl, E)
+    q: Tensor,  # (B, H, Sl, E)
+    out: Tensor,  # (B, H, Sl, E)
+    lse: Tensor,  # (B, H, Sl)
+    gathered: Tensor,  # (S, 2, B, K, E)
+    rank: int,
+    degree: int,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of q (B, H, Sl, E), and of this rank's k and v, (Sl, 2, B, K, E)."""
+    chunk_len = q.size(2) // 2
+    keys, values = gathered.permute(1, 2, 3, 0, 4)  # (B, K, S, E)
+    d_q, d_gathered = _empty_output(q), torch.zeros_like(gathered)
+    by_chunk = zip(*(x.split(chunk_len, dim=2) for x in (grad, q, out, lse, d_q)), strict=True)
+    chunks = list(zip(_get_chunks(rank, degree), by_chunk, strict=True))
 
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, degree: int, group_name: str) -> Tensor:  # (Sl, ...) -> (S, ...)
-        ctx.degree, ctx.group_name = degree, group_name
-        gathered = collectives.wait_tensor(collectives.all_gather_into_tensor(local, degree, group_name))
-        chunks = gathered.chunk(2 * degree)  # head of rank 0, tail of rank 0, head of rank 1, ...
-        return torch.cat(chunks[0::2] + chunks[1::2][::-1])
+    def backward(
+        part: slice, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, *, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        """From a part of the keys: the gradient of q, and of k and v, (n, 2, B, K, E)."""
+        d_q, *d_kv = attend_backward(grad, q, keys[:, :, part], values[:, :, part], out, lse, causal=causal)
+        return d_q, torch.stack(d_kv).permute(3, 0, 1, 2, 4)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # (S, ...) -> (Sl, ...)
-        chunks = grad.chunk(2 * ctx.degree)
-        by_rank = torch.cat([chunks[i] for r in range(ctx.degree) for i in (r, 2 * ctx.degree - 1 - r)])
-        local = collectives.reduce_scatter_tensor(by_rank, "sum", ctx.degree, ctx.group_name)
-        return collectives.wait_tensor(local), None, None
+    for number, (*tensors, d_q_part) in chunks:
+        before = slice(number * chunk_len)
+        if number == 0:
+            d_q_part.zero_()
+        else:
+            d_queries, d_kv = backward(before, *tensors, causal=False)
+            d_q_part.copy_(d_queries)
+            d_gathered[before] += d_kv
+    by_rank = _to_rank_order(d_gathered, degree)
+    pending = collectives.reduce_scatter_tensor(by_rank, "sum", degree, group_name)
+    own = []
+    for number, (*tensors, d_q_part) in chunks:
+        d_queries, d_kv = backward(slice(number * chunk_len, (number + 1) * chunk_len), *tensors, causal=True)
+        d_q_part += d_queries
+        own.append(d_kv)
+    return d_q, collectives.wait_tensor(pending) + torch.cat(own)
+
+
+@context_attention_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, gathered: Tensor, rank: int, degree: int, group_name: str
+) -> tuple[Tensor, Tensor]:
+    return _empty_output(q), gathered.new_empty(gathered.size(0) // degree, *gathered.shape[1:])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, _, _, *ctx.where = inputs
+    ctx.save_for_backward(q, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    d_q, d_packed = context_attention_backward(grad, *ctx.saved_tensors, *ctx.where)
+    d_k, d_v = d_packed.permute(1, 2, 3, 0, 4).unbind()  # (B, K, Sl, E)
+    return d_q, d_k, d_v, None, None, None
+
+
+context_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _get_chunks(rank: int, degree: int) -> tuple[int, int]:
+    """The numbers of a rank's head chunk and its tail chunk."""
+    return rank, 2 * degree - 1 - rank
+
+
+def _empty_output(q: Tensor) -> Tensor:
+    """Room for (B, H, Sl, E), with the heads of a token side by side, as the output projection reads them."""
+    batch_size, num_heads, local_len, head_dim = q.shape
+    return q.new_empty(batch_size, local_len, num_heads, head_dim).transpose(1, 2)
+
+
+def _to_sequence_order(gathered: Tensor, degree: int) -> Tensor:
+    """(S, ...): from the ranks' head and tail chunks, rank by rank, to the order of the sequence."""
+    chunks = gathered.chunk(2 * degree)  # head of rank 0, tail of rank 0, head of rank 1, ...
+    return torch.cat(chunks[0::2] + chunks[1::2][::-1])
+
+
+def _to_rank_order(sequence: Tensor, degree: int) -> Tensor:
+    """(S, ...): the way back."""
+    chunks = sequence.chunk(2 * degree)
+    return torch.cat([chunks[i] for rank in range(degree) for i in _get_chunks(rank, degree)])

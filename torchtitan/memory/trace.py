@@ -146,8 +146,8 @@ def _kernels() -> frozenset[Any]:
             aten.addmm,
             aten._scaled_dot_product_flash_attention,
             aten._scaled_dot_product_flash_attention_backward,
-            aten._efficient_attention_forward,
-            aten._efficient_attention_backward,
+            torch.ops.torchtitan.context_attention,
+            torch.ops.torchtitan.context_attention_backward,
             aten.embedding,
             aten.embedding_dense_backward,
         }

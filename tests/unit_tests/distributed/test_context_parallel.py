@@ -11,7 +11,6 @@ from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.distributed.context_parallel import (
     ContextParallelAttention,
     ContextSharder,
-    attend_to_prefix,
     shard_sequence,
 )
 
@@ -62,47 +61,3 @@ def test_attention_of_ranks_is_that_of_the_whole_sequence(degree: int, backend: 
     for positions, got in run_processes(attend_on_ranks, degree, backend):
         for x, y in zip(got, expected, strict=True):
             torch.testing.assert_close(x, y[:, :, positions], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_gpu_kernels_align_the_mask_to_the_bottom_right(head_dim: int, dtype: torch.dtype, compiled: bool) -> None:
-    """Both kernels that make no mask, with grouped heads and strided keys, against a masked product in float64."""
-    heads, kv_heads, length, prefix = 4, 2, 128, 384
-    q = torch.randn(2, heads, length, head_dim, device="cuda", dtype=dtype, requires_grad=True)
-    kv = torch.randn(prefix + 128, 2, 2, kv_heads, head_dim, device="cuda", dtype=dtype, requires_grad=True)
-    grad = torch.randn_like(q)
-
-    def attend(q: Tensor, kv: Tensor) -> Tensor:
-        k, v = kv.permute(1, 2, 3, 0, 4)[..., :prefix, :].unbind()
-        return attend_to_prefix(q, k, v)
-
-    def masked(q: Tensor, kv: Tensor) -> Tensor:
-        k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in kv.permute(1, 2, 3, 0, 4)[..., :prefix, :])
-        visible = torch.ones(length, prefix, dtype=torch.bool, device="cuda").tril(prefix - length)
-        scores = (q @ k.transpose(2, 3) / head_dim**0.5).masked_fill(~visible, float("-inf"))
-        return scores.softmax(-1) @ v
-
-    run = torch.compile(attend, fullgraph=True) if compiled else attend
-    out = run(q, kv)
-    got = [out, *torch.autograd.grad(out, (q, kv), grad)]
-    q64, kv64 = (x.detach().double().requires_grad_() for x in (q, kv))
-    out64 = masked(q64, kv64)
-    expected = [out64, *torch.autograd.grad(out64, (q64, kv64), grad.double())]
-    # float32 kernels may use TF32-like splits; bf16 has 8 bits
-    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
-    for name, x, y in zip(("out", "dq", "dkv"), got, expected, strict=True):
-        error = (x.double() - y).norm() / y.norm()
-        assert error < tolerance, f"{name}: relative error {error:.1e}"
-
-
-@pytest.mark.gpu
-def test_gpu_memory_is_linear_in_the_sequence() -> None:
-    q, k, v = (torch.randn(1, 1, 32768, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    attend_to_prefix(q[:, :, 16384:], k, v).sum().backward()
-    a_mask = 16384 * 32768
-    assert torch.cuda.max_memory_allocated() - before < a_mask / 8

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.distributed.context_parallel import context_attention
 from torchtitan.memory.trace import MemoryTrace, with_gpu_kernels
 from torchtitan.models.common.args import TransformerModelArgs
 from torchtitan.models.common.model import Transformer
@@ -66,19 +67,16 @@ class Flash(nn.Module):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=True)[0]
 
 
-class Efficient(nn.Module):
-    """As context parallelism has it in float32."""
+class OfContext(nn.Module):
+    """As the first of two context ranks has it."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        nothing = (None,) * 5  # no bias, and no documents of other lengths
-        causal = 1
-        out = torch.ops.aten._efficient_attention_forward(q, k, v, *nothing, 0.0, causal, compute_log_sumexp=True)[0]
-        return out.transpose(1, 2)
+        return context_attention(q, k, v, 0, 2, "")[0]
 
 
-@pytest.mark.parametrize("kernel", [Flash, Efficient])
-@pytest.mark.parametrize("option", ["none", "op"])
+# Not OfContext by op, for which K and V of the whole sequence are kept: those of the rank, which op keeps too, are then
+# needed no more, and the partitioner drops them.
+@pytest.mark.parametrize(("kernel", "option"), [(Flash, "none"), (Flash, "op"), (OfContext, "none")])
 def test_kept_when_compiled_is_what_the_partitioner_keeps(option: str, kernel: type[nn.Module]) -> None:
     """Against AOTAutograd's partition of the same block, which is what torch.compile runs."""
     from functorch.compile import make_boxed_func
