@@ -23,9 +23,9 @@ from torch.nn.attention import SDPBackend
 aten = torch.ops.aten
 
 
-def choose_kernel(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:
-    """The kernel that scaled_dot_product_attention(q, k, v, is_causal=True) takes; it depends on shapes and dtypes."""
-    return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)))
+def choose_kernel(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> SDPBackend:
+    """The kernel that scaled_dot_product_attention takes for tensors of such shapes and dtypes."""
+    return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=causal, enable_gqa=q.size(1) != k.size(1)))
 
 
 def attend(
@@ -39,7 +39,7 @@ def attend(
     assert not causal or q.size(2) == k.size(2), "kernels differ in how they align a causal mask that is not square"
     head_dim, scale = q.size(3), 1 / math.sqrt(q.size(3))
     q, k, v = _pad_heads(q, k, v)
-    match _choose(q, k, v):
+    match _choose(q, k, v, causal=causal):
         case SDPBackend.CUDNN_ATTENTION:
             out, lse = aten._scaled_dot_product_cudnn_attention(
                 q, k, v, attn_bias=None, compute_log_sumexp=True, is_causal=causal, scale=scale
@@ -75,7 +75,7 @@ def attend_backward(
     seed = torch.zeros(2, dtype=torch.int64, device=q.device)
     options: dict[str, Any] = {"cum_seq_q": None, "cum_seq_k": None, "max_q": q.size(2), "max_k": k.size(2)}
     options |= {"dropout_p": 0.0, "is_causal": causal, "scale": scale}
-    match _choose(q, k, v):
+    match _choose(q, k, v, causal=causal):
         case SDPBackend.CUDNN_ATTENTION:
             grads = aten._scaled_dot_product_cudnn_attention_backward(
                 grad, q, k, v, out, lse.contiguous()[..., None], seed[0], seed[1], None, **options
@@ -132,8 +132,8 @@ def attend_to_prefix(
     return out
 
 
-def _choose(q: Tensor, k: Tensor, v: Tensor) -> SDPBackend:
-    return SDPBackend.FLASH_ATTENTION if q.is_cpu else choose_kernel(q, k, v)
+def _choose(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> SDPBackend:
+    return SDPBackend.FLASH_ATTENTION if q.is_cpu else choose_kernel(q, k, v, causal=causal)
 
 
 def _pad_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
