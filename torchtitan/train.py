@@ -114,6 +114,7 @@ class Trainer:
         self.checkpointer = self._build_checkpointer()
         self.validator = build_validator(
             config.validation,
+            config.training,
             tokenizer=self.tokenizer,
             runner=self.runner,
             metrics=self.metrics,
@@ -121,7 +122,6 @@ class Trainer:
             mesh=self.mesh,
             device=self.device,
         )
-
         self.guard = RunGuard(self.device)
         logger.info(
             f"Trainer is initialized with local batch size {config.training.local_batch_size}, "

@@ -137,7 +137,7 @@ def world_size_of(command: Command, config: JobConfig) -> int:
 def shrunk(config: JobConfig) -> list[str]:
     options = [*SMALL_RUN, *(SMALL_LLAMA if config.model.name == "llama3" else [])]
     for section, small in (("training", "python_stdlib"), ("validation", "python_stdlib_validation")):
-        if getattr(config, section).dataset.startswith("c4"):
+        if (getattr(config, section).dataset or "").startswith("c4"):
             options += [f"--{section}.dataset", small]
     return options
 

@@ -4,6 +4,7 @@ The path is a checkpoint of ours or a folder of Hugging Face transformers. Which
 it, else its config.toml, else, of a checkpoint from before they held one, the run's, two folders up.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -87,11 +88,15 @@ class PretrainedModel:
         return metadata
 
 
-def find_pretrained(path: Path, *, config: Path | None = None, tokenizer: Path | None = None) -> PretrainedModel:
+def find_pretrained(
+    path: Path, *, config: Path | None = None, tokenizer: Path | None = None, custom_import: str = ""
+) -> PretrainedModel:
     """Find out which model lies at `path`.
 
     Args:
         config: a run's config.toml or a config.json to go by instead of those that are looked for.
+        custom_import: the module that the run's experimental.custom_import may name. To import one runs its code, so
+            what a config.toml of unknown origin says does not suffice.
         tokenizer: a tokenizer.json, or a folder with one, to take instead of the model's own.
 
     Raises:
@@ -106,7 +111,7 @@ def find_pretrained(path: Path, *, config: Path | None = None, tokenizer: Path |
     if config.suffix == ".json":
         found = _read_hf_config(path, config, in_hf=in_hf)
     else:
-        found = _read_run_config(path, config, in_hf=in_hf)
+        found = _read_run_config(path, config, in_hf=in_hf, custom_import=custom_import)
     if tokenizer is not None:
         return replace(found, tokenizer_path=tokenizer)
     if (path / "tokenizer.json").exists():
@@ -115,12 +120,17 @@ def find_pretrained(path: Path, *, config: Path | None = None, tokenizer: Path |
 
 
 def check_divisible(args: ModelArgs, num_ranks: int) -> None:
-    """Raise ConfigError unless each of the ranks gets as many heads of keys and values, and as many of queries."""
-    if args.n_kv_heads % num_ranks or args.n_heads % num_ranks:
-        fitting = [n for n in range(1, args.n_kv_heads + 1) if args.n_kv_heads % n == 0 and args.n_heads % n == 0]
+    """Raise ConfigError unless each of the ranks gets as many heads of keys and values, and of queries, and as much of
+    the feed-forward layer.
+    """
+    sizes = {"n_kv_heads": args.n_kv_heads, "n_heads": args.n_heads}
+    if hasattr(args, "ffn_hidden_dim"):  # not every family has one
+        sizes["ffn_hidden_dim"] = args.ffn_hidden_dim
+    shared = math.gcd(*sizes.values())
+    if shared % num_ranks:
         raise ConfigError(
-            f"{num_ranks} processes cannot share n_kv_heads={args.n_kv_heads} and n_heads={args.n_heads} equally;"
-            f" start {either(fitting)}"
+            f"{num_ranks} processes cannot share {' and '.join(f'{k}={n}' for k, n in sizes.items() if n % num_ranks)}"
+            f" equally; start {either(n for n in range(1, shared + 1) if shared % n == 0)}"
         )
 
 
@@ -152,8 +162,13 @@ def _read_hf_config(path: Path, file: Path, *, in_hf: bool) -> PretrainedModel:
     )
 
 
-def _read_run_config(path: Path, file: Path, *, in_hf: bool) -> PretrainedModel:
+def _read_run_config(path: Path, file: Path, *, in_hf: bool, custom_import: str) -> PretrainedModel:
     config = ConfigManager().parse_args(["--job.config_file", str(file)], warn=False)
+    if config.experimental.custom_import not in ("", custom_import):
+        raise ConfigError(
+            f"{file} asks for the import of {config.experimental.custom_import}, which runs code; if you trust it, add"
+            f" --custom_import {config.experimental.custom_import}"
+        )
     maybe_import_custom(config.experimental.custom_import)
     spec = get_train_spec(config.model.name)
     if config.model.flavor not in spec.flavors:

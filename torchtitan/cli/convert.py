@@ -28,6 +28,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     to = directions.add_parser("to_hf", help="a checkpoint of ours to a folder of Hugging Face's")
     to.set_defaults(convert=to_hf)
     to.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are)")
+    to.add_argument("--custom_import", default="", help="module that the run's experimental.custom_import may name")
     to.add_argument("--config", type=Path, help="config.toml of the run, where SRC has none")
     to.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder, where it is not the run's")
     back = directions.add_parser("from_hf", help="a folder of Hugging Face's to a checkpoint of ours")
@@ -39,7 +40,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def to_hf(args: argparse.Namespace, target: Path) -> None:
-    pretrained = find_pretrained(args.source, config=args.config, tokenizer=args.tokenizer)
+    pretrained = find_pretrained(
+        args.source, config=args.config, tokenizer=args.tokenizer, custom_import=args.custom_import
+    )
     if pretrained.in_hf:
         raise CheckpointError(f"{args.source} is in Hugging Face's format already")
     pretrained.check_weights()

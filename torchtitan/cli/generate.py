@@ -50,6 +50,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="and from the fewest whose probabilities add up to P (%(default)s)",
     )
     parser.add_argument("--seed", type=int, help="repeats a text (default: another one at each start)")
+    parser.add_argument("--custom_import", default="", help="module that the run's experimental.custom_import may name")
     parser.add_argument("--config", type=Path, help="config.toml of the run, where the checkpoint has none")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder, where it is not the model's own")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=get_device_type(), help="(%(default)s)")
@@ -68,7 +69,9 @@ def run(args: argparse.Namespace) -> None:
         args.prompt.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"the prompt is not UTF-8 after {args.prompt[: error.start]!r}; give it in UTF-8") from None
-    pretrained = find_pretrained(args.checkpoint, config=args.config, tokenizer=args.tokenizer)
+    pretrained = find_pretrained(
+        args.checkpoint, config=args.config, tokenizer=args.tokenizer, custom_import=args.custom_import
+    )
     tokenizer = pretrained.build_tokenizer()
     prompt = tokenizer.encode(args.prompt, add_bos=True, add_eos=False)
     if not prompt:

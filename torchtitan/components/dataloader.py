@@ -25,8 +25,8 @@ from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import CheckpointError
-from torchtitan.config.sections import Validation
-from torchtitan.datasets import Cursor, DocumentStream, open_dataset, pack
+from torchtitan.config.sections import Training, Validation
+from torchtitan.datasets import Cursor, DocumentStream, find_validation_dataset, open_dataset, pack
 from torchtitan.tools.logging import logger
 
 PREFETCHED_BATCHES = 8
@@ -70,10 +70,11 @@ def build_dataloader(
 
 
 def build_validation_dataloader(
-    validation: Validation, tokenizer: Tokenizer, *, dp_rank: int, dp_world_size: int
+    validation: Validation, tokenizer: Tokenizer, *, training: Training, dp_rank: int, dp_world_size: int
 ) -> "ValidationDataLoader":
-    """For validation; raises as build_dataloader does."""
-    source = open_dataset(validation.dataset, validation.dataset_path)
+    """For validation; raises as build_dataloader does. training: what is held out may be of its data."""
+    source = open_dataset(find_validation_dataset(training, validation), validation.dataset_path)
+    logger.info(f"Validation data: {source.name}, in {len(source)} shards")
     documents = DocumentStream(source, seed=VALIDATION_SEED, infinite=False)
     batch_size, seq_len = validation.local_batch_size, validation.seq_len
     return ValidationDataLoader(documents, tokenizer, dp_rank, dp_world_size, batch_size, seq_len)

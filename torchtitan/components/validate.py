@@ -16,7 +16,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.runner import Runner
 from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.config.sections import Validation
+from torchtitan.config.sections import Training, Validation
 from torchtitan.distributed.context_parallel import ContextSharder
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.utils import sum_over_world_
@@ -71,6 +71,7 @@ class Validator:
 
 def build_validator(
     validation: Validation,
+    training: Training,
     *,
     tokenizer: Tokenizer,
     runner: Runner,
@@ -82,8 +83,9 @@ def build_validator(
     """A validator of this rank's share of the set. Raises DatasetError: it is missing, empty or in no known format."""
     batches: Iterable[Batch] = []
     if validation.enabled:
+        rank, size = mesh["dp"].get_local_rank(), mesh["dp"].size()
         batches = build_validation_dataloader(
-            validation, tokenizer, dp_rank=mesh["dp"].get_local_rank(), dp_world_size=mesh["dp"].size()
+            validation, tokenizer, training=training, dp_rank=rank, dp_world_size=size
         )
     counts_tokens = mesh.is_first("pp", "cp", "tp")  # one rank of those that read the same sequences
     counts_loss = mesh.is_first("tp")  # whose ranks all have the same loss

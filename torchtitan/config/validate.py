@@ -221,6 +221,12 @@ def _about_heads(config: JobConfig, model: ModelShape) -> Iterator[str]:
             f"{_show(config, 'parallelism.tensor_parallel_degree')} does not divide n_heads={model.n_heads} and"
             f" n_kv_heads={model.n_kv_heads} of {_named(config)}; use {either(_divisors(shared))}"
         )
+    ffn_hidden_dim = getattr(model, "ffn_hidden_dim", 0)  # not every family has one
+    if ffn_hidden_dim % config.parallelism.tensor_parallel_degree:
+        yield (
+            f"{_show(config, 'parallelism.tensor_parallel_degree')} does not divide ffn_hidden_dim={ffn_hidden_dim} of"
+            f" {_named(config)}; use {either(_divisors(math.gcd(shared, ffn_hidden_dim)))}"
+        )
     if not _gives_all_ranks_words(model.vocab_size, config.parallelism.tensor_parallel_degree):
         fits = [degree for degree in _divisors(shared) if _gives_all_ranks_words(model.vocab_size, degree)]
         yield (

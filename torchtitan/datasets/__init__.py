@@ -17,7 +17,7 @@ from torchtitan.datasets.files import TextFiles
 from torchtitan.datasets.hub import HuggingFaceStream
 from torchtitan.datasets.local import open_path
 from torchtitan.datasets.packing import Cursor, pack
-from torchtitan.datasets.registry import get_dataset_names, open_dataset, register_dataset
+from torchtitan.datasets.registry import find_validation_dataset, get_dataset_names, open_dataset, register_dataset
 from torchtitan.datasets.source import Source, Text
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Source",
     "Text",
     "TextFiles",
+    "find_validation_dataset",
     "get_dataset_names",
     "open_dataset",
     "open_path",

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from torchtitan.config.errors import DatasetError
 from torchtitan.config.schema import meant_or_known
+from torchtitan.config.sections import Training, Validation
 from torchtitan.datasets.files import TextFiles
 from torchtitan.datasets.hub import HuggingFaceStream
 from torchtitan.datasets.local import open_path
 from torchtitan.datasets.source import Source, Text
+from torchtitan.tools.logging import logger
 
 VALIDATION_STRIDE = 20
 """Every 20th file of the standard library is held out for validation."""
@@ -43,10 +45,31 @@ def open_dataset(name: str, path: str | None = None) -> Source:
     return dataset.open(dataset.text) if path is None else open_path(path, dataset.text)
 
 
+def find_validation_dataset(training: Training, validation: Validation) -> str:
+    """The dataset that validation reads: the one that is named, or that belongs to training's.
+
+    Logs a warning where neither is there, so that another text is read than that which is learned.
+    """
+    if validation.dataset is not None:
+        return validation.dataset
+    if validation.dataset_path is not None:
+        return training.dataset  # its rows are read alike
+    held_out = f"{training.dataset}_validation"
+    if training.dataset_path is None and held_out in _DATASETS:
+        return held_out
+    what = training.dataset_path or training.dataset
+    logger.warning(
+        f"Validation does not follow the training data, {what}: it reads python_stdlib_validation, Python's standard"
+        " library. Name what is held out with validation.dataset_path, or validation.dataset"
+    )
+    return "python_stdlib_validation"
+
+
 def register_dataset(name: str, open: Callable[[Text], Source], *, text: Text = "text") -> None:
     """Add a dataset, for instance in the module that `experimental.custom_import` names.
 
     Args:
+        name: that of training's with _validation behind it is what a validation reads unless it is told otherwise.
         open: called with `text` when the dataset is used; gives a Source such as HuggingFaceStream or TextFiles.
         text: the field of a row that holds its text, or a function from the row to it.
     """

@@ -27,6 +27,7 @@ from torchtitan.config.errors import EXIT_MISTAKE, ConfigError, exit_status, rai
 from torchtitan.config.schema import either, nearest, option_of
 from torchtitan.config.types import FilePath, NonNegativeInt, PositiveInt, Range
 from torchtitan.launch import preflight
+from torchtitan.launch.environment import describe_upstream_variables
 from torchtitan.tools.process import raise_file_limit
 from torchtitan.tools.terminal import ProgressTerminal, send_progress
 
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         nnodes, max_nnodes, nproc = int(fewest), int(most or fewest), launcher.nproc_per_node
         preflight.check(options, nproc=nproc, nnodes=nnodes, max_nnodes=max_nnodes, num_gpus=num_gpus)
         raise_all([ConfigError(problem) for problem in _about_flags(launcher, max_files=raise_file_limit())])
+        if line := describe_upstream_variables():
+            print(line, file=sys.stderr)
         if (folder := getattr(launcher, "log_dir", os.devnull)) != os.devnull:  # which torchrun knows how to take
             preflight.check_writable(Path(folder), given=f"--log_dir {folder}")
         if sys.stdout.isatty():

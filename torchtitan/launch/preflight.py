@@ -18,6 +18,7 @@ from torchtitan.config.manager import REPOSITORY, ConfigManager
 from torchtitan.config.schema import either, meant_or_known
 from torchtitan.datasets import get_dataset_names, open_dataset
 from torchtitan.datasets.local import walk_files
+from torchtitan.launch.environment import about_compiler, about_wandb_key
 from torchtitan.protocols.custom_import import check_custom_import
 from torchtitan.protocols.train_spec import check_vocab_size, validate_run
 from torchtitan.tools.packages import is_installed, is_liger_installed
@@ -46,6 +47,7 @@ def check(
     raise_all(
         [
             *_about_packages(config),
+            *(about_compiler(num_gpus) if config.training.compile and num_gpus is not None else ()),
             *_about_tokenizer(config),
             *_about_dataset(config, "training"),
             *(_about_dataset(config, "validation") if config.validation.enabled else ()),
@@ -90,6 +92,8 @@ def _about_packages(config: JobConfig) -> Iterator[ConfigError]:
         yield error
     if config.metrics.enable_wandb and not is_installed("wandb"):
         yield ConfigError("metrics.enable_wandb needs the package wandb: pip install wandb")
+    elif config.metrics.enable_wandb:
+        yield from about_wandb_key()
 
 
 def _about_tokenizer(config: JobConfig) -> Iterator[ConfigError]:
@@ -115,7 +119,7 @@ def _is_absent(path: Path, *looked_in: Path) -> str:
 def _about_dataset(config: JobConfig, section: Literal["training", "validation"]) -> Iterator[ConfigError]:
     options = getattr(config, section)
     names, given = get_dataset_names(), f"{section}.dataset={options.dataset}"
-    if options.dataset not in names:
+    if options.dataset is not None and options.dataset not in names:
         if not config.experimental.custom_import:  # which may register the dataset later
             yield DatasetError(f"{given} is unknown; {meant_or_known(options.dataset, names)}")
     elif options.dataset == "c4_test" and options.dataset_path is None:  # to open the others takes long

@@ -165,7 +165,21 @@ def test_a_module_that_is_not_there_is_named(tmp_path):
     path = save_run(tmp_path)
     config = tmp_path / "config.toml"
     config.write_text(config.read_text().replace('custom_import = ""', 'custom_import = "no_such_module"'))
-    fails("experimental.custom_import=no_such_module: there is no such module", path)
+    fails("experimental.custom_import=no_such_module: there is no such module", path, custom_import="no_such_module")
+
+
+def test_code_that_a_foreign_configuration_names_runs_only_when_that_is_said(tmp_path, monkeypatch):
+    path = save_run(tmp_path)
+    config = tmp_path / "config.toml"
+    config.write_text(config.read_text().replace('custom_import = ""', 'custom_import = "payload"'))
+    (tmp_path / "payload.py").write_text("from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()")
+    monkeypatch.syspath_prepend(tmp_path)
+    asks = f"{config} asks for the import of payload, which runs code; if you trust it, add --custom_import payload"
+    for options in ({}, {"custom_import": "another"}, {"config": config}):
+        fails(asks, path, **options)
+    assert not (tmp_path / "payload.ran").exists()
+    find_pretrained(path, custom_import="payload")
+    assert (tmp_path / "payload.ran").exists()
 
 
 def test_tokenizer_that_is_too_large_for_the_model_is_refused(tmp_path):

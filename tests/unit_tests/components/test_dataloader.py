@@ -32,7 +32,7 @@ from torchtitan.components.dataloader import (
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer, build_tokenizer
 from torchtitan.config.errors import ConfigError, DatasetError
-from torchtitan.config.sections import Validation
+from torchtitan.config.sections import Training, Validation
 
 Loader = TrainingDataLoader | ValidationDataLoader
 
@@ -58,7 +58,9 @@ def build_for_validation(
     *, tokenizer: Tokenizer, dp_rank: int, dp_world_size: int, batch_size: int, **options: Any
 ) -> ValidationDataLoader:
     validation = Validation(local_batch_size=batch_size, **options)
-    return build_validation_dataloader(validation, tokenizer, dp_rank=dp_rank, dp_world_size=dp_world_size)
+    return build_validation_dataloader(
+        validation, tokenizer, training=Training(), dp_rank=dp_rank, dp_world_size=dp_world_size
+    )
 
 
 @pytest.fixture
@@ -319,12 +321,12 @@ def test_exit_does_not_wait_for_the_thread(path):
     code = f"""
 from torchtitan.components.dataloader import build_dataloader, build_validation_dataloader
 from torchtitan.components.tokenizer import build_tokenizer
-from torchtitan.config.sections import Validation
+from torchtitan.config.sections import Training, Validation
 data = dict(dataset="c4", dataset_path={path!r}, seq_len=8)
 arguments = dict(tokenizer=build_tokenizer("tests/assets/tokenizer"), dp_rank=0, dp_world_size=1)
 validation = Validation(**data, local_batch_size=1)
 for_training = build_dataloader(**data, **arguments, batch_size=1, seed=0)
-loaders = [for_training, build_validation_dataloader(validation, **arguments)]
+loaders = [for_training, build_validation_dataloader(validation, training=Training(), **arguments)]
 batches = [next(iter(loader)) for loader in loaders]
 print("done")
 """

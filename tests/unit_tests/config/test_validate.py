@@ -258,6 +258,14 @@ def test_every_part_of_a_pipeline_needs_modules(tmp_path):
         check(f"{PP} 2 --job.config_file {tmp_path / 'run.toml'}", world_size=2)
 
 
+def test_tensor_parallel_ranks_share_the_feed_forward_layer_equally(monkeypatch):
+    small = TransformerModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=4, ffn_hidden_dim=62, vocab_size=64)
+    monkeypatch.setattr("torchtitan.protocols.train_spec.find_model", lambda config: small)
+    with pytest.raises(ConfigError, match="degree=4 does not divide ffn_hidden_dim=62 of llama3 .*; use 1 or 2$"):
+        check(f"{TP} 4", world_size=4)
+    check(f"{TP} 2", world_size=2)
+
+
 def test_every_tensor_parallel_rank_needs_words(monkeypatch):
     small = TransformerModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=4, ffn_hidden_dim=64, vocab_size=5)
     monkeypatch.setattr("torchtitan.protocols.train_spec.find_model", lambda config: small)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from torchtitan.config.errors import DatasetError
-from torchtitan.datasets import TextFiles, open_dataset, register_dataset, registry
+from torchtitan.config.sections import Training, Validation
+from torchtitan.datasets import TextFiles, find_validation_dataset, open_dataset, register_dataset, registry
 
 
 def read_all(source) -> list[str]:
@@ -72,3 +73,26 @@ print([name for name in ("torch", "datasets", "pyarrow", "pandas") if name in sy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("training", "validation", "expected"),
+    [
+        ({}, {}, "python_stdlib_validation"),
+        ({"dataset": "c4"}, {}, "c4_validation"),
+        ({"dataset": "c4"}, {"dataset": "python_stdlib"}, "python_stdlib"),
+        ({"dataset": "c4"}, {"dataset_path": "held_out.jsonl"}, "c4"),
+    ],
+)
+def test_validation_follows_the_training_data(training, validation, expected, caplog):
+    assert find_validation_dataset(Training(**training), Validation(**validation)) == expected
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("training", [{"dataset": "c4_test"}, {"dataset_path": "my.txt"}])
+def test_validation_that_cannot_follow_the_training_data_says_so(training, caplog):
+    assert find_validation_dataset(Training(**training), Validation()) == "python_stdlib_validation"
+    (what,), (message,) = training.values(), caplog.messages
+    assert message.startswith(
+        f"Validation does not follow the training data, {what}: it reads python_stdlib_validation"
+    )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from torchtitan.config.errors import ConfigError
+from torchtitan.launch.environment import describe_upstream_variables
 from torchtitan.launch.preflight import check, get_vocab_size
 
 ROOT = Path(__file__).parents[3]
@@ -172,6 +173,61 @@ def test_weights_and_biases_must_be_installed(refused, monkeypatch):
     monkeypatch.setattr("torchtitan.tools.packages.find_spec", lambda name: None)
     assert refused("--metrics.enable_wandb") == (
         "ConfigError: metrics.enable_wandb needs the package wandb: pip install wandb"
+    )
+
+
+@pytest.fixture
+def bare_home(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("WANDB_") or name == "NETRC"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("torchtitan.launch.preflight.is_installed", lambda name: True)
+    return tmp_path
+
+
+def test_weights_and_biases_without_a_key(refused, valid, bare_home, monkeypatch):
+    assert refused("--metrics.enable_wandb").startswith(
+        "ConfigError: metrics.enable_wandb needs a key: run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline"
+    )
+    (bare_home / ".netrc").write_text("machine example.com\n  login user\n  password 1\n")
+    refused("--metrics.enable_wandb")
+    (bare_home / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password 1\n")
+    check([*valid, "--metrics.enable_wandb"], nproc=1)
+    (bare_home / ".netrc").unlink()
+    for name, value in {"WANDB_API_KEY": "1", "WANDB_MODE": "offline"}.items():
+        monkeypatch.setenv(name, value)
+        check([*valid, "--metrics.enable_wandb"], nproc=1)
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "variable", "compiler", "said"),
+    [(0, "CXX", "g++", "a C++ compiler, and there is no g++"), (1, "CC", "gcc", "a C compiler, and there is no gcc")],
+)
+def test_compilation_without_a_compiler(refused, valid, tmp_path, monkeypatch, num_gpus, variable, compiler, said):
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert f"training.compile needs {said}" in refused("--training.compile", num_gpus=num_gpus)
+    check(valid, nproc=1, num_gpus=num_gpus)
+    monkeypatch.setenv(variable, "my-compiler -x")
+    assert f"{variable}=my-compiler is not there" in refused("--training.compile", num_gpus=num_gpus)
+    for name in ("my-compiler", compiler):
+        (tmp_path / name).touch(mode=0o755)
+        check([*valid, "--training.compile"], nproc=1, num_gpus=num_gpus)
+        (tmp_path / name).unlink()
+        monkeypatch.delenv(variable, raising=False)
+
+
+def test_variables_that_only_upstream_reads_are_named(monkeypatch):
+    for name in ("TRAIN_FILE", "COMM_MODE", "TORCHFT_LIGHTHOUSE", "WANDB_TEAM", "WANDB_RUN_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert describe_upstream_variables() is None
+    monkeypatch.setenv("COMM_MODE", "fake_backend")
+    monkeypatch.setenv("WANDB_TEAM", "us")
+    assert describe_upstream_variables() == (
+        "Environment variables of upstream torchtitan that do nothing here: COMM_MODE (python"
+        " scripts/estimate_memory.py tells the memory of a run without its GPUs); WANDB_TEAM (wandb's own variable is"
+        " WANDB_ENTITY)"
     )
 
 

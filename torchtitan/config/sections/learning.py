@@ -179,8 +179,9 @@ class Validation:
     enabled: bool = False
     """Validate at step 1 and every `freq` steps."""
 
-    dataset: str = "python_stdlib_validation"
-    """Name of a registered dataset; with dataset_path, how to read that path."""
+    dataset: str | None = None
+    """Name of a registered dataset; with dataset_path, how to read that path. None follows training.dataset: what it
+    leaves out for validation, or else, with a warning, python_stdlib_validation."""
 
     dataset_path: FilePath | None = None
     """Local file or folder to read instead: text, JSON lines or Parquet."""

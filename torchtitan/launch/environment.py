@@ -1,0 +1,77 @@
+"""What the environment of a start holds or lacks: variables of upstream's, keys, compilers. Nothing is imported or run.
+
+Together with distributed/utils.py the only reader of environment variables.
+"""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from torchtitan.config.errors import ConfigError
+
+_UPSTREAM = {
+    "TRAIN_FILE": "the program is always torchtitan.train; experimental.custom_import adds to it",
+    "COMM_MODE": "python scripts/estimate_memory.py tells the memory of a run without its GPUs",
+    "TORCHFT_LIGHTHOUSE": "TorchFT is not part of this package",
+    "WANDB_TEAM": "wandb's own variable is WANDB_ENTITY",
+    "WANDB_RUN_NAME": "wandb's own variable is WANDB_NAME",
+    "WANDB_RUN_NOTES": "wandb's own variable is WANDB_NOTES",
+    "WANDB_RUN_TAGS": "wandb's own variable is WANDB_TAGS",
+    "WANDB_RUN_JOB_TYPE": "wandb's own variable is WANDB_JOB_TYPE",
+}
+
+
+def describe_upstream_variables() -> str | None:
+    """One line about those that are set, which only upstream torchtitan reads; None if there are none."""
+    found = [f"{name} ({instead})" for name, instead in _UPSTREAM.items() if os.environ.get(name)]
+    return f"Environment variables of upstream torchtitan that do nothing here: {'; '.join(found)}" if found else None
+
+
+def about_wandb_key() -> Iterator[ConfigError]:
+    """What metrics.enable_wandb needs, and would miss only when the model has been built."""
+    if not _has_wandb_key():
+        yield ConfigError(
+            "metrics.enable_wandb needs a key: run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline to keep"
+            " the metrics on this machine"
+        )
+
+
+def _has_wandb_key() -> bool:
+    """As wandb looks for one: in the environment, in the netrc file, or none is needed."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    if os.environ.get("WANDB_MODE", "online") not in ("online", "shared"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "").partition("://")[2].split("/")[0].split(":")[0]
+    netrc = [Path(os.environ["NETRC"])] if "NETRC" in os.environ else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    settings = [Path("wandb/settings"), Path.home() / ".config/wandb/settings"]
+    return any(_holds(file, host or "wandb.ai") for file in netrc) or any(
+        _holds(file, word) for file in settings for word in ("offline", "disabled", "api_key")
+    )
+
+
+def _holds(file: Path, word: str) -> bool:
+    try:
+        return word in file.read_text(errors="replace")
+    except OSError:
+        return False
+
+
+def about_compiler(num_gpus: int) -> Iterator[ConfigError]:
+    """What training.compile needs: torch compiles C++ for a CPU, and Triton a little C for its kernels on a GPU."""
+    if num_gpus > 0:
+        variable, language, names = "CC", "C", ["gcc", "clang"]
+    else:
+        variable, language, names = "CXX", "C++", ["clang++" if sys.platform == "darwin" else "g++"]
+    given = shlex.split(os.environ.get(variable, ""))
+    if given:
+        names = given[:1]
+    if not any(shutil.which(name) for name in names):
+        looked_for = f"{variable}={given[0]} is not there" if given else f"there is no {' and no '.join(names)}"
+        yield ConfigError(
+            f"training.compile needs a {language} compiler, and {looked_for}; install one (package g++ or gcc), name"
+            f" one with {variable}, or leave training.compile off"
+        )
