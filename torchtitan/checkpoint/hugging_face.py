@@ -118,15 +118,11 @@ class HuggingFaceFormat:
         """Whole weights under our names, as they lie in the files; raises as load does."""
         self.check_config(path)
         files = _read_index(path)
-        hf_names = {name: self._hf_name(name, shape) for name, shape in shapes.items()}
-        missing = set(shapes)
-        # The others are read only if one is missing: an output that is tied to the embedding comes with that.
-        others = [hf_name for hf_name in files if hf_name not in hf_names.values()]
+        self._check_names(path, files, [self._adapter.hf_names[name] for name in shapes])
         with ExitStack() as stack:
             opened: dict[str, Any] = {}
-            for hf_name in [name for name in hf_names.values() if name in files] + others:
-                if not missing:
-                    break
+
+            def read(hf_name: str) -> Tensor:
                 file = path / files[hf_name]
                 with _describing(file):
                     if file.name not in opened:
@@ -134,22 +130,30 @@ class HuggingFaceFormat:
                     whole = opened[file.name].get_tensor(hf_name)
                 if whole.dtype not in DTYPES:
                     raise CheckpointError(f"{file}: {hf_name} is {whole.dtype}; expected {either(DTYPES)}")
-                for name, converted in self._adapter.from_hf({hf_name: whole}).items():
-                    is_tied = hf_names.get(name) != hf_name
-                    if name not in shapes or (is_tied and hf_names[name] in files):
-                        continue
-                    if converted.shape != shapes[name]:
-                        raise CheckpointError(
-                            f"{file}: {hf_name} is {tuple(converted.shape)}, and {tuple(shapes[name])} in this model"
-                        )
-                    missing.discard(name)
-                    yield name, converted
-        if missing:
-            raise CheckpointError(f"{path} lacks {', '.join(sorted(hf_names[name] for name in missing))}")
+                return whole
 
-    def _hf_name(self, name: str, shape: torch.Size) -> str:
-        (hf_name,) = self._adapter.to_hf({name: torch.empty(shape, device="meta")})
-        return hf_name
+            for copy, hf_name in self._adapter.hf_copies.items():
+                if copy in files and not torch.equal(read(copy), read(hf_name)):
+                    raise CheckpointError(f"{path}: {copy} is not {hf_name}, to which config.json ties it")
+            for name, shape in shapes.items():
+                hf_name = self._adapter.hf_names[name]
+                (whole,) = self._adapter.from_hf({hf_name: read(hf_name)}).values()
+                if whole.shape != shape:
+                    raise CheckpointError(
+                        f"{path / files[hf_name]}: {hf_name} is {tuple(whole.shape)}, and {tuple(shape)} in this model"
+                    )
+                yield name, whole
+
+    def _check_names(self, path: Path, found: Iterable[str], needed: Iterable[str]) -> None:
+        """Raise CheckpointError unless all that is needed is there, and nothing that the model does not have."""
+        if missing := sorted({*needed} - {*found}):
+            raise CheckpointError(f"{path} lacks {', '.join(missing)}")
+        known = {*self._adapter.hf_names.values(), *self._adapter.hf_copies}
+        # old checkpoints hold the rotary frequencies, which follow from the config
+        unknown = sorted(name for name in {*found} - known if not name.endswith("rotary_emb.inv_freq"))
+        if unknown:
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            raise CheckpointError(f"{path} holds {unknown[0]}{more}, which has no place in this model")
 
     def check_config(self, path: Path) -> None:
         """Raise CheckpointError where the folder's config.json, if it has one, describes another model."""

@@ -244,6 +244,11 @@ def _about_pipeline(config: JobConfig, model: ModelShape) -> Iterator[str]:
     pp = config.parallelism.pipeline_parallel_degree
     if pp == 1:
         return
+    if getattr(model, "tie_embeddings", False):  # a family outside this package need not know the word
+        yield (
+            f"{_show(config, 'parallelism.pipeline_parallel_degree')} puts embedding and output on two ranks, and"
+            f" {_named(config)} has one weight for both; use a degree of 1"
+        )
     if config.parallelism.module_fqns_per_model_part is not None:
         yield from _about_stage_modules(config.parallelism.module_fqns_per_model_part, model.n_layers)
     yield from _about_stages(config, pp, model.n_layers)

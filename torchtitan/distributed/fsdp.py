@@ -6,7 +6,8 @@ Plain replication is a mesh of n copies of one shard. One process alone does wit
 
 Units, each gathered and reduced as a whole: the embedding, each block, the final norm, the output. The output is a
 unit of its own with `with_weight` registered as a second forward, so that a fused loss reads a whole weight inside
-it, under every reshard policy, and its gradient is reduced once.
+it, under every reshard policy, and its gradient is reduced once. A tied output has no weight: the embedding's unit
+then stays gathered through forward, and is reduced when backward is done, with the gradients of both uses.
 """
 
 import warnings
@@ -27,7 +28,7 @@ from torch.distributed.fsdp import (
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.sections import ReshardPolicy
 from torchtitan.distributed.mesh import Mesh
-from torchtitan.protocols.model import Decoder
+from torchtitan.protocols.model import Decoder, TiedOutputHead
 
 
 def apply_fsdp(
@@ -60,12 +61,14 @@ def apply_fsdp(
                 offload_policy=offload,
             )
 
-    shard(model.tok_embeddings, reshard_after_forward=reshard)
+    is_tied = isinstance(model.output, TiedOutputHead)
+    shard(model.tok_embeddings, reshard_after_forward=reshard and not is_tied)
     for block in model.layers.values():
         shard(block, reshard_after_forward=reshard)
     # Backward needs these two at once: gathering them again would save no memory at the peak.
     shard(model.norm, reshard_after_forward=reshard_policy == "always")
-    shard(model.output, reshard_after_forward=reshard_policy == "always")
+    if not is_tied:
+        shard(model.output, reshard_after_forward=reshard_policy == "always")
     shard(model, reshard_after_forward=False)
     # torch 2.13 warns of each module that returns a view, as nn.Linear does, lest it be changed in place: none is here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -103,7 +106,7 @@ def _prefetch_head(model: Decoder) -> None:
     The output may run after the model's forward; FSDP by itself would then gather its weight, often the largest, only
     once all blocks are done.
     """
-    head = [cast(FSDPModule, module) for module in (model.norm, model.output) if module is not None]
+    head = [cast(FSDPModule, part) for part in (model.norm, model.output) if isinstance(part, FSDPModule)]
     for last_block in list(model.layers.values())[-1:]:
         cast(FSDPModule, last_block).set_modules_to_forward_prefetch(head)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchtitan.protocols.model import Decoder, OutputHead
+from torchtitan.protocols.model import Decoder
 
 
 def apply_mixed_precision(model: Decoder, dtype: torch.dtype) -> None:
@@ -37,11 +37,6 @@ class CastingLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), self.bias)
 
 
-class CastingOutputHead(OutputHead):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
 class CastingRMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -50,6 +45,5 @@ class CastingRMSNorm(nn.RMSNorm):
 _CASTING: dict[type, type] = {
     nn.Embedding: CastingEmbedding,
     nn.Linear: CastingLinear,
-    OutputHead: CastingOutputHead,
     nn.RMSNorm: CastingRMSNorm,
 }

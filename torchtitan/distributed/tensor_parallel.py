@@ -29,7 +29,7 @@ SEQUENCE = Shard(1)
 def apply_tp(
     model: Decoder, tp_mesh: DeviceMesh, block_plan: Mapping[str, ParallelStyle], *, loss_parallel: bool
 ) -> None:
-    """Split `model`, or a pipeline stage of one, in place; each block as its plan says, by name of module.
+    """Split `model`, or a pipeline stage of one, in place; each block as its plan says, by name of module it may have.
 
     With loss_parallel the logits are a DTensor with the vocabulary sharded, which the loss must understand;
     without, each rank gets all of them as a plain tensor.
@@ -46,7 +46,8 @@ def apply_tp(
     present = {name: style for name, style in parts.items() if getattr(model, name) is not None}
     parallelize_module(model, tp_mesh, present)
     for layer in model.layers.values():
-        parallelize_module(layer, tp_mesh, dict(block_plan))
+        names = dict(layer.named_modules())
+        parallelize_module(layer, tp_mesh, {name: style for name, style in block_plan.items() if name in names})
     if model.tok_embeddings is not None:
         # What comes out of a collective is an AsyncCollectiveTensor, and one that enters a compiled block loses its
         # gradient without a word (torch 2.13). Any operation that is not a view waits for it; the copy is small.

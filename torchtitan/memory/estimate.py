@@ -178,6 +178,9 @@ class _Rank:
             measured.units[name] if name in names else no_unit for name in ("tok_embeddings", "norm", "output")
         )
         self.block = measured.units["block"]
+        self.has_output = "output" in names
+        self.tied = self.embedding if measured.is_tied else no_unit
+        self.head = self.tied if measured.is_tied else self.output  # whose gradient comes first
         self.units = [self.embedding, *[self.block] * len(self.block_uses), self.norm, self.output]
         self.weight_bytes = get_weight_dtype(config.training, config.optimizer).itemsize
         is_compact = config.optimizer.state_precision == "compact"
@@ -220,8 +223,8 @@ class _Rank:
             *self._get_backward_moments(),
             self._moment("optimizer", reduced=self._reduced(self.units), optimizer=self._optimizer_copies),
         ]
-        if self.config.validation.enabled and self.output.shapes:
-            gathered, loss = self._gathered([self.norm, self.output]), self.measured.validation_loss
+        if self.config.validation.enabled and self.has_output:
+            gathered, loss = self._gathered([self.norm, self.head]), self.measured.validation_loss
             moments.append(self._moment("validation", reduced=self._reduced(self.units), weights=gathered, loss=loss))
         return moments
 
@@ -235,7 +238,7 @@ class _Rank:
                 gathering=gathering,
                 activations=self._kept(i) + self.block_uses[i].forward,
             )
-        if self.output.shapes:
+        if self.has_output:
             yield self._moment(
                 "loss",
                 reduced=self._reduced_before,
@@ -258,7 +261,9 @@ class _Rank:
                 gradients=self._staged(self.output),
             )
         for i in sorted({*self.last_blocks, *self.first_blocks}, reverse=True):
-            done = [self.output, self.norm, *[self.block] * (num_blocks - 1 - i)]
+            # FSDP reduces a tied weight's gradient with the embedding
+            first = self.output if self.has_fsdp else self.head
+            done = [first, self.norm, *[self.block] * (num_blocks - 1 - i)]
             prefetched = self._gathering(self.block if i > 0 else self.embedding)
             yield self._moment(
                 f"backward of block {i + 1}",
@@ -266,7 +271,7 @@ class _Rank:
                 weights=self._gathered([self.block]) + self._still_gathered(i),
                 gathering=prefetched,
                 activations=self._kept(i) + self.block_uses[i].backward,
-                gradients=self._being_reduced(done[-1]),
+                gradients=self._gathered([self.tied]) + self._being_reduced(done[-1]),
             )
             if self.has_fsdp:
                 yield self._moment(
@@ -275,7 +280,7 @@ class _Rank:
                     weights=self._still_gathered(i),
                     gathering=prefetched,
                     activations=self._kept(i) + boundary,
-                    gradients=self._staged(self.block),
+                    gradients=self._gathered([self.tied]) + self._staged(self.block),
                 )
         if self.embedding.shapes:
             # without FSDP the gradient of what was looked up is cast to the table's float32
@@ -284,7 +289,8 @@ class _Rank:
                 "gradient of the embedding",
                 reduced=self._reduced(self.units),
                 activations=self._kept(0) + boundary + cast,
-                gradients=self._staged(self.embedding),
+                # without FSDP a tied weight's second gradient is made beside the first
+                gradients=self._staged(self.embedding) + (not self.has_fsdp) * self.weight_bytes * self.tied.numel,
             )
 
     def _kept(self, block: int) -> int:
@@ -340,7 +346,7 @@ class _Rank:
         if self.dims.pp > 1:  # FSDP then frees none before the last microbatch's backward
             return self._gathered(self.units)
         if should_reshard_after_forward(self.config.parallelism.fsdp_reshard_after_forward, self.dims):
-            return 0
+            return self._gathered([self.tied])
         return self._gathered([self.embedding, *[self.block] * block])
 
     def _gathering(self, unit: Unit) -> int:

@@ -25,7 +25,7 @@ from torchtitan.config.job_config import JobConfig
 from torchtitan.distributed.activation_checkpoint import set_block_modes
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.memory.trace import MemoryTrace, with_gpu_kernels
-from torchtitan.protocols.model import Decoder
+from torchtitan.protocols.model import Decoder, TiedOutputHead
 from torchtitan.protocols.train_spec import get_run_args, get_train_spec
 from torchtitan.tools.logging import logger
 
@@ -61,6 +61,8 @@ class Measured:
     n_layers: int
     units: dict[str, Unit]
     """tok_embeddings, block, norm, output."""
+    is_tied: bool
+    """The output has no parameter, and uses the embedding's."""
     largest_parameter: int
     """Elements of the largest parameter, undivided."""
     buffers: int
@@ -97,6 +99,7 @@ def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measure
                 "norm": _unit(model.norm),
                 "output": _unit(model.output),
             },
+            is_tied=isinstance(model.output, TiedOutputHead),
             largest_parameter=max(parameter.numel() for parameter in model.parameters()),
             buffers=sum(buffer.nbytes for buffer in model.buffers()),
             boundary=_local(hidden).nbytes,
@@ -202,7 +205,7 @@ def _measure_loss(
 ) -> Use:
     assert model.output is not None
     if config.liger_kernel.enable_fused_linear_cross_entropy:
-        return _get_fused_loss_use(config, dims, _unit(model.output).shapes[0], num_tokens=math.prod(tokens_shape))
+        return _get_fused_loss_use(config, dims, _local(model.output.weight).shape, num_tokens=math.prod(tokens_shape))
     hidden = hidden.detach().requires_grad_()
     labels = torch.empty(tokens_shape, dtype=torch.int64, device="meta")
     trace = MemoryTrace()

@@ -1,9 +1,10 @@
 """What the trainer and the parallelisms expect of a model: equal blocks between an embedding and an output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -27,6 +28,27 @@ class OutputHead(nn.Linear):
         dtype of the hidden states, as FSDP makes it, or by a cast where a single process keeps it in float32.
         """
         return fn(hidden, self.weight.to(hidden.dtype))
+
+    def forward(self, input: Tensor) -> Tensor:  # hidden states (B, S, D) -> logits (B, S, V)
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+class TiedOutputHead(OutputHead):
+    """Projects with the embedding's weight, which stays the embedding's: one parameter with one name.
+
+    Its gradient is the sum of both uses, whichever comes first. FSDP keeps it gathered from the embedding to the head,
+    and reduces the gradient once, after both.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        nn.Module.__init__(self)  # nn.Linear would make a weight
+        self.out_features, self.in_features = embedding.weight.shape
+        self.register_parameter("bias", None)
+        self._embedding = (embedding,)  # in a tuple, where it is no child: its weight is not counted twice
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self._embedding[0].weight
 
 
 class Decoder(nn.Module):
@@ -65,6 +87,11 @@ class Loss(Protocol):
 
 class StateDictAdapter(Protocol):
     """Hugging Face's names and layouts for a model's weights, and back."""
+
+    hf_names: Mapping[str, str]
+    """Theirs for each of the whole model's weights."""
+    hf_copies: Mapping[str, str]
+    """Names under which a weight may lie there once more, as a tied output does, and that weight's name there."""
 
     def to_hf(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]: ...
 

@@ -85,7 +85,7 @@ class Run:
             train_state=self,
             steps=self.steps,
             is_restart=self.is_restart,
-            adapter=build_adapter(MODEL),
+            adapter=build_adapter(self.parts[0].args),
             tokenizer_path=str(TOKENIZER),
             bos_id=59,
             eos_id=60,

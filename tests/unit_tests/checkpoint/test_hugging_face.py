@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.unit_tests.checkpoint.checkpointed_run import MODEL, assert_same, build_run, damage, folder, names, no_space
@@ -88,11 +89,39 @@ def test_transformers_own_save_is_loaded(tmp_path, tied):
     config = {k: v for k, v in build_adapter(MODEL).to_hf_config().items() if k not in ("architectures",)}
     theirs = LlamaForCausalLM(LlamaConfig(**{**config, "tie_word_embeddings": tied}))
     theirs.save_pretrained(tmp_path / "hf")
-    run = build_run(tmp_path, initial_load_path=str(tmp_path / "hf"), initial_load_in_hf=True)
+    args = replace(MODEL, tie_embeddings=tied)
+    run = build_run(tmp_path, args=args, initial_load_path=str(tmp_path / "hf"), initial_load_in_hf=True)
     assert run.checkpointer.load()
     tokens = torch.randint(MODEL.vocab_size, (2, 16))
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, run.parts[0](tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_what_lies_in_a_folder_beside_the_model_is_refused_by_name(tmp_path):
+    """But for a copy of a weight, and what follows from the config."""
+    args = replace(MODEL, tie_embeddings=True)
+    export = build_run(tmp_path, args=args, steps=1, last_save_in_hf=True)
+    export.train(1)
+    path = folder(export) / "step-1"
+    weights = load_file(path / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    embedding = weights["model.embed_tokens.weight"]
+
+    def load(**more: torch.Tensor) -> None:
+        save_file(
+            weights | {name.replace("__", "."): tensor.clone() for name, tensor in more.items()},
+            path / "model.safetensors",
+        )
+        options = {"initial_load_path": str(path), "initial_load_in_hf": True}
+        build_run(tmp_path / "new", args=args, **options).checkpointer.load()
+
+    load(lm_head__weight=embedding, model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(4))
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is not model.embed_tokens.weight, to which config.json"):
+        load(lm_head__weight=embedding + 1)
+    with pytest.raises(CheckpointError, match=r"holds model.layers.2.mlp.up_proj.weight, which has no place in this"):
+        load(model__layers__2__mlp__up_proj__weight=embedding)
+    with pytest.raises(CheckpointError, match=r"holds model.layers.0.self_attn.k_proj.bias and 1 more, which has no"):
+        load(model__layers__0__self_attn__q_proj__bias=embedding, model__layers__0__self_attn__k_proj__bias=embedding)
 
 
 def test_failed_conversion_leaves_the_weights_in_our_format(tmp_path, monkeypatch):
@@ -122,6 +151,7 @@ def test_bad_hugging_face_folders_are_explained(tmp_path):
         ({"num_hidden_layers": 3}, "num_hidden_layers is 3, and 2 in this model"),
         ({"model_type": "qwen2"}, "model_type is 'qwen2'; the families of this package have "),
         ({"attention_bias": True}, "attention_bias is True; LlamaForCausalLM here has False"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True, and False in this model"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; LlamaForCausalLM here has 'silu'"),
         ({"quantization_config": {"bits": 4}}, "quantized weights are not supported"),
         (scaled, r"rope_scaling is {'rope_type': 'llama3', .*}, and None in this model"),

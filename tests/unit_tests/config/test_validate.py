@@ -69,9 +69,13 @@ def test_float8_without_torchao_names_the_package(monkeypatch):
         (
             1,
             "--model.flavor 9B --experimental.custom_import my_models",
-            ["model.flavor=9B", "known are debugmodel, 1B, 8B"],
+            ["model.flavor=9B", "known are debugmodel, 1B, 3B, 8B"],
         ),
-        (1, "--model.flavor huge", ["model.flavor=huge", "known are debugmodel, 1B, 8B, 70B, 405B"]),
+        (
+            1,
+            "--model.flavor huge",
+            ["model.flavor=huge", "known are debugmodel, 1B, 3B, 8B, 70B, 405B, 3.2-1B"],
+        ),
         # float8
         (1, f"{FLOAT8},float9", ["model.converters has 'float9'", "did you mean float8?"]),
         (
@@ -157,6 +161,11 @@ def test_float8_without_torchao_names_the_package(monkeypatch):
             2,
             f"{PP} 2 {SCHEDULE} ZBVZeroBubble --parallelism.pipeline_parallel_layers_per_stage 1",
             ["makes 8 stages", "takes 4"],
+        ),
+        (
+            2,
+            f"{PP} 2 --model.flavor 3.2-1B",
+            ["pipeline_parallel_degree=2", "llama3 3.2-1B has one weight for both; use a degree of 1"],
         ),
         # pipeline: named modules
         (2, [PP, "2", PARTS, *QUARTERS], ["makes 4 stages", "1F1B", "takes 2"]),

@@ -1,6 +1,7 @@
 """The estimate equals what a whole step takes, traced on the meta device, and knows each axis and option."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,14 +80,39 @@ def trace_whole_step(config: JobConfig) -> int:
     ],
 )
 def test_equals_a_whole_step(checkpointing: str, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = f"--training.seq_len 1024 --training.local_batch_size 4 {checkpointing} {loss}"
+    check_whole_step(f"--training.seq_len 1024 --training.local_batch_size 4 {checkpointing} {loss}", monkeypatch)
+
+
+def check_whole_step(options: str, monkeypatch: pytest.MonkeyPatch, *, untrue: int = 0) -> None:
+    """untrue: bytes that tracing sees, and no run."""
     monkeypatch.setattr(memory_estimate, "LIBRARY_WORKSPACES", 0)
     monkeypatch.setattr(fused_linear, "multiply_", lambda gradient, factor: None)  # which reads a value
     config = parse(options)
     result = estimate_memory(config, world_size=1)
     always = 12 * llama3_flavors["debugmodel"].num_params() + measure(config, ParallelDims(), None).buffers
     backward = max(m.total for m in result.moments if m.name not in ("optimizer", "start"))
-    assert backward - always == pytest.approx(trace_whole_step(config), rel=0.03)
+    assert backward - always == pytest.approx(trace_whole_step(config) - untrue, rel=0.03)
+
+
+def test_equals_a_whole_step_of_a_tied_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose vocabulary is most of it: two gradients of the one weight meet at the end."""
+    flavor = replace(llama3_flavors["debugmodel"], tie_embeddings=True, vocab_size=40000, n_layers=2)
+    monkeypatch.setitem(llama3_flavors, "debugmodel", flavor)
+    sum_of_gradients = 4 * 40000 * 256  # autograd adds them in place, but not on the meta device
+    sizes = "--training.seq_len 256 --training.local_batch_size 1 --liger_kernel.logits_memory_budget_mib 16"
+    check_whole_step(f"{sizes} {FUSED} --activation_checkpoint.mode full", monkeypatch, untrue=sum_of_gradients)
+
+
+def test_a_tied_weight_is_gathered_until_its_gradient_is_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parts(tied: bool) -> list[dict[str, int]]:
+        monkeypatch.setitem(llama3_flavors, "debugmodel", replace(llama3_flavors["debugmodel"], tie_embeddings=tied))
+        found = estimate(f"{FUSED} --activation_checkpoint.mode full", world_size=2)
+        return [moment.by_part("main") for moment in found.moments if moment.name == "backward of block 1"]
+
+    (untied,), (tied,) = parts(False), parts(True)
+    table = 2000 * 256
+    assert tied["weights"] - untied["weights"] == 2 * table - 4 * table // 2  # gathered, and one shard fewer
+    assert tied["gradients"] - untied["gradients"] == 2 * table
 
 
 def test_with_the_logits_or_without() -> None:

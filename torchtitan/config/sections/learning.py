@@ -27,6 +27,9 @@ class Model:
     use_scaled_rope: bool = False
     """Scale the rotary frequencies as Llama 3.1 does for long contexts."""
 
+    rope_scaling_factor: Annotated[float, Range(min=1)] | None = None
+    """Scale them so, by this factor (Llama 3.1 has 8, 3.2 has 32; flavours of 3.2 have it themselves)."""
+
     converters: list[str] = field(default_factory=list)
     """What changes the model's layers before it is divided: float8, or nothing."""
 

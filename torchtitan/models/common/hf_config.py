@@ -36,6 +36,7 @@ class HFConfig:
     """What a config.json may leave out: transformers' own."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """What the model has no choice in, and a config.json may leave out too."""
+    qk_norm: bool = False
 
     def read(self, config: Mapping[str, Any]) -> TransformerModelArgs:
         """The shape that a config.json describes.
@@ -50,14 +51,26 @@ class HFConfig:
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         self._require("rope_type", rope_type, "default", "llama3")
+        self._require("partial_rotary_factor", rope.get("partial_rotary_factor", 1), 1)
         scaling = {ours: rope[theirs] for theirs, ours in _SCALING.items()} if rope_type == "llama3" else None
         given = {**self.defaults, **{key: value for key, value in config.items() if value is not None}}
         given.setdefault("num_key_value_heads", given["num_attention_heads"])
         sizes = {ours: _whole_number(theirs, given[theirs]) for theirs, ours in _SIZES.items()}
-        head_dim = sizes["dim"] // sizes["n_heads"]
-        self._require("head_dim", given.get("head_dim", head_dim), head_dim)
+        if sizes["n_heads"] % sizes["n_kv_heads"]:
+            raise CheckpointError(
+                f"config.json: num_attention_heads is {sizes['n_heads']}; expected a multiple of the"
+                f" {sizes['n_kv_heads']} of num_key_value_heads"
+            )
+        head_dim = _whole_number("head_dim", given.get("head_dim", sizes["dim"] // sizes["n_heads"]))
+        if head_dim % 2:
+            raise CheckpointError(f"config.json: head_dim is {head_dim}; rotary embeddings need an even number")
+        tie_embeddings = given.get("tie_word_embeddings", False)
+        self._require("tie_word_embeddings", tie_embeddings, False, True)
         return TransformerModelArgs(
             **sizes,
+            given_head_dim=None if head_dim * sizes["n_heads"] == sizes["dim"] else head_dim,
+            qk_norm=self.qk_norm,
+            tie_embeddings=tie_embeddings,
             norm_eps=float(given["rms_norm_eps"]),
             rope_theta=float(rope.get("rope_theta", given["rope_theta"])),
             rope_scaling=RopeScaling(**scaling) if scaling is not None else None,
@@ -76,7 +89,7 @@ class HFConfig:
             "rope_scaling": {"rope_type": "llama3", **{key: scaling[ours] for key, ours in _SCALING.items()}}
             if scaling
             else None,
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": args.tie_embeddings,
             **self.fixed,
         }
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchtitan.models.common.args import RopeScaling, TransformerModelArgs
-from torchtitan.protocols.model import Decoder, Initializer, OutputHead
+from torchtitan.protocols.model import Decoder, Initializer, OutputHead, TiedOutputHead
 
 
 def precompute_freqs_cis(
@@ -75,6 +75,8 @@ class Attention(nn.Module):
         self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.q_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps) if args.qk_norm else None
+        self.k_norm = nn.RMSNorm(args.head_dim, eps=args.norm_eps) if args.qk_norm else None
         self.sdpa: nn.Module = ScaledDotProductAttention()
 
     def forward(
@@ -84,6 +86,8 @@ class Attention(nn.Module):
     ) -> Tensor:  # (B, S, D)
         # -1: the number of heads on this rank. x holds the whole sequence here, also under sequence parallel.
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, S, H or K, E)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         freqs_cis = freqs_cis[:, : q.size(1)]
         q, k = apply_rotary_emb(q, freqs_cis), apply_rotary_emb(k, freqs_cis)
         out = self.sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, S, E)
@@ -125,7 +129,8 @@ class Transformer(Decoder):
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleDict({str(i): TransformerBlock(args) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
-        self.output = OutputHead(args.dim, args.vocab_size)
+        tied = TiedOutputHead(self.tok_embeddings) if args.tie_embeddings else None
+        self.output = tied or OutputHead(args.dim, args.vocab_size)
         self.init_buffers(None)
 
     def forward(
@@ -154,15 +159,17 @@ class Transformer(Decoder):
     def weight_initializers(self) -> dict[str, Initializer]:
         """How each parameter starts, by its name.
 
-        | tok_embeddings          | N(0, 1)                                                              |
+        | tok_embeddings          | N(0, 1); as output, where that is tied to it                         |
         | wq, wk, wv, w1          | N(0, 0.02)                                                           |
         | wo, w2, w3              | N(0, 0.02 / sqrt(2 * (layer + 1))): deeper layers add less           |
         | norms                   | 1                                                                    |
         | output                  | N(0, D ** -0.5) cut at three deviations: logits start near N(0, 1)   |
         """
+        std = self.args.dim**-0.5
+        as_output = _truncated_normal(std, cut=3 * std)
         table: dict[str, Initializer] = {}
         if self.tok_embeddings is not None:
-            table["tok_embeddings.weight"] = _normal(1.0)
+            table["tok_embeddings.weight"] = as_output if self.args.tie_embeddings else _normal(1.0)
         for name in self.layers:
             depth_std = 0.02 / math.sqrt(2 * (int(name) + 1))
             table |= {f"layers.{name}.attention.{w}.weight": _truncated_normal(0.02) for w in ("wq", "wk", "wv")}
@@ -170,11 +177,12 @@ class Transformer(Decoder):
             table[f"layers.{name}.feed_forward.w1.weight"] = _truncated_normal(0.02)
             table |= {f"layers.{name}.feed_forward.{w}.weight": _truncated_normal(depth_std) for w in ("w2", "w3")}
             table |= {f"layers.{name}.{norm}.weight": _ones for norm in ("attention_norm", "ffn_norm")}
+            if self.args.qk_norm:
+                table |= {f"layers.{name}.attention.{norm}.weight": _ones for norm in ("q_norm", "k_norm")}
         if self.norm is not None:
             table["norm.weight"] = _ones
-        if self.output is not None:
-            std = self.args.dim**-0.5
-            table["output.weight"] = _truncated_normal(std, cut=3 * std)
+        if self.output is not None and not self.args.tie_embeddings:
+            table["output.weight"] = as_output
         return table
 
 

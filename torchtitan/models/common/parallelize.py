@@ -17,6 +17,9 @@ TENSOR_PARALLEL_PLAN = {
     "attention.wq": ColwiseParallel(),
     "attention.wk": ColwiseParallel(),
     "attention.wv": ColwiseParallel(),
+    # each rank normalises its own heads, and the gradients of the weights, which all have, are summed
+    "attention.q_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
+    "attention.k_norm": SequenceParallel(sequence_dim=2, use_local_output=True),
     "attention.wo": RowwiseParallel(output_layouts=SEQUENCE),
     "ffn_norm": SequenceParallel(),
     "feed_forward": gathered_sequence(SEQUENCE),

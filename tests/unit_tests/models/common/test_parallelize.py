@@ -25,6 +25,8 @@ from torchtitan.models.common.model import Transformer
 class Case:
     dims: ParallelDims
     options: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = field(default_factory=dict)
+    """Of the model."""
 
 
 FULL = {"activation_checkpoint": ActivationCheckpoint(mode="full")}
@@ -34,6 +36,7 @@ OFFLOADED = {"training": Training(mixed_precision_param="float32", enable_cpu_of
 LOSS_PARALLEL = {"loss_parallel": True}
 ALWAYS = {"parallelism": Parallelism(fsdp_reshard_after_forward="always")}
 NEVER = {"parallelism": Parallelism(fsdp_reshard_after_forward="never")}
+TIED = {"tie_embeddings": True, "qk_norm": True, "given_head_dim": 12}
 CASES = {
     "one rank": Case(ParallelDims()),
     "one rank, offloaded": Case(ParallelDims(), OFFLOADED),
@@ -57,12 +60,21 @@ CASES = {
     "shard 2, tensor 2, always resharded": Case(ParallelDims(dp_shard=2, tp=2), ALWAYS),
     "shard 2, tensor 2, never resharded": Case(ParallelDims(dp_shard=2, tp=2), NEVER),
     "shard 2, tensor 2, offloaded": Case(ParallelDims(dp_shard=2, tp=2), OFFLOADED),
+    "tied, one rank": Case(ParallelDims(), args=TIED),
+    "tied, shard 2, recomputed by op": Case(ParallelDims(dp_shard=2), EVERY_OP, TIED),
+    "tied, tensor 2, compiled, recomputed": Case(ParallelDims(tp=2), COMPILED | FULL, TIED),
+    "tied, replicate 2, tensor 2": Case(ParallelDims(dp_replicate=2, tp=2), args=TIED),
+    "tied, shard 2, tensor 2, loss parallel, always resharded": Case(
+        ParallelDims(dp_shard=2, tp=2), LOSS_PARALLEL | ALWAYS, TIED
+    ),
+    "tied, shard 2, tensor 2, offloaded": Case(ParallelDims(dp_shard=2, tp=2), OFFLOADED, TIED),
 }
 
 
 def step(case: Case) -> dict[str, Tensor]:
     mesh = build_mesh(case.dims, "cpu")
-    model = build_model(case.dims, mesh=mesh, **case.options)
+    torch._dynamo.reset()  # else other sizes of head are traced as unknown ones
+    model = build_model(case.dims, mesh=mesh, **case.options, **case.args)
     tokens, labels = (part.chunk(case.dims.dp)[mesh["dp"].get_local_rank()] for part in get_batch())
     tokens, labels, positions = ContextSharder(mesh["cp"])(tokens, labels)
     loss = loss_sum(model(tokens, positions=positions), labels)
@@ -92,7 +104,7 @@ def results() -> dict[str, dict[str, Tensor]]:
 def test_weights_loss_and_gradients_equal_those_of_one_process(
     case: Case, results: dict[str, dict[str, Tensor]]
 ) -> None:
-    model = Transformer(ARGS())  # without any wrapping
+    model = Transformer(ARGS(**case.args))  # without any wrapping
     init_parameters(model, seed=7, device="cpu")
     tokens, labels = get_batch()
     loss = loss_sum(model(tokens), labels)

@@ -19,6 +19,9 @@ ARGS = TransformerModelArgs(
     dim=48, n_layers=2, n_heads=6, n_kv_heads=2, ffn_hidden_dim=80, vocab_size=101, max_seq_len=64
 )
 SCALED_ARGS = replace(ARGS, rope_scaling=RopeScaling(original_max_seq_len=16))
+OTHER_ARGS = replace(
+    ARGS, given_head_dim=32, tie_embeddings=True, rope_scaling=RopeScaling(factor=32.0, original_max_seq_len=16)
+)
 
 
 def build_model(args: TransformerModelArgs) -> Transformer:
@@ -31,11 +34,12 @@ def build_hf_model(config: dict[str, Any]) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if k != "architectures"})).eval()
 
 
-@pytest.mark.parametrize("args", [ARGS, SCALED_ARGS], ids=["plain rope", "scaled rope"])
+@pytest.mark.parametrize("args", [ARGS, SCALED_ARGS, OTHER_ARGS], ids=["plain rope", "scaled rope", "tied"])
 def test_logits_equal_those_of_transformers(args: TransformerModelArgs) -> None:
     model, adapter = build_model(args), build_adapter(args)
     hf_model = build_hf_model(adapter.to_hf_config())
-    hf_model.load_state_dict(adapter.to_hf(model.state_dict()), strict=True)
+    unread = hf_model.load_state_dict(adapter.to_hf(model.state_dict()), strict=False)
+    assert unread.missing_keys == (["lm_head.weight"] if args.tie_embeddings else []) and not unread.unexpected_keys
     tokens = torch.randint(args.vocab_size, (2, 50), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), hf_model(tokens).logits, atol=1e-5, rtol=1e-5)
@@ -69,13 +73,13 @@ def test_part_of_a_state_dict_converts_alone() -> None:
     torch.testing.assert_close(part[next(iter(part))], whole[next(iter(part))])
 
 
-def test_tied_embeddings_become_a_copy() -> None:
-    adapter = build_adapter(ARGS)
-    hf_weights = adapter.to_hf(build_model(ARGS).state_dict())
-    del hf_weights["lm_head.weight"]
-    state_dict = adapter.from_hf(hf_weights)
-    torch.testing.assert_close(state_dict["output.weight"], state_dict["tok_embeddings.weight"])
-    assert state_dict["output.weight"].data_ptr() != state_dict["tok_embeddings.weight"].data_ptr()
+def test_a_tied_weight_has_one_name() -> None:
+    args = replace(ARGS, tie_embeddings=True)
+    model, adapter = build_model(args), build_adapter(args)
+    assert not [name for name in model.state_dict() if name.startswith("output")]
+    assert len(list(model.parameters())) == len(model.state_dict()) == len(adapter.hf_names)
+    assert "lm_head.weight" not in adapter.to_hf(model.state_dict())
+    assert adapter.hf_copies == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def test_unknown_weight_is_named() -> None:
@@ -83,7 +87,7 @@ def test_unknown_weight_is_named() -> None:
         build_adapter(ARGS).from_hf({"model.layers.0.self_attn.q_norm.weight": torch.zeros(8)})
 
 
-@pytest.mark.parametrize("args", [ARGS, SCALED_ARGS])
+@pytest.mark.parametrize("args", [ARGS, SCALED_ARGS, OTHER_ARGS])
 def test_config_comes_back_from_a_file(args: TransformerModelArgs, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(build_adapter(args).to_hf_config()))
     ours = json.loads((tmp_path / "config.json").read_text())
@@ -92,12 +96,26 @@ def test_config_comes_back_from_a_file(args: TransformerModelArgs, tmp_path: Pat
     assert hf_config.read(theirs) == args
 
 
+def test_what_a_config_leaves_out_is_what_transformers_takes() -> None:
+    config = build_adapter(ARGS).to_hf_config()
+    for key in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_theta", "head_dim"):
+        del config[key]
+    theirs = LlamaConfig(**{key: value for key, value in config.items() if key != "architectures"}).to_dict()
+    args = hf_config.read({key: value for key, value in config.items() if key not in hf_config.fixed})
+    assert args == hf_config.read(theirs)
+    assert (args.n_kv_heads, args.max_seq_len, args.norm_eps, args.rope_theta) == (6, 2048, 1e-6, 10000.0)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("hidden_act", "gelu"),
         ("attention_bias", True),
-        ("head_dim", 16),
+        ("head_dim", 7),
+        ("num_key_value_heads", 4),
+        ("tie_word_embeddings", "yes"),
+        ("attention_dropout", 0.1),
+        ("rope_scaling", {"rope_type": "default", "partial_rotary_factor": 0.5}),
         ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
     ],
 )
