@@ -55,7 +55,7 @@ class Command:
     @property
     def is_training(self) -> bool:
         if self.words[0] == "torchtitan":
-            return self.words[1:2] == ("train",) or self.words[1:] == () or self.words[1].startswith("-")
+            return self.words[1:2] == ("train",) or (self.words[1:2] or ("-",))[0].startswith("-")
         return self.words[0] == "./run_train.sh"
 
     @property
@@ -230,6 +230,8 @@ def _about_command(command: Command, page: Page) -> Iterator[str]:
         yield from _about_path(word, page)
     if command.is_fragment or command.is_placeholder:
         yield from _about_flags(" ".join(command.words), _all_flags())
+    elif "--help" in command.words:
+        return
     elif command.is_training:
         options = [*(["--job.config_file", command.env["CONFIG_FILE"]] if "CONFIG_FILE" in command.env else [])]
         try:

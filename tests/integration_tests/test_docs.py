@@ -216,7 +216,9 @@ def test_what_a_page_names_exists(page: Page) -> None:
     assert list(find_problems(page)) == []
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.is_training and not c.is_placeholder], ids=str)
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.is_training and not c.is_placeholder and "--help" not in c.words], ids=str
+)
 def test_options_of_a_training_go_together(command: Command) -> None:
     config, num_processes, _ = parse_training(command)
     validate_run(config, world_size=max(num_processes, world_size_of(command, config)), liger_installed=True)

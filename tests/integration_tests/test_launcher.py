@@ -64,7 +64,7 @@ def repo(tmp_path: Path) -> Path:
     for name, content in {
         "torchtitan/train.py": WORKER,
         "torchtitan/models/llama3/train_configs/debug_model.toml": "[training]\nseq_len = 128",
-        "tests/assets/tokenizer/tokenizer.json": '{"model": {"vocab": {"a": 0}}}',
+        "torchtitan/assets/tokenizer/tokenizer.json": '{"model": {"vocab": {"a": 0}}}',
     }.items():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_text(content)

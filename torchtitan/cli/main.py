@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
+from torchtitan.config.manager import get_ready_files
+
 
 class Command(NamedTuple):
     module: str
@@ -31,11 +33,15 @@ def main(argv: Sequence[str]) -> int:
         print(help_text())
         return 0
     if word.startswith("-") or not word:
-        return _run("train", argv)
+        return main(["train", *argv])
     if word not in COMMANDS:
         print(f"torchtitan {word}: no such command; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return _run(word, argv[1:])
+    words = list(argv[1:])
+    if word == "train" and not any(flag.replace("-", "_").startswith("__job.config_file") for flag in words):
+        words = ["--job.config_file", "debug_model", *words]  # as run_train.sh does
+    status: int = import_module(COMMANDS[word].module).main(words)
+    return status
 
 
 def help_text() -> str:
@@ -47,14 +53,13 @@ def help_text() -> str:
             "",
             *(f"  {name:{width}}  {command.about}" for name, command in COMMANDS.items()),
             "",
-            "torchtitan COMMAND --help tells what a command takes; torchtitan train --help lists the options of a run.",
+            "torchtitan COMMAND --help tells what a command takes; torchtitan train --help lists the options of a run,",
+            "torchtitan train --help training those of a section.",
+            "",
+            f"--job.config_file takes a TOML file, or the name of a ready one: {', '.join(get_ready_files())}.",
+            "Without one it is the debug model that is trained: a minute and a half on two CPU cores.",
         ]
     )
-
-
-def _run(name: str, argv: Sequence[str]) -> int:
-    status: int = import_module(COMMANDS[name].module).main(argv)
-    return status
 
 
 def run() -> None:

@@ -99,11 +99,16 @@ def resolve(argv: Sequence[str]) -> tuple[JobConfig, list[str]]:
 
 
 def _find_tokenizer(path: str) -> str:
-    """A path that is not there from the working directory may be from the repository: its TOML files run anywhere."""
+    """A path that is not there from the working directory may be beside the package: its TOML files run anywhere."""
     with suppress(OSError):  # of a path that cannot be looked at, preflight.py tells
         if not Path(path).exists() and (REPOSITORY / path).exists():
             return str(REPOSITORY / path)
     return path
+
+
+def get_ready_files() -> dict[str, Path]:
+    """The TOML files that come with the package, by the names that job.config_file knows them by."""
+    return {path.stem: path for path in sorted(Path(__file__).parents[1].glob("models/*/train_configs/*.toml"))}
 
 
 def to_toml(config: JobConfig) -> str:
@@ -128,6 +133,7 @@ def help_text(only_sections: Sequence[str] = ()) -> str:
         "",
         "Values come from the command line, else from the TOML file (CONFIG_FILE), else from the defaults below.",
         "Booleans: --x.flag, --x.no-flag, --x.flag True|False. Lists: one comma-separated value.",
+        f"Ready files, by name (--job.config_file llama3_1b): {', '.join(get_ready_files())}",
     ]
     for section, cls in get_sections().items():
         if only_sections and section not in only_sections:
@@ -229,6 +235,8 @@ def _flatten(section: str, table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _load_toml(path: Path) -> dict[str, Any]:
     try:
+        if not path.is_file():
+            path = get_ready_files().get(str(path), path)
         if path.exists() and not path.is_file() and not path.is_dir():  # it may have no end, or be read only once
             raise OSError(errno.EINVAL, "a pipe or a device, which not every process of a run can read; name a file")
         return tomli.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte order mark
@@ -244,7 +252,8 @@ def _load_toml(path: Path) -> dict[str, Any]:
     except OSError as error:  # a folder too
         hint = ""
         if isinstance(error, FileNotFoundError):
-            others = get_close_matches(path.name, [other.name for other in path.parent.glob("*.toml")], n=1)
+            files = [*path.parent.glob("*.toml"), *(map(Path, get_ready_files()) if path.name == str(path) else ())]
+            others = get_close_matches(path.name, [file.name for file in files], n=1)
             hint = f"; did you mean {path.parent / others[0]}?" if others else f" (looked in {Path.cwd()})"
         raise ConfigError(f"cannot read {_CONFIG_FILE} {path}: {error.strerror}{hint}") from None
 

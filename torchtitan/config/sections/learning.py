@@ -21,8 +21,8 @@ class Model:
     flavor: str = "debugmodel"
     """Size of the model: a key of the family's flavours."""
 
-    tokenizer_path: FilePath = "./tests/assets/tokenizer"
-    """A tokenizer.json or its folder, in the working directory or else in the repository."""
+    tokenizer_path: FilePath = "./torchtitan/assets/tokenizer"
+    """A tokenizer.json or its folder, in the working directory or else beside the package."""
 
     use_scaled_rope: bool = False
     """Scale the rotary frequencies as Llama 3.1 does for long contexts."""
