@@ -81,6 +81,9 @@ class Trainer:
         # text to batches
         self.tokenizer = build_tokenizer(config.model.tokenizer_path)
         check_vocab_size(config, self.tokenizer.vocab_size)
+        microbatch = config.training.local_batch_size * self.parallel_dims.dp  # sequences, of all ranks
+        self.global_batch_size = max(microbatch, config.training.global_batch_size)  # which may be -1
+        self.num_microbatches = self.global_batch_size // microbatch  # it divides: config/validate.py
         self.dataloader = build_dataloader(
             dataset=config.training.dataset,
             dataset_path=config.training.dataset_path,
@@ -88,10 +91,10 @@ class Trainer:
             dp_rank=self.mesh["dp"].get_local_rank(),
             dp_world_size=self.parallel_dims.dp,
             batch_size=config.training.local_batch_size,
+            global_batch_size=self.global_batch_size,
             seq_len=config.training.seq_len,
             seed=self.seed,
         )
-        self.num_microbatches = self._get_num_microbatches()
         self.shard_context = ContextSharder(self.mesh["cp"])
 
         # batches to gradients
@@ -125,7 +128,7 @@ class Trainer:
         self.guard = RunGuard(self.device)
         logger.info(
             f"Trainer is initialized with local batch size {config.training.local_batch_size}, "
-            f"global batch size {self.num_microbatches * config.training.local_batch_size * self.parallel_dims.dp}, "
+            f"global batch size {self.global_batch_size}, "
             f"gradient accumulation steps {self.num_microbatches}, sequence length {config.training.seq_len}, "
             f"total steps {config.training.steps} "
             f"(warmup {min(config.lr_scheduler.warmup_steps, config.training.steps)}), seed {self.seed}"
@@ -262,11 +265,6 @@ class Trainer:
         self.metrics.note("stop", self.step, saved=saved)
         logger.info(f"Stopped by SIGTERM after step {self.step}; " + ("it is saved" if saved else "nothing was saved"))
         raise SystemExit(EXIT_PREEMPTED)
-
-    def _get_num_microbatches(self) -> int:
-        training = self.config.training
-        sequences = training.local_batch_size * self.parallel_dims.dp  # divides global_batch_size: config/validate.py
-        return 1 if training.global_batch_size == -1 else training.global_batch_size // sequences
 
     def _set_timeouts(self, seconds: int) -> None:
         utils.set_pg_timeouts(datetime.timedelta(seconds=seconds), self.mesh, self.device)

@@ -13,7 +13,7 @@ import torch
 
 import torchtitan.train
 from tests.finished_run import load_weights
-from tests.integration_tests.lives import Step, errors, read_lines, read_steps, train
+from tests.integration_tests.lives import Step, errors, read_steps, train
 from tests.integration_tests.tiny_sizes import TINY
 from torchtitan.checkpoint.storage import read_metadata
 from torchtitan.components.dataloader import Batch
@@ -138,20 +138,19 @@ def read_the_same_batch_in_every_step() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [("shard 2", "one process"), ("one process", "shard 2")])
-def test_place_in_the_data_is_not_carried_to_another_number_of_readers(tmp_path, before, after):
-    """Whoever changes it has to say so."""
-    (degrees, world_size), (new_degrees, new_world_size) = LAYOUTS[before], LAYOUTS[after]
-    run = train(tmp_path / "run", f"{SAVING} {degrees}", world_size=world_size).folder
-    more = f"{SAVING} {new_degrees} --training.steps {STEPS + 2}"
-    refused = train(run, more, world_size=new_world_size, status=1)
-    for rank in range(new_world_size):
-        (message,) = errors(refused, rank)
-        assert f"read by {world_size} data-parallel ranks, this run has {new_world_size}" in message
-        assert "to start the data anew, add dataloader to checkpoint.exclude_from_loading" in message
-    assert max(read_steps(run)) == STEPS
-    train(run, f"{more} --checkpoint.exclude_from_loading dataloader", world_size=new_world_size)
-    assert max(read_steps(run)) == STEPS + 2
-    assert len(read_lines(run)) == STEPS + 2
+def test_another_number_of_data_ranks_reads_the_same_and_goes_on_there(tmp_path, before, after):
+    """Real text, and the same global batch: the losses are those of the run that was not stopped."""
+    runs = {
+        layout: (f"{SAVING} {degrees} --training.global_batch_size 4 --training.local_batch_size 2", world_size)
+        for layout, (degrees, world_size) in LAYOUTS.items()
+    }
+    (options, world_size), (new_options, new_world_size) = runs[before], runs[after]
+    whole = train(tmp_path / "whole", options, world_size=world_size).folder
+    resumed = train(take_checkpoint(whole, 2, tmp_path / "resumed"), new_options, world_size=new_world_size).folder
+    expected = read_steps(whole)
+    for step, said in read_steps(resumed).items():
+        assert_close(said, expected[step])
+    assert min(read_steps(resumed)) == 3
 
 
 def test_config_toml_is_of_the_last_start_that_was_not_refused_and_has_the_seed(tmp_path):

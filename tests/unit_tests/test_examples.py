@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.integration_tests.doc_pages import REPO, Page
 from torchtitan.components.loss import cross_entropy_sum, fused_linear_cross_entropy
 from torchtitan.config.sections import LigerKernel
-from torchtitan.datasets import DocumentStream, Position
+from torchtitan.datasets import DocumentStreams, Position
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.models.common.args import TransformerModelArgs
 from torchtitan.models.common.model import Transformer
@@ -77,11 +77,11 @@ def test_the_sums_are_right_and_the_same_each_time(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("torchtitan.datasets.register_dataset", lambda name, open: registered.update({name: open}))
     example("extending.md", "my_sums.py")
     source = registered["sums"]("text")
-    documents = [text for _, text in DocumentStream(source, seed=1, infinite=False).read(Position())]
+    documents = [text for _, text in DocumentStreams(source, seed=1, infinite=False).read(0, Position())]
     assert len(documents) == 6400
     a, plus, b, equals, c = documents[0].split("\n")[0].split()
     assert (plus, equals) == ("+", "=") and int(a) + int(b) == int(c)
-    assert list(source.read(3)) == list(source.read(3))
+    assert list(source.read(3, 0, 1)) == list(source.read(3, 0, 1))
 
 
 def test_the_averager_is_causal_and_counts_itself_right(registered: dict[str, Any]) -> None:

@@ -40,7 +40,8 @@ A load, before the first step, all on T:
     rank 0: whole steps -> all: one of them, or load_step                start._choose_step
     rank 0: .metadata, its digest, the sizes of all files -> all         storage.read_metadata
     all: shapes of the model's weights against those of .metadata        storage.check_weights
-    each: lr_scheduler, dataloader, train_state, rng from the .distcp files; each state takes its own
+    each: lr_scheduler, train_state, rng from the .distcp files; each state takes its own
+    rank 0: dataloader, of all ranks -> all
     each: weights and moments, in place, from the entries that overlap its shards
                                                                          contents.load
 

@@ -73,7 +73,7 @@ class Contents:
         Raises:
             UnusableCheckpointError: the checkpoint is damaged, or holds weights only and states were named.
             CheckpointError: it is another model's, or lacks some of the states.
-            DataloaderStateError: another number of ranks read the data.
+            DataloaderStateError: it is of other data.
         """
         began = time.monotonic()
         left_out = {*excluded, *(["rng"] if "train_state" in excluded else [])}
@@ -102,11 +102,13 @@ class Contents:
     def _read(self, path: Path, metadata: Metadata, state: dict[str, Any], names: list[str]) -> None:
         """Fill the tensors in `state`, and hand each named state its part of the checkpoint."""
         for name in names:
-            state |= self._state(name)
-        for key in [key for key in state if key.startswith(("dataloader.", "rng."))]:
+            state |= self._state(name) if name != "dataloader" else {}
+        for key in [key for key in state if key.startswith("rng.")]:
             if key not in metadata.state_dict_metadata:
                 del state[key]  # of a rank that the saving run did not have: for the state itself to judge
         self._ranks.together(partial(load_alone, path, state, metadata))
+        if "dataloader" in names:  # the place of one data rank may be what another one goes on from
+            state |= self._ranks.ask_first(partial(_read_places, path, metadata))
         for name in names:
             prefix = f"{name}."
             part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -140,6 +142,13 @@ class RandomState:
         torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
         if "cuda" in states and torch.cuda.is_available():
             torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
+
+
+def _read_places(path: Path, metadata: Metadata) -> dict[str, Any]:
+    """Of all data ranks of the saving run."""
+    places: dict[str, Any] = {key: "" for key in metadata.state_dict_metadata if key.startswith("dataloader.")}
+    load_alone(path, places, metadata)
+    return places
 
 
 def _read_own_metadata(path: Path) -> Metadata:

@@ -11,7 +11,7 @@ from torchtitan.checkpoint.folder import CheckpointFolder
 from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
 from torchtitan.checkpoint.ranks import Ranks
 from torchtitan.checkpoint.storage import STATES, UnusableCheckpointError, read_metadata
-from torchtitan.components.dataloader import DataloaderStateError
+from torchtitan.components.data_state import DataloaderStateError
 from torchtitan.config.errors import CheckpointError
 from torchtitan.config.sections import Checkpoint
 from torchtitan.tools.logging import logger

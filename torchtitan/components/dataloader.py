@@ -2,9 +2,9 @@
 
     B sequences per batch, S tokens per sequence
 
-Training reads each rank's own documents, without end, and its position can be saved and restored to the
-token. Validation reads all documents once, in an order that no run changes, and deals out *sequences*:
-so every layout sees the same sequences, every rank the same number of batches, and no token is dropped.
+Training reads the run's sequences in their one order (datasets/sequences.py), without end, and its place can be saved
+and gone on from to the token, by any number of ranks. Validation reads all documents once, in an order that no run
+changes: every layout sees the same sequences, every rank the same number of batches, and no token is dropped.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -22,26 +22,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchtitan.components.data_state import Reading, load_place, save_place
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer
-from torchtitan.config.errors import CheckpointError
 from torchtitan.config.sections import Training, Validation
-from torchtitan.datasets import Cursor, DocumentStream, find_validation_dataset, open_dataset, pack
+from torchtitan.datasets import (
+    Cursor,
+    Division,
+    DocumentStreams,
+    Place,
+    SequenceReader,
+    SourcePlace,
+    choose_dealing,
+    find_validation_dataset,
+    open_dataset,
+    pack,
+)
 from torchtitan.tools.logging import logger
 
 PREFETCHED_BATCHES = 8
 VALIDATION_SEED = 0
 STOP_TIMEOUT_SECONDS = 5.0
-START_ANEW = "to start the data anew, add dataloader to checkpoint.exclude_from_loading"
 
 Rows = NDArray[np.int32]
 """(B, S + 1) token ids; IGNORE_INDEX where a sequence has ended."""
 
 T = TypeVar("T")
-
-
-class DataloaderStateError(CheckpointError):
-    """A saved position that means nothing to this run's data."""
 
 
 class Batch(NamedTuple):
@@ -59,14 +65,25 @@ def build_dataloader(
     dp_rank: int,
     dp_world_size: int,
     batch_size: int,
+    global_batch_size: int,
     seq_len: int,
     seed: int,
 ) -> "TrainingDataLoader":
-    """For training: see the top of this file. Raises DatasetError: the data is missing, empty or in no known format."""
+    """For training: see the top of this file. `global_batch_size` is in sequences; ranks times batch_size divide it.
+
+    Raises DatasetError: the data is missing, empty or in no known format.
+    """
     source = open_dataset(dataset, dataset_path)
-    documents = DocumentStream(source, seed=seed, infinite=True, rank=dp_rank, world_size=dp_world_size)
+    dealing = choose_dealing(source, global_batch_size)
     logger.info(f"Training data: {source.name}, in {len(source)} shards")
-    return TrainingDataLoader(documents, tokenizer, dataset, batch_size, seq_len)
+    return TrainingDataLoader(
+        Reading([dataset], [dataset], [source], _fingerprint(tokenizer)),
+        [1.0],
+        tokenizer,
+        Division(dp_rank, dp_world_size, batch_size, global_batch_size, seq_len),
+        seed,
+        Place([SourcePlace(dealing)]),
+    )
 
 
 def build_validation_dataloader(
@@ -75,7 +92,7 @@ def build_validation_dataloader(
     """For validation; raises as build_dataloader does. training: what is held out may be of its data."""
     source = open_dataset(find_validation_dataset(training, validation), validation.dataset_path)
     logger.info(f"Validation data: {source.name}, in {len(source)} shards")
-    documents = DocumentStream(source, seed=VALIDATION_SEED, infinite=False)
+    documents = DocumentStreams(source, seed=VALIDATION_SEED, infinite=False)
     batch_size, seq_len = validation.local_batch_size, validation.seq_len
     return ValidationDataLoader(documents, tokenizer, dp_rank, dp_world_size, batch_size, seq_len)
 
@@ -84,98 +101,52 @@ def build_validation_dataloader(
 class TrainingDataLoader:
     """Endless; iterating again goes on behind the last batch that was handed out."""
 
-    documents: DocumentStream
+    reading: Reading
+    weights: list[float]
     tokenizer: Tokenizer
-    dataset: str
-    batch_size: int
-    seq_len: int
+    division: Division
+    seed: int
+    """Of the documents' order: the one it was built with, or a loaded state's."""
+    start: Place
 
     def __post_init__(self) -> None:
-        self._cursor = Cursor()
-        self._tokenizer_fingerprint = _fingerprint(self.tokenizer)
-        self._ahead: Prefetcher[tuple[Rows, Cursor]] | None = None
+        self._ahead: Prefetcher[tuple[Rows, Place | None]] | None = None
+        self.place = self._build_reader().get_place()
+        """Behind the last whole step that was handed out; what is read ahead does not count."""
 
     def __iter__(self) -> Iterator[Batch]:
-        self.close()
-        sequences = pack(self.documents, self.tokenizer, seq_len=self.seq_len, start=self._cursor)
-        self._ahead = Prefetcher(_stack(sequences, self.batch_size))
-        for rows, cursor in self._ahead:
-            self._cursor = cursor
+        if self._ahead is None:
+            self._ahead = Prefetcher(self._build_reader().read())
+        for rows, place in self._ahead:
+            self.place = place or self.place
             yield _to_batch(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place behind the last batch that was handed out; what is read ahead does not count."""
-        # One string under this rank's own name: a checkpoint merges the dictionaries of all ranks.
-        return {self._key: json.dumps({**self._reading(), "cursor": self._cursor.to_list(), "seed": self.seed})}
+        """This rank's part of `place`."""
+        return save_place(self.place, self.reading, seed=self.seed, rank=self.division.rank)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved place; to be called before iterating.
+        """Go on from a place that any number of ranks saved; to be called before iterating, with the parts of all.
 
         Raises:
-            DataloaderStateError: the place cannot be found again: other ranks, other data or another tokenizer.
+            DataloaderStateError: the place cannot be found again: other data or another tokenizer.
         """
-        own = self._reading()
-        saved = state_dict.get(self._key) or next(iter(state_dict.values()), None)
-        if saved is None:
-            raise DataloaderStateError(
-                f"the checkpoint's data was read by fewer data-parallel ranks than the {own['dp_world_size']} of"
-                f" this run, and a place in the data cannot be carried over; {START_ANEW}, or use as many as before"
-            )
-        state = json.loads(saved)
-        # By what a place in the data is one of: what it is in the checkpoint, and what to do.
-        misfits = {
-            "dp_world_size": (
-                f"data was read by {state['dp_world_size']} data-parallel ranks, this run has {own['dp_world_size']},"
-                " and a place in the data cannot be carried over",
-                "use as many data-parallel ranks as before",
-            ),
-            "fingerprint": (
-                f"place in the data is not one in {self.documents.source.name}: files were added, removed, renamed or"
-                " are of another size, or it is another dataset",
-                "give the same data as before",
-            ),
-            "dataset": (
-                f"data was read as training.dataset={state.get('dataset')}, this run's is {self.dataset}, and a place"
-                " in the one means nothing in the other",
-                "set training.dataset as before",
-            ),
-            "tokenizer": (
-                "data was read with another tokenizer, and a place in the data, which counts tokens, cannot be carried"
-                " over",
-                "set model.tokenizer_path to the tokenizer of before",
-            ),
-        }
-        for name, (what, remedy) in misfits.items():
-            # Older checkpoints have no dataset's name and no tokenizer's fingerprint; they are trusted.
-            if state.get(name, own[name]) != own[name]:
-                raise DataloaderStateError(f"the checkpoint's {what}; {START_ANEW}, or {remedy}")
-        self.close()
         # The order of documents is the seed's, so a run without training.seed goes on with the one it began with.
-        self.documents = replace(self.documents, seed=state["seed"])
-        self._cursor = Cursor.from_list(state["cursor"])
-
-    def _reading(self) -> dict[str, Any]:
-        """What a place in the data is one of."""
-        return {
-            "dp_world_size": self.documents.world_size,
-            "dataset": self.dataset,
-            "fingerprint": self.documents.source.fingerprint,
-            "tokenizer": self._tokenizer_fingerprint,
-        }
+        self.start, self.seed = load_place(state_dict, self.reading, self.start)
+        self.__post_init__()
 
     def close(self) -> None:
         """Stop reading ahead. Interpreter exit does it too."""
         if self._ahead is not None:
             self._ahead.close()
+            self._ahead = None
 
-    @property
-    def seed(self) -> int:
-        """Of the documents' order: the one it was built with, or a loaded state's."""
-        return self.documents.seed
-
-    @property
-    def _key(self) -> str:
-        return f"dp_rank_{self.documents.rank}"
+    def _build_reader(self) -> SequenceReader:
+        documents = [
+            DocumentStreams(source, seed=self.seed, infinite=True, dealing=place.dealing)
+            for source, place in zip(self.reading.sources, self.start.sources, strict=True)
+        ]
+        return SequenceReader(documents, self.weights, self.tokenizer, self.division, self.start)
 
 
 @dataclass
@@ -185,7 +156,7 @@ class ValidationDataLoader:
     Batches are kept as they are first made (4 bytes a token), and each later pass costs nothing.
     """
 
-    documents: DocumentStream
+    documents: DocumentStreams
     tokenizer: Tokenizer
     dp_rank: int
     dp_world_size: int
@@ -197,7 +168,8 @@ class ValidationDataLoader:
     def __iter__(self) -> Iterator[Batch]:
         # A pass that is broken off leaves the reader where it is: a later, longer one goes on from there.
         if self._ahead is None:
-            sequences = pack(self.documents, self.tokenizer, seq_len=self.seq_len, start=Cursor())
+            documents = self.documents.read(0, Cursor().position)
+            sequences = pack(documents, self.tokenizer, seq_len=self.seq_len, start=Cursor())
             rows = _deal(sequences, self.dp_rank, self.dp_world_size, self.batch_size, self.seq_len)
             self._ahead = Prefetcher(rows)
         ahead, kept = self._ahead, self._kept
@@ -220,12 +192,6 @@ def _fingerprint(tokenizer: Tokenizer) -> str:
     every_token = tokenizer.decode(range(tokenizer.vocab_size))
     ids = tokenizer.encode(every_token, add_bos=True, add_eos=True)
     return hashlib.sha256(json.dumps([tokenizer.vocab_size, ids]).encode()).hexdigest()[:16]
-
-
-def _stack(sequences: Iterator[tuple[NDArray[np.int32], Cursor]], batch_size: int) -> Iterator[tuple[Rows, Cursor]]:
-    """Rows of `batch_size` sequences each, with the cursor behind them."""
-    while group := list(islice(sequences, batch_size)):
-        yield np.stack([sequence for sequence, _ in group]), group[-1][1]
 
 
 def _deal(

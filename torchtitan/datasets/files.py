@@ -27,12 +27,18 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 TEXT_PIECE_BYTES = 64 * 2**10
-"""A longer text counts as several documents: one big file can then be shuffled, and dealt to many ranks."""
+"""A longer text counts as several documents: one big file can then be shuffled, and feed many ranks."""
 JSON_PIECE_BYTES = 2**20
 CHECKED_BYTES = 64 * 2**20
 """So much of JSON lines is parsed before the run starts, so that a bad line there costs no training."""
 CUT_SEARCH_BYTES = 4096
 UNPACKED_BYTES = 64 * 2**10
+ROWS_TOGETHER = 128
+MAX_STREAMS = 2**16
+MAX_UNPACKED = 128
+"""Files that are open at once, by all ranks together; also how many ranks can read without reading the same."""
+MAX_PARQUET = 512
+"""The same for Parquet, of which more is read without its files' beginnings."""
 
 
 def count_files(files: Sequence[Path]) -> str:
@@ -49,7 +55,8 @@ class _Files:
 
     kind: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
-    min_shards_per_rank: ClassVar[int] = 8  # then no rank gets over 1/8 more than another
+    max_streams: ClassVar[int] = MAX_STREAMS
+    max_parts: ClassVar[int] = 1
     piece_bytes: ClassVar[int | None] = None  # the size of a shard, where it is a piece of a file
 
     def __init__(self, files: Sequence[Path], *, root: Path, text: Text = "text") -> None:
@@ -94,15 +101,16 @@ class _PiecedFiles(_Files):
         """The first place from byte `at` > 0 on where the file may be cut."""
         raise NotImplementedError
 
-    def _read_piece(self, shard: int) -> tuple[Path, int, bytes]:
+    def _read_piece(self, shard: int, part: int, num_parts: int) -> tuple[Path, int, bytes]:
         """(file, offset in it, bytes)"""
         index = bisect_right(self._first_piece, shard) - 1
         size = self._sizes[index]
         start = (shard - self._first_piece[index]) * self.piece_bytes
+        length = min(self.piece_bytes, size - start)
+        start, end = start + length * part // num_parts, start + length * (part + 1) // num_parts
         with self._open(index) as file:
             # What was appended since the run began is not read.
             begin = min(self._cut(file, start), size) if start else 0
-            end = start + self.piece_bytes
             if end <= begin:  # inside something that cannot be cut
                 return self._files[index], begin, b""
             end = min(self._cut(file, end), size) if end < size else size
@@ -124,6 +132,7 @@ class TextFiles(_PiecedFiles):
     )
     # fmt: on
     piece_bytes = TEXT_PIECE_BYTES
+    max_parts = TEXT_PIECE_BYTES // 2**11  # a document is to be longer than a line
 
     def _cut(self, file: BinaryIO, at: int) -> int:
         file.seek(at - 1)
@@ -134,8 +143,8 @@ class TextFiles(_PiecedFiles):
         # Neither lines nor words: between two characters. Only UTF-8's continuation bytes are 0b10xxxxxx.
         return at + next((i for i, byte in enumerate(ahead[1:]) if byte & 0xC0 != 0x80), len(ahead) - 1)
 
-    def read(self, shard: int) -> Iterator[str]:
-        _, _, data = self._read_piece(shard)
+    def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[str]:
+        _, _, data = self._read_piece(shard, part, num_parts)
         if text := data.decode("utf-8-sig", errors="replace"):
             yield text
 
@@ -156,6 +165,7 @@ class JsonLinesFiles(_PiecedFiles):
     kind = "JSON lines"
     suffixes = (".jsonl", ".ndjson", ".json")
     piece_bytes = JSON_PIECE_BYTES
+    max_parts = JSON_PIECE_BYTES // 2**10
 
     def __init__(self, files: Sequence[Path], *, root: Path, text: Text) -> None:
         super().__init__(files, root=root, text=text)
@@ -181,17 +191,17 @@ class JsonLinesFiles(_PiecedFiles):
             long_lines.insert(before, (at, end))
         return end
 
-    def read(self, shard: int) -> Iterator[str]:
-        path, offset, data = self._read_piece(shard)
-        for line in data.split(b"\n"):
-            if line and not line.isspace():
+    def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[str]:
+        path, offset, data = self._read_piece(shard, part, num_parts)
+        for line in io.BytesIO(data):  # one by one: many pieces may be read side by side
+            if not line.isspace():
                 try:
-                    document = get_text(_parse(line), self._text)
+                    document = get_text(_parse(line.removesuffix(b"\n")), self._text)
                 except ValueError as error:
                     raise DatasetError(_explain(path, _line_number(path, offset), str(error), self._text)) from None
                 if document:
                     yield document
-            offset += len(line) + 1
+            offset += len(line)
 
 
 class CompressedJsonLinesFiles(_Files):
@@ -199,7 +209,7 @@ class CompressedJsonLinesFiles(_Files):
 
     kind = "compressed JSON lines"
     suffixes = tuple(f"{suffix}{packed}" for suffix in JsonLinesFiles.suffixes for packed in (".gz", ".zst"))
-    min_shards_per_rank = 1  # better some ranks get a file more than all unpack everything
+    max_streams = MAX_UNPACKED  # and in one part: each would be unpacked from the file's start
 
     def __init__(self, files: Sequence[Path], *, root: Path, text: Text) -> None:
         super().__init__(files, root=root, text=text)
@@ -214,7 +224,7 @@ class CompressedJsonLinesFiles(_Files):
     def __len__(self) -> int:
         return len(self._files)
 
-    def read(self, shard: int) -> Iterator[str]:
+    def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[str]:
         for number, line in self._read_lines(shard):
             if document := self._get_text(shard, number, line):
                 yield document
@@ -272,6 +282,8 @@ class ParquetFiles(_Files):
 
     kind = "Parquet"
     suffixes = (".parquet", ".pq")
+    max_streams = MAX_PARQUET
+    max_parts = 16  # for each, the rows before it are unpacked again
 
     def __init__(self, files: Sequence[Path], *, root: Path, text: Text) -> None:
         super().__init__(files, root=root, text=text)
@@ -285,11 +297,9 @@ class ParquetFiles(_Files):
     def __len__(self) -> int:
         return len(self._shards)
 
-    def read(self, shard: int) -> Iterator[str]:
+    def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[str]:
         index, group = self._shards[shard]
-        with self._open_parquet(index) as file:
-            rows = file.read_row_group(group, columns=self._columns).to_pylist()
-        for number, row in enumerate(rows, start=1):
+        for number, row in self._read_rows(index, group, part, num_parts):
             try:
                 document = get_text(row, self._text)
             except ValueError as error:
@@ -297,6 +307,20 @@ class ParquetFiles(_Files):
                 raise DatasetError(f"{place}: {error}") from None
             if document:
                 yield document
+
+    def _read_rows(self, index: int, group: int, part: int, num_parts: int) -> Iterator[tuple[int, Any]]:
+        """Rows with their numbers, some at a time."""
+        with self._open_parquet(index) as file:
+            num_rows = file.metadata.row_group(group).num_rows
+            first, end = num_rows * part // num_parts, num_rows * (part + 1) // num_parts
+            number = 0
+            for batch in file.iter_batches(ROWS_TOGETHER, row_groups=[group], columns=self._columns):
+                if number + len(batch) > first:
+                    rows = batch.slice(max(0, first - number), end - max(first, number)).to_pylist()
+                    yield from enumerate(rows, start=max(first, number) + 1)
+                number += len(batch)
+                if number >= end:
+                    return
 
     def _find_row_groups(self, index: int) -> list[int]:
         with self._open_parquet(index) as file:
@@ -311,7 +335,9 @@ class ParquetFiles(_Files):
 
         with self._open(index):
             try:
-                with pyarrow.parquet.ParquetFile(self._files[index]) as file:
+                with pyarrow.parquet.ParquetFile(
+                    self._files[index], buffer_size=UNPACKED_BYTES, pre_buffer=False
+                ) as file:
                     yield file
             except (pyarrow.ArrowException, UnicodeDecodeError) as error:
                 raise DatasetError(f"{self._files[index]} is damaged or not Parquet: {error}") from error

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import datasets
 
 MAP_STYLE_SHARDS = 1024
+MAX_DOWNLOADS = 128
+"""By all ranks together, which is also how many ranks can read without reading the same."""
 
 
 class HuggingFaceStream:
@@ -22,7 +24,8 @@ class HuggingFaceStream:
     `name` is to change with the data that is loaded: a place in the data is one under this name.
     """
 
-    min_shards_per_rank = 1  # a shard is a download: better some ranks get one more than all read everything
+    max_streams = MAX_DOWNLOADS
+    max_parts = 1  # a download would be made for each
 
     def __init__(self, load: Callable[[], Any], *, name: str, text: Text) -> None:
         self.name = name
@@ -42,7 +45,7 @@ class HuggingFaceStream:
     def __len__(self) -> int:
         return self._dataset.num_shards
 
-    def read(self, shard: int) -> Iterator[str]:
+    def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[str]:
         rows = iter(self._dataset.shard(num_shards=len(self), index=shard))
         number = 0
         while True:

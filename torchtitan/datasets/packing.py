@@ -11,17 +11,20 @@ one's first. So every token of the stream but the very first is the label of exa
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchtitan.datasets.documents import DocumentStream, Position
+from torchtitan.datasets.documents import Position
 
 GROUP_CHARS = 2**18
 GROUP_DOCUMENTS = 64
+
+Tokens = NDArray[np.int32]
+"""(S + 1,) token ids, or fewer at the end of the data."""
 
 
 class Encoder(Protocol):
@@ -41,57 +44,82 @@ class Cursor:
         return [*astuple(self.position), self.offset]
 
     @classmethod
-    def from_list(cls, numbers: list[int]) -> "Cursor":
+    def from_list(cls, numbers: Sequence[int]) -> "Cursor":
         *position, offset = numbers
         return cls(Position(*position), offset)
 
 
+class Packer:
+    """The sequences of one stream of documents, from a cursor on; `fill` has its documents tokenised."""
+
+    def __init__(self, documents: Iterator[tuple[Position, str]], start: Cursor) -> None:
+        """`documents` begins with the one that `start` names."""
+        self.cursor = start
+        """Where the next sequence begins."""
+        self.ended = False
+        self._documents = documents
+        self._skip = start.offset
+        self._tokens: list[int] = []
+        self._consumed = 0  # tokens of the list that are inputs of a sequence already
+        # (end in the list, length, position) of documents with tokens left
+        self._ends: deque[tuple[int, int, Position]] = deque()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens) - self._consumed
+
+    def read(self, num_chars: int, num_documents: int) -> list[tuple[Position, str]]:
+        """The next documents, about as many as that, and at least one before the end."""
+        documents: list[tuple[Position, str]] = []
+        for position, text in self._documents:
+            documents.append((position, text))
+            num_chars -= len(text)
+            if num_chars <= 0 or len(documents) >= num_documents:
+                return documents
+        self.ended = True
+        return documents
+
+    def add(self, position: Position, ids: list[int]) -> None:
+        """The tokens of the next document."""
+        if self._consumed:
+            del self._tokens[: self._consumed]
+            self._ends = deque((end - self._consumed, length, place) for end, length, place in self._ends)
+            self._consumed = 0
+        self._tokens += ids[self._skip :]
+        self._skip = 0
+        self._ends.append((len(self._tokens), len(ids), position))
+
+    def take(self, seq_len: int) -> Tokens:
+        """The next sequence, (seq_len + 1,), or at the end of the data what is left: at least one input and label."""
+        sequence = np.array(self._tokens[self._consumed : self._consumed + seq_len + 1], dtype=np.int32)
+        self._consumed += seq_len
+        while len(self._ends) > 1 and self._ends[0][0] < self._consumed:
+            self._ends.popleft()
+        end, length, position = self._ends[0]
+        self.cursor = Cursor(position, min(length, length - (end - self._consumed)))
+        return sequence
+
+
+def fill(wanted: Mapping[Packer, int], tokenizer: Encoder) -> None:
+    """Tokenise until each packer has as many tokens, or its data has ended; documents of all in one call."""
+    while lacking := [packer for packer, n in wanted.items() if packer.num_tokens < n and not packer.ended]:
+        chars, documents = GROUP_CHARS // len(lacking), max(1, GROUP_DOCUMENTS // len(lacking))
+        group = [(packer, *document) for packer in lacking for document in packer.read(chars, documents)]
+        encoded = tokenizer.encode_batch([text for *_, text in group], add_bos=True, add_eos=True)
+        for (packer, position, _), ids in zip(group, encoded, strict=True):
+            packer.add(position, ids)
+
+
 def pack(
-    documents: DocumentStream,
-    tokenizer: Encoder,
-    *,
-    seq_len: int,
-    start: Cursor,
-) -> Iterator[tuple[NDArray[np.int32], Cursor]]:
-    """Sequences (seq_len + 1,) from `start` on, each with the cursor at which the next one begins.
+    documents: Iterator[tuple[Position, str]], tokenizer: Encoder, *, seq_len: int, start: Cursor
+) -> Iterator[tuple[Tokens, Cursor]]:
+    """Sequences (seq_len + 1,) of documents that begin with that of `start`, each with the cursor behind it.
 
     At the end of the data the last sequence may be shorter, but never shorter than one input and its label.
     """
-    tokens: list[int] = []
-    consumed = 0  # tokens of the list that are inputs of a sequence already
-    # (end in the list, length, position) of documents with tokens left
-    ends: deque[tuple[int, int, Position]] = deque()
-    skip = start.offset
-    for group in _group(documents.read(start.position)):
-        del tokens[:consumed]
-        ends = deque((end - consumed, length, position) for end, length, position in ends)
-        consumed = 0
-        encoded = tokenizer.encode_batch([text for _, text in group], add_bos=True, add_eos=True)
-        for (position, _), ids in zip(group, encoded, strict=True):
-            tokens += ids[skip:]
-            skip = 0
-            ends.append((len(tokens), len(ids), position))
-        while len(tokens) - consumed > seq_len:
-            sequence = np.array(tokens[consumed : consumed + seq_len + 1], dtype=np.int32)
-            consumed += seq_len
-            while ends[0][0] < consumed:
-                ends.popleft()
-            end, length, position = ends[0]
-            yield sequence, Cursor(position, length - (end - consumed))
-    if len(tokens) - consumed > 1:
-        _, length, position = ends[-1]
-        yield np.array(tokens[consumed:], dtype=np.int32), Cursor(position, length)
-
-
-def _group(documents: Iterator[tuple[Position, str]]) -> Iterator[list[tuple[Position, str]]]:
-    """Documents in groups that are tokenised together, in one call."""
-    group: list[tuple[Position, str]] = []
-    num_chars = 0
-    for position, text in documents:
-        group.append((position, text))
-        num_chars += len(text)
-        if num_chars >= GROUP_CHARS or len(group) >= GROUP_DOCUMENTS:
-            yield group
-            group, num_chars = [], 0
-    if group:
-        yield group
+    packer = Packer(documents, start)
+    while True:
+        fill({packer: seq_len + 1}, tokenizer)
+        if packer.num_tokens < 2:
+            return
+        yield packer.take(seq_len), packer.cursor

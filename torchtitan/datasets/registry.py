@@ -23,6 +23,7 @@ class StandardLibraryFiles(TextFiles):
     """In documents about as long as a sequence of the debug model: a batch is text of many modules, not of one."""
 
     piece_bytes = 2**10
+    max_parts = 1
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What every dataset offers: shards that can be read in any order, each an iterator of documents.
 
-A shard is the unit in which data is shuffled over the whole set and dealt to ranks: a piece of a text
+A shard is the unit in which data is shuffled over the whole set and dealt to streams: a piece of a text
 file, a MiB of JSON lines, a compressed file of them, a row group of Parquet, a file on the hub. Files and
-formats are in files.py and hub.py; order, ranks and resuming in documents.py.
+formats are in files.py and hub.py; order and resuming in documents.py.
 """
 
 import re
@@ -25,14 +25,21 @@ class Source(Protocol):
         """Changes when a position in the old data means nothing in the new."""
 
     @property
-    def min_shards_per_rank(self) -> int:
-        """With fewer shards than this, every rank reads all of them and takes its part of the documents."""
+    def max_streams(self) -> int:
+        """How many shards may be read side by side: few, where each of them keeps a file or a download open."""
+
+    @property
+    def max_parts(self) -> int:
+        """Into how many parts a shard can be divided where there are few; 1: it is always read as a whole."""
 
     def __len__(self) -> int:
         """Number of shards, at least 1."""
 
-    def read(self, shard: int) -> Iterator[str]:
-        """The documents of a shard. Raises DatasetError, which names the place, where one cannot be read."""
+    def read(self, shard: int, part: int, num_parts: int) -> Iterator[str]:
+        """The documents of a part of a shard; each document is in one part, or a part of it in each of several.
+
+        Raises DatasetError, which names the place, where one cannot be read.
+        """
 
 
 def get_text(row: Any, text: Text) -> str:

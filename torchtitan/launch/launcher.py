@@ -74,9 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launcher, options = split_arguments(sys.argv[1:] if argv is None else argv)
         num_gpus = getattr(launcher, "num_gpus", None)
-        fewest, _, most = launcher.nnodes.partition(":")
-        nnodes, max_nnodes, nproc = int(fewest), int(most or fewest), launcher.nproc_per_node
-        preflight.check(options, nproc=nproc, nnodes=nnodes, max_nnodes=max_nnodes, num_gpus=num_gpus)
+        fewest = int(launcher.nnodes.partition(":")[0])
+        preflight.check(options, nproc=launcher.nproc_per_node, nnodes=fewest, num_gpus=num_gpus)
         raise_all([ConfigError(problem) for problem in _about_flags(launcher, max_files=raise_file_limit())])
         if line := describe_upstream_variables():
             print(line, file=sys.stderr)

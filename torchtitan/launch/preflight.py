@@ -24,16 +24,14 @@ from torchtitan.protocols.train_spec import check_vocab_size, validate_run
 from torchtitan.tools.packages import is_installed, is_liger_installed
 
 
-def check(
-    options: Sequence[str], *, nproc: int, nnodes: int = 1, max_nnodes: int = 1, num_gpus: int | None = None
-) -> None:
+def check(options: Sequence[str], *, nproc: int, nnodes: int = 1, num_gpus: int | None = None) -> None:
     """Raise ConfigError with everything that is wrong with a run's options or with what they point to.
 
     Creates the run's output folder, to know that it can be written. `--help` among the options prints and raises
     SystemExit.
 
     Args:
-        nproc: processes on this machine, of which there are `nnodes`, or up to `max_nnodes`.
+        nproc: processes on this machine, of which there are `nnodes`.
         num_gpus: of this machine; 0 means that the run is on CPU, None that it is not known.
     """
     config = ConfigManager().parse_args(options, warn=False)
@@ -52,7 +50,6 @@ def check(
             *_about_dataset(config, "training"),
             *(_about_dataset(config, "validation") if config.validation.enabled else ()),
             *_about_initial_checkpoint(config),
-            *(_about_changing_nodes(config, f"--nnodes {nnodes}:{max_nnodes}") if max_nnodes > nnodes else ()),
         ]
     )
     check_writable(Path(config.job.dump_folder), given=f"job.dump_folder={Path(config.job.dump_folder)}")
@@ -74,15 +71,6 @@ def get_vocab_size(tokenizer_json: Path) -> int:
     vocab = tokenizer["model"]["vocab"]  # token -> id, or a list in the order of the ids
     ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
     return 1 + max(chain(ids, (token["id"] for token in tokenizer.get("added_tokens", []))), default=-1)
-
-
-def _about_changing_nodes(config: JobConfig, given: str) -> Iterator[ConfigError]:
-    if config.checkpoint.enable_checkpoint and "dataloader" not in config.checkpoint.exclude_from_loading:
-        yield ConfigError(
-            f"{given} with checkpoint.enable_checkpoint: a restart on another number of machines cannot go on from a"
-            " checkpoint, whose place in the data is each rank's own; give one number of machines, or add dataloader to"
-            " checkpoint.exclude_from_loading, with which such a restart begins the data anew"
-        )
 
 
 def _about_packages(config: JobConfig) -> Iterator[ConfigError]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan.checkpoint.manager import CheckpointManager, build_checkpoint_manager
-from torchtitan.components.dataloader import DataloaderStateError
+from torchtitan.components.data_state import DataloaderStateError
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config.degrees import ParallelDims

@@ -3,7 +3,7 @@
 import pytest
 
 from torchtitan.config.errors import DatasetError
-from torchtitan.datasets import DocumentStream, HuggingFaceStream, Position, open_dataset
+from torchtitan.datasets import DocumentStreams, HuggingFaceStream, Position, choose_dealing, open_dataset
 
 datasets = pytest.importorskip("datasets")
 
@@ -19,7 +19,7 @@ def make_iterable(num_shards: int = 4):
 
 
 def read_all(source) -> list[str]:
-    return [document for shard in range(len(source)) for document in source.read(shard)]
+    return [document for shard in range(len(source)) for document in source.read(shard, 0, 1)]
 
 
 EXPECTED = [f"{shard}-{row}" for shard in range(4) for row in range(1, 5)]
@@ -38,15 +38,16 @@ def test_dataset_on_the_disk_is_read_by_shard():
     assert read_all(source) == EXPECTED
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 5])
-def test_ranks_cover_a_stream_without_overlap(world_size):
+@pytest.mark.parametrize(("sequences", "num_streams"), [(1, 1), (3, 1), (4, 4), (16, 4)])
+def test_streams_cover_the_shards_without_overlap(sequences, num_streams):
+    """A shard, which is a download, is read by one stream."""
     source = HuggingFaceStream(make_iterable, name="mine", text="text")
-    ranks = [
-        [text for _, text in DocumentStream(source, 0, False, rank, world_size).read(Position())]
-        for rank in range(world_size)
-    ]
-    assert sorted(text for rank in ranks for text in rank) == EXPECTED
-    assert all(ranks)
+    dealing = choose_dealing(source, sequences)
+    assert (dealing.streams, dealing.parts) == (num_streams, 1)
+    documents = DocumentStreams(source, 0, False, dealing)
+    streams = [[text for _, text in documents.read(stream, Position())] for stream in range(num_streams)]
+    assert sorted(text for stream in streams for text in stream) == EXPECTED
+    assert all(streams)
 
 
 def test_wrong_rows_are_named():

@@ -18,7 +18,7 @@ from torchtitan.datasets.source import Source
 
 
 def read_all(source: Source) -> list[str]:
-    return [document for shard in range(len(source)) for document in source.read(shard)]
+    return [document for shard in range(len(source)) for document in source.read(shard, 0, 1)]
 
 
 def write_rows(path: Path, rows: list[object]) -> Path:

@@ -1,0 +1,267 @@
+"""One order of the data for any number of ranks; ranks are simulated in this process."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchtitan.components.data_state import DataloaderStateError, Reading, load_place, save_place
+from torchtitan.components.tokenizer import build_tokenizer
+from torchtitan.datasets import (
+    Dealing,
+    Division,
+    DocumentStreams,
+    Place,
+    SequenceReader,
+    SourcePlace,
+    choose_dealing,
+    open_path,
+)
+
+TOKENIZER = build_tokenizer("tests/assets/tokenizer")
+DOCUMENTS = [f"document {i}: " + "naïve 例 🌍 x\n" * (i % 7) + f"end {i}" for i in range(50)]
+SEQ_LEN = 16
+G = 8  # sequences of a global batch
+
+Step = list[list[int]]
+"""The sequences of a step, in the order of the slots: rank by rank, microbatch by microbatch."""
+
+
+def write_text(folder: Path) -> None:
+    for i, document in enumerate(DOCUMENTS):
+        (folder / f"{i}.txt").write_text(document)
+
+
+def write_one(folder: Path) -> None:
+    (folder / "all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+
+
+def write_gz(folder: Path) -> None:
+    import gzip
+
+    for i in range(3):  # fewer streams than sequences in a global batch
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS[i::3])
+        (folder / f"{i}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+
+
+KINDS: dict[str, Callable[[Path], None]] = {"text": write_text, "one file": write_one, "gz": write_gz}
+
+
+class Run:
+    """The data of all ranks of a run, which may be stopped and gone on with by other ranks."""
+
+    def __init__(self, *folders: Path, weights: tuple[float, ...] = (1.0,), names: tuple[str, ...] = ("d",)) -> None:
+        sources = [open_path(folder, "text") for folder in folders]
+        self.reading = Reading(names, names, sources, "tokenizer")
+        self.weights = weights
+        shares = [max(1, round(weight / sum(weights) * G)) for weight in weights]
+        self.place = Place([SourcePlace(choose_dealing(*both)) for both in zip(sources, shares, strict=True)])
+        self.seed = 0
+
+    def read(self, num_steps: int, *, dp: int, batch: int, global_batch: int = G) -> list[Step]:
+        """So many steps, and `place` goes on to behind them, by way of what a checkpoint holds."""
+        streams = [
+            DocumentStreams(source, seed=self.seed, infinite=True, dealing=place.dealing)
+            for source, place in zip(self.reading.sources, self.place.sources, strict=True)
+        ]
+        steps: list[Step] = [[] for _ in range(num_steps)]
+        state: dict[str, str] = {}
+        for rank in range(dp):
+            division = Division(rank, dp, batch, global_batch, SEQ_LEN)
+            reader = SequenceReader(streams, self.weights, TOKENIZER, division, self.place)
+            rows = reader.read()
+            place: Place | None = reader.get_place()
+            for step in steps:
+                for _ in range(global_batch // dp // batch):
+                    assert place is not None or step
+                    microbatch, place = next(rows)
+                    step += microbatch.tolist()
+            assert place is not None
+            state |= save_place(place, self.reading, seed=self.seed, rank=rank)
+        self.place, self.seed = load_place(state, self.reading, self.place)
+        return steps
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchtitan.datasets.documents.WINDOW_DOCUMENTS", 11)
+    monkeypatch.setattr("torchtitan.datasets.packing.GROUP_DOCUMENTS", 3)
+
+
+@pytest.fixture(params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    KINDS[request.param](tmp_path)
+    return tmp_path
+
+
+def test_any_number_of_ranks_and_microbatches_reads_the_same(folder):
+    """In order, slot by slot, over several epochs."""
+    alone = Run(folder).read(30, dp=1, batch=G)
+    assert len(alone[0]) == G
+    for dp, batch in ((1, 2), (2, 4), (2, 1), (4, 2), (4, 1), (8, 1)):
+        assert Run(folder).read(30, dp=dp, batch=batch) == alone
+
+
+def test_another_number_of_ranks_goes_on_with_the_undisturbed_curve(folder):
+    undisturbed = Run(folder).read(40, dp=1, batch=2)
+    run = Run(folder)
+    read = []
+    for num_steps, dp in ((5, 2), (0, 8), (1, 4), (9, 1), (3, 8), (2, 2)):
+        read += run.read(num_steps, dp=dp, batch=1)
+    assert read == undisturbed[: len(read)]
+
+
+def test_another_global_batch_reads_nothing_twice_and_leaves_nothing_out(folder):
+    """Sequence i of the run is the same one, whatever the batches that it comes in."""
+    undisturbed = [tuple(row) for step in Run(folder).read(30, dp=1, batch=G) for row in step]
+    run = Run(folder)
+    read: list[tuple[int, ...]] = []
+    for num_steps, dp, global_batch in ((3, 2, 8), (2, 3, 12), (3, 4, 4), (2, 5, 10), (1, 16, 16), (5, 1, 1)):
+        for step in run.read(num_steps, dp=dp, batch=1, global_batch=global_batch):
+            read += map(tuple, step)
+            assert Counter(read) == Counter(undisturbed[: len(read)])
+
+
+def test_another_length_goes_on_at_the_next_token(folder):
+    run = Run(folder)
+    short = run.read(4, dp=2, batch=2)
+    cursors = run.place.sources[0].cursors
+    streams = DocumentStreams(run.reading.sources[0], seed=0, infinite=True, dealing=run.place.sources[0].dealing)
+    division = Division(0, 1, G, G, 50)
+    rows, _ = next(SequenceReader([streams], [1.0], TOKENIZER, division, run.place).read())
+    assert len(cursors) == streams.dealing.streams
+    ends, begins = Counter(row[-1] for row in short[-1]), Counter(rows[:, 0].tolist())
+    if streams.dealing.streams == G:
+        assert ends == begins
+
+
+def test_few_streams_are_read_by_few_of_the_ranks(folder):
+    """A rank tokenises what others use only where there are fewer streams than ranks, or ones that do not fit."""
+    run = Run(folder)
+    num_streams = run.place.sources[0].dealing.streams
+    used = []
+    for rank in range(4):
+        streams = DocumentStreams(run.reading.sources[0], seed=0, infinite=True, dealing=run.place.sources[0].dealing)
+        reader = SequenceReader([streams], [1.0], TOKENIZER, Division(rank, 4, 1, G, SEQ_LEN), run.place)
+        rows = reader.read()
+        for _ in range(10):
+            next(rows)
+        used.append(set(reader._readers[0].counts))
+    assert sum(map(len, used)) == max(4, num_streams)
+    assert set().union(*used) == set(range(num_streams))
+
+
+OLD_TEXT = {  # of version 0.9: two ranks, after 7 batches of 2 sequences
+    rank: json.dumps(
+        {
+            "dp_world_size": 2,
+            "dataset": "d",
+            "fingerprint": "c96981d915d701c1",
+            "tokenizer": "tokenizer",
+            "cursor": cursor,
+            "seed": 0,
+        }
+    )
+    for rank, cursor in (("dp_rank_0", [0, 0, 0, 0, 2, 12]), ("dp_rank_1", [0, 0, 0, 0, 3, 20]))
+}
+NEXT_OF_OLD_TEXT = [[162, 124, 235, 222], [614, 1359, 25, 27], [840, 200, 79, 66], [840, 200, 1031, 710]]
+
+
+def load_old(run: Run, state: dict[str, str]) -> None:
+    run.place, run.seed = load_place(state, run.reading, run.place)
+
+
+@pytest.mark.parametrize("changed", [{}, {"dataset": None, "tokenizer": None}])
+def test_a_checkpoint_of_a_stream_for_each_rank_goes_on(tmp_path, monkeypatch, changed):
+    """The ids that the version which wrote it read next; older ones did not name the dataset and the tokenizer."""
+    monkeypatch.undo()  # windows as they are
+    write_text(tmp_path)
+    old = {
+        rank: json.dumps({key: value for key, value in json.loads(state).items() if key not in changed})
+        for rank, state in OLD_TEXT.items()
+    }
+    for dp in (1, 2, 4):
+        run = Run(tmp_path)
+        load_old(run, old)
+        assert run.place.sources[0].dealing == Dealing(2)
+        (step,) = run.read(1, dp=dp, batch=1, global_batch=4)
+        assert [row[:4] for row in step] == NEXT_OF_OLD_TEXT
+
+
+def test_an_old_checkpoint_of_few_shards_says_what_is_lost(tmp_path, caplog):
+    write_one(tmp_path)
+    run = Run(tmp_path)
+    old = {
+        rank: json.dumps({**json.loads(state), "fingerprint": run.reading.sources[0].fingerprint})
+        for rank, state in OLD_TEXT.items()
+    }
+    load_old(run, old)
+    (message,) = caplog.messages
+    assert "of an older version" in message
+    assert "epoch 1 begins, and what was not read yet of the one before is left out of it" in message
+    assert all(cursor.position.epoch == 1 for cursor in run.place.sources[0].cursors.values())
+    assert len(run.read(3, dp=2, batch=2)) == 3
+    for state, match in (
+        ({"dp_rank_0": old["dp_rank_0"]}, "holds the places of 1 of 2 data ranks"),
+        (OLD_TEXT, "files were added, removed"),
+        ({}, "holds no place in the data"),
+    ):
+        with pytest.raises(DataloaderStateError, match=match):
+            load_old(Run(tmp_path), state)
+    with pytest.raises(DataloaderStateError, match=r"read as training\.dataset=d, this run's is e"):
+        load_old(Run(tmp_path, names=("e",)), old)
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> tuple[Path, ...]:
+    folders = tuple(tmp_path / name for name in "abc")
+    for folder, write in zip(folders, KINDS.values(), strict=True):
+        folder.mkdir()
+        write(folder)
+    return folders
+
+
+def get_taken(run: Run) -> list[int]:
+    return [place.taken for place in run.place.sources]
+
+
+def test_a_mixture_keeps_its_shares_in_each_window_and_for_any_ranks(three):
+    mixture: dict[str, Any] = {"weights": (7, 2, 1), "names": ("a", "b", "c")}
+    alone = Run(*three, **mixture)
+    undisturbed, counts = [], [get_taken(alone)]
+    for _ in range(25):  # 200 sequences
+        undisturbed += alone.read(1, dp=1, batch=G)
+        counts.append(get_taken(alone))
+    assert counts[-1] == [140, 40, 20]
+    for begin, end in ((a, b) for a in range(25) for b in range(a + 1, 26)):
+        window = [after - before for before, after in zip(counts[begin], counts[end], strict=True)]
+        expected = [share * G * (end - begin) for share in (0.7, 0.2, 0.1)]
+        assert all(abs(n - share) < 2 for n, share in zip(window, expected, strict=True))
+    run = Run(*three, **mixture)
+    read = []
+    for num_steps, dp in ((3, 2), (1, 8), (4, 1), (7, 4)):
+        read += run.read(num_steps, dp=dp, batch=1)
+    assert read == undisturbed[: len(read)]
+
+
+def test_a_mixture_may_change_and_each_source_goes_on(three, caplog):
+    run = Run(*three[:2], weights=(1, 1), names=("a", "b"))
+    run.read(4, dp=2, batch=1)
+    saved = run.place
+    state = save_place(saved, run.reading, seed=5, rank=0)
+    other = Run(three[2], three[1], weights=(1, 3), names=("c", "b"))
+    other.place, other.seed = load_place(state, other.reading, other.place)
+    assert other.seed == 5
+    assert get_taken(other) == [0, 16]
+    assert other.place.sources[1] == saved.sources[1]
+    assert caplog.messages == [
+        "The checkpoint's data was read without c, which begins now",
+        "The checkpoint's data was read with a, which is left out from now on",
+    ]
+    other.read(1, dp=1, batch=1)
+    assert get_taken(other) == [2, 22]  # the new weights, from here on
+    with pytest.raises(DataloaderStateError, match="not one in .*/a: 50 files of text"):
+        load_place(state, Run(three[0], three[1], names=("b", "e"), weights=(1, 1)).reading, saved)
