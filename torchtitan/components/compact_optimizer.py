@@ -12,8 +12,8 @@ correction the signed rest, so that integer arithmetic joins both without loss.
 on the small. What is not zero stays at least one step in the denominator, so that no update can explode.
 
 *Rounding.* An update smaller than a step must not be lost each time: what is rounded is first raised by a part of a
-step that a hash of its own bits and of the step's number draws. That is unbiased, needs no random state, and gives
-the same bits after a resume and on every layout.
+step that a hash of the new weight's bits and of the step's number draws. That is unbiased, needs no random state, and
+gives the same bits after a resume and on every layout.
 
 The arithmetic between is float32. On a GPU the update is one compiled kernel a parameter, one pass over gradient and
 states, that reads the clip factor and whether to skip there; on a CPU it is eager, and slow. Groups lie inside rows,
@@ -150,25 +150,30 @@ def join_weight(weight: Tensor, correction: Tensor) -> Tensor:
     return ((upper + correction) << 8).view(torch.float32)
 
 
-def split_weight(weight: Tensor, salt: Tensor) -> tuple[Tensor, Tensor]:
-    """bf16, as float32, and int8 of a float32 weight; its lower 8 bits are rounded away by chance."""
+def split_weight(weight: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
+    """bf16, as float32, and int8 of a float32 weight; its lower 8 bits are rounded away by the `chance` of _draw."""
     bits = weight.view(torch.int32)
-    upper = (bits + (_hash(bits, salt) & 0xFF)) >> 8  # the bits are sign and magnitude: this raises the magnitude
+    upper = (bits + (chance & 0xFF)) >> 8  # the bits are sign and magnitude: this raises the magnitude
     nearest = (upper + 0x80) >> 8
     return (nearest << 16).view(torch.float32), (upper - (nearest << 8)).to(torch.int8)
 
 
-def _hash(bits: Tensor, salt: Tensor) -> Tensor:
-    """24 bits, each of which depends on many of the 32 and of the salt's."""
-    bits = bits ^ salt
-    mixed = (bits ^ ((bits >> 15) & 0x1FFFF)) * 0x2C1B3C6D
-    mixed = (mixed ^ ((mixed >> 12) & 0xFFFFF)) * 0x297A2D39
-    return (mixed >> 8) & 0xFFFFFF
+def _draw(values: Tensor, salt: Tensor) -> Tensor:
+    """32 bits for each float32 value, to round by: each depends on all of the value's and of the salt's."""
+    mixed = (values.view(torch.int32) ^ salt) * 0x2C1B3C6D
+    mixed = (mixed ^ ((mixed >> 15) & 0x1FFFF)) * 0x297A2D39
+    return mixed ^ ((mixed >> 16) & 0xFFFF)
 
 
-def _round(x: Tensor, salt: Tensor) -> Tensor:
-    """x, which is not negative, to a whole number above or below, the nearer more often."""
-    return torch.floor(x + _hash(x.view(torch.int32), salt).float() * 2.0**-24)
+def _round(x: Tensor, chance: Tensor) -> Tensor:
+    """x >= 0 to the whole number above or below, the nearer more often, by bits 8 to 18 of `chance`."""
+    one_to_two = (((chance << 4) & 0x7FF000) | 0x3F800000).view(torch.float32)  # no conversion, which costs more
+    return torch.floor(x + (one_to_two - 1))
+
+
+def _root(x: Tensor) -> Tensor:
+    """The square root, with a few operations fewer than exact."""
+    return x * x.clamp(min=1e-37).rsqrt()
 
 
 def _update(
@@ -190,24 +195,25 @@ def _update(
     eps: float,
 ) -> None:
     g = grad.float() * grad_factor
-    stored = exp_avg.float() * (1 / 127)
-    m = stored * stored.abs() * exp_avg_scale
+    stored = exp_avg.float()
+    m = stored * stored.abs() * (exp_avg_scale * (1 / 127**2))
     m = m + (g - m) * (1 - betas[0])
-    stored = exp_avg_sq.float() * (1 / 255)
-    root = stored * stored * exp_avg_sq_scale
-    root = (root * root * betas[1] + g * g * (1 - betas[1])).sqrt()
-    new = join_weight(weight, correction) * decay - step_size * m / (root / bias2.sqrt() + eps)
+    stored = exp_avg_sq.float()
+    root = stored * stored * (exp_avg_sq_scale * (1 / 255**2))
+    root = _root(root * root * betas[1] + g * g * (1 - betas[1]))
+    new = join_weight(weight, correction) * decay - step_size * m / (root * bias2.rsqrt() + eps)
 
-    m_scale = m.abs().amax(1, keepdim=True)
-    root_scale = root.amax(1, keepdim=True)
-    levels = _round(127 * (m.abs() / m_scale.clamp(min=1e-30)).sqrt(), salt).clamp(max=127)
-    root_levels = _round(255 * (root / root_scale.clamp(min=1e-30)).sqrt(), salt).clamp(max=255)
-    root_levels = torch.where(root > 0, root_levels.clamp(min=1), 0.0)
-    new_weight, new_correction = split_weight(new, salt)
+    chance = _draw(new, salt)
+    new_weight, new_correction = split_weight(new, chance)
+    size = m.abs()
+    m_scale, root_scale = size.amax(1, keepdim=True), root.amax(1, keepdim=True)
+    size = _round(_root(size * (127**2 / m_scale.clamp(min=1e-30))), chance).clamp(max=127)
+    levels = _round(_root(root * (255**2 / root_scale.clamp(min=1e-30))), chance >> 12).clamp(max=255)
+    levels = torch.where(root > 0, levels.clamp(min=1), 0.0)
     weight.copy_(torch.where(skip, weight.float(), new_weight))
     correction.copy_(torch.where(skip, correction, new_correction))
-    exp_avg.copy_(torch.where(skip, exp_avg.float(), torch.where(m < 0, -levels, levels)))
-    exp_avg_sq.copy_(torch.where(skip, exp_avg_sq.float(), root_levels))
+    exp_avg.copy_(torch.where(skip, exp_avg.float(), torch.where(m < 0, -size, size)))
+    exp_avg_sq.copy_(torch.where(skip, exp_avg_sq.float(), levels))
     exp_avg_scale.copy_(torch.where(skip, exp_avg_scale, m_scale))
     exp_avg_sq_scale.copy_(torch.where(skip, exp_avg_sq_scale, root_scale))
 
