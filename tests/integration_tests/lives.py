@@ -53,9 +53,7 @@ class Step(NamedTuple):
 class Life:
     """A run from a start to its end, whatever that is. Its data are beside its folder."""
 
-    def __init__(
-        self, folder: Path, options: str, *, world_size: int = 1, hook: Hook | None = None, on_gpus: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, options: str, *, world_size: int = 1, hook: Hook | None = None) -> None:
         self.folder = folder
         data = folder.with_name("data.jsonl")
         if not data.exists():
@@ -67,7 +65,7 @@ class Life:
             port = free.getsockname()[1]
         argv = f"{OPTIONS} --job.dump_folder {folder} --training.dataset_path {data} {options}".split()
         self.processes = [
-            FORKED.Process(target=_live, args=(rank, world_size, port, argv, self._log(rank), hook, on_gpus))
+            FORKED.Process(target=_live, args=(rank, world_size, port, argv, self._log(rank), hook))
             for rank in range(world_size)
         ]
         for process in self.processes:
@@ -127,10 +125,9 @@ def train(
     world_size: int = 1,
     hook: Hook | None = None,
     status: int = 0,
-    on_gpus: bool = False,
 ) -> Life:
     """A run up to its end, which must be with this exit status on all ranks: 1 is any failure that the run reports."""
-    life = Life(folder, options, world_size=world_size, hook=hook, on_gpus=on_gpus)
+    life = Life(folder, options, world_size=world_size, hook=hook)
     allowed = {1, EXIT_MISTAKE} if status == 1 else {status}
     assert set(life.wait()) <= allowed, "\n".join(life.last_words(rank) for rank in range(world_size))
     return life
@@ -196,7 +193,7 @@ def _next_number(folder: Path) -> int:
     return next(n for n in count() if not folder.with_name(f"{folder.name}-life{n}").exists())
 
 
-def _live(rank: int, world_size: int, port: int, argv: list[str], log: Path, hook: Hook | None, on_gpus: bool) -> None:
+def _live(rank: int, world_size: int, port: int, argv: list[str], log: Path, hook: Hook | None) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())
@@ -210,8 +207,7 @@ def _live(rank: int, world_size: int, port: int, argv: list[str], log: Path, hoo
             "MASTER_PORT": str(port),
             "TORCHELASTIC_RUN_ID": "test",
         }
-    if not on_gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     if hook is not None:
         hook()

@@ -23,7 +23,7 @@ from tests.integration_tests.lives import (
     last_step,
     read_records,
     read_steps,
-    train,
+    write_data,
 )
 from tests.processes import find_worker, wait_until
 
@@ -31,6 +31,7 @@ STEPS, INTERVAL, KILL_AFTER = 60, 5, 17
 SAVING = f"--training.steps {STEPS} --checkpoint.enable_checkpoint --checkpoint.interval {INTERVAL}"
 # Ranks that wait on a GPU for a dead one learn of it when a collective's time is out.
 OTHERS = "--liger_kernel.enable_fused_linear_cross_entropy --comm.train_timeout_seconds 10"
+COMPACT = "--optimizer.state_precision compact --training.mixed_precision_param bfloat16"
 STARTS = "Training starts at step "
 
 
@@ -44,29 +45,38 @@ def needs(num_gpus: int) -> list[pytest.MarkDecorator]:
 
 
 @pytest.mark.parametrize(
-    ("device", "world_size"),
+    ("device", "world_size", "states"),
     [
-        pytest.param("cpu", 2, id="cpu2", marks=pytest.mark.skipif(not IS_REHEARSAL, reason="only in a rehearsal")),
-        *(pytest.param("cuda", size, id=f"cuda{size}", marks=needs(size)) for size in (2, 4, 8)),
+        pytest.param("cpu", 2, "", id="cpu2", marks=pytest.mark.skipif(not IS_REHEARSAL, reason="only in a rehearsal")),
+        pytest.param("cuda", 1, COMPACT, id="cuda1-compact", marks=needs(1)),
+        *(pytest.param("cuda", size, "", id=f"cuda{size}", marks=needs(size)) for size in (2, 4, 8)),
+        pytest.param("cuda", 2, COMPACT, id="cuda2-compact", marks=needs(2)),
     ],
 )
 def test_after_a_kill_the_run_ends_as_if_nothing_had_happened(
-    tmp_path: Path, device: str, world_size: int, record_property: Callable[[str, object], None]
+    tmp_path: Path, device: str, world_size: int, states: str, record_property: Callable[[str, object], None]
 ) -> None:
-    on_gpus = device == "cuda"
-    options = f"{SAVING} {OTHERS} --parallelism.data_parallel_shard_degree {world_size}"
-    train(tmp_path / "undisturbed", f"{options} --checkpoint.interval 1000000", world_size=world_size, on_gpus=on_gpus)
+    options = f"{SAVING} {OTHERS} {states} --parallelism.data_parallel_shard_degree {world_size}"
+    write_data(tmp_path / "data.jsonl")
 
-    folder, log = tmp_path / "run", tmp_path / "log"
-    options = f"{OPTIONS} --training.dataset_path {tmp_path}/data.jsonl --job.dump_folder {folder} {options}"
-    command = f"-m torchtitan.launch --nproc_per_node {world_size} --max_restarts 1 {options}".split()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""})
-    with log.open("w") as file:
-        launcher = subprocess.Popen([sys.executable, *command], cwd=REPO, env=environment, stdout=file, stderr=file)
+    def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
+        """A run by the launcher; its log is beside its folder."""
+        own = f"{OPTIONS} --training.dataset_path {tmp_path}/data.jsonl --job.dump_folder {folder} {options}"
+        command = ["-m", "torchtitan.launch", "--nproc_per_node", str(world_size), "--max_restarts", "1", *own.split()]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})
+        with folder.with_suffix(".log").open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, *command, *more], cwd=REPO, env=environment, stdout=log, stderr=log
+            )
+
+    folder, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    log = folder.with_suffix(".log")
+    assert start(undisturbed, "--checkpoint.interval", "1000000").wait(TIMEOUT_S) == 0
+    launcher = start(folder)
     try:
         wait_until(lambda: last_step(folder) >= KILL_AFTER or launcher.poll() is not None, seconds=TIMEOUT_S)
         assert launcher.poll() is None, log.read_text()
-        # not rank 0, which writes the metrics
+        # where there are others, not rank 0, which writes the metrics
         os.kill(find_worker(launcher.pid, world_size - 1), signal.SIGKILL)
         killed_at, begin = last_step(folder), time.monotonic()
         wait_until(lambda: log.read_text().count(STARTS) == 2 or launcher.poll() is not None, seconds=TIMEOUT_S)
@@ -81,7 +91,7 @@ def test_after_a_kill_the_run_ends_as_if_nothing_had_happened(
     assert (continued_at - 1) % INTERVAL == 0 and 1 < continued_at <= killed_at + 2, said
     assert f"step-{STEPS}" in checkpoints(folder)
 
-    records, expected = read_records(folder), read_steps(tmp_path / "undisturbed")
+    records, expected = read_records(folder), read_steps(undisturbed)
     assert list(records) == list(expected) == list(range(1, STEPS + 1))
     pairs = [(said, expected[step]) for step, lives in records.items() for said in lives]
     record_property("loss_difference", max(abs(a.loss - b.loss) / b.loss for a, b in pairs))
