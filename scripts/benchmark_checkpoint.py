@@ -23,10 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save, save
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save
 
 from torchtitan.checkpoint.background import BackgroundSaver
-from torchtitan.checkpoint.storage import CheckpointWriter
+from torchtitan.checkpoint.plan import Planner
+from torchtitan.checkpoint.ranks import Ranks
+from torchtitan.checkpoint.write import Writer, save
 
 State = dict[str, torch.Tensor]
 Saves = Generator[tuple[Callable[[], object], Callable[[], bool]], None, None]
@@ -35,15 +37,21 @@ NUM_TENSORS, NUM_KERNELS = 384, 1000
 
 
 def synchronous(state: State, folder: Path) -> Saves:
+    planner = Planner(Ranks(alone=True))
     while True:
-        save(state, storage_writer=CheckpointWriter(folder))
+        save(folder, state, planner=planner)
         yield lambda: None, lambda: True
 
 
 def ours(state: State, folder: Path, *, pinned: bool) -> Saves:
+    planner = Planner(Ranks(alone=True))
+
+    def save_with(writer: Writer) -> None:
+        save(folder, state, planner=planner, writer=writer)
+
     with closing(BackgroundSaver(pinned=pinned)) as saver:
         while True:
-            saver.start(lambda writer: save(state, storage_writer=writer(folder)) and None, state)
+            saver.start(save_with)
             assert saver._saving is not None
             yield saver.wait_for_copy, saver._saving.done
             saver.wait()

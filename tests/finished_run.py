@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from torchtitan.checkpoint.storage import find_weights, load_alone, read_metadata, save_alone
+from torchtitan.checkpoint.storage import find_weights, load_alone, read_metadata
+from torchtitan.checkpoint.write import save_alone
 from torchtitan.config import JobConfig
 from torchtitan.config.manager import write_resolved
 from torchtitan.distributed.init_weights import init_parameters

@@ -6,7 +6,9 @@
 | start.py | how a run starts: from which checkpoint, with which parts of it |
 | contents.py | what of a run a checkpoint holds, and how it is taken back |
 | folder.py | the folder with a run's checkpoints: which there are, how one becomes visible, which go |
-| storage.py | the files of one: torch's writer and reader, with checks; tools load and save through it alone |
+| plan.py | who writes what: each rank decides for itself, once |
+| write.py | the files of one, written; `save`, on all ranks |
+| storage.py | the files of one, read and checked |
 | background.py | the asynchronous modes: a thread copies, a process writes |
 | ranks.py | how all ranks come to one answer |
 | hugging_face.py | safetensors and config.json, both ways |
@@ -16,13 +18,17 @@ A save, of step 7. T is the trainer's thread; in the asynchronous modes B is its
 process that writes; synchronously T does what B and W do. Every rank runs all lines but those of "rank 0".
 
     T   state = live weights, moments, counters                          manager.maybe_save
+    B   who writes what: as last time? ranks -> ranks; if not: keys of what is no DTensor, ranks -> ranks
+                                                                         plan.Planner
     B   copy -> memory shared with W; T waits before the next optimizer step
                                                                          background.Copier
-    B   plan: who writes what; ranks -> rank 0 -> ranks                  manager.write_together
-    W   step-7.incomplete-<run>/__<rank>_0.distcp, synced                storage.CheckpointWriter
-    B   ranks -> rank 0: what is where in it, or what went wrong
-    B   rank 0: .metadata, .metadata.sha256                              CheckpointWriter.finish
-    B   rank 0: sizes of all files; config.toml, excluded_from_loading.txt
+    W   step-7.incomplete-<run>/__<rank>_0.distcp, synced                write.CheckpointWriter
+    B   ranks -> rank 0: name, size and digest of what is where in it, or what went wrong
+    W   rank 0, if all digests are those of last time: .metadata, .metadata.sha256, as last time
+    B   if not: what is where in it, as bytes, ranks -> rank 0; then     write.save
+    W   rank 0: .metadata, .metadata.sha256
+    W   rank 0: sizes of all files
+    B   rank 0: config.toml, excluded_from_loading.txt
     B   rank 0: sync these files and the folder                          folder.publish
     B   rank 0: rename to step-7, sync the parent
     B   rank 0: older ones renamed to step-N.incomplete-removed, then removed; leftovers of killed runs too
@@ -38,16 +44,17 @@ the save up, rank 0 removes the folder, and the run goes on. When T dies, W ends
 A load, before the first step, all on T:
 
     rank 0: whole steps -> all: one of them, or load_step                start._choose_step
-    rank 0: .metadata, its digest, the sizes of all files -> all         storage.read_metadata
+    rank 0: .metadata, its digest -> all, which read it each for itself  storage.parse_metadata
+    rank 0: the sizes of all files                                       storage.check_files
     all: shapes of the model's weights against those of .metadata        storage.check_weights
     each: lr_scheduler, train_state, rng from the .distcp files; each state takes its own
     rank 0: dataloader, of all ranks -> all
     each: weights and moments, in place, from the entries that overlap its shards
                                                                          contents.load
 
-Each entry is read once, into memory, where its checksums are compared and a tensor or a plain value is made of it:
-nothing in a checkpoint is run. A load changes no file, so a crash leaves what was there. An error on one rank ends
-the load on all, with the file's name and the newest older step that could be loaded.
+No rank tells another what it reads. Each entry is read once, into memory, where its checksums are compared and a tensor
+or a plain value is made of it: nothing in a checkpoint is run. A load changes no file, so a crash leaves what was
+there. An error on one rank ends the load on all, with the file's name and the newest older step that could be loaded.
 
 The files of Hugging Face's format are written by rank 0 when `step-N` in torch's format is whole already, into
 step-N.incomplete-<run>, which then replaces it as above; a start that finds a complete run without them makes them.

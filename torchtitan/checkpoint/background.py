@@ -1,39 +1,36 @@
 """Saving beside the training: a thread copies the state to CPU memory, another process writes the copy.
 
-The thread plans the checkpoint with the other ranks; the process sees the copy in memory that both share, writes its
-rank's file and answers with what is where in it. It communicates with nobody else: when it dies, the save fails on
-this rank, all ranks hear of it from torch.distributed.checkpoint, and the next save starts another process.
-docs/checkpoint.md says what it costs, and why it is neither a thread nor torch's own process.
+The thread agrees with the other ranks on who writes what; the process sees the copy in memory that both share, writes
+its rank's file and, on the first rank, `.metadata`: serial Python for all ranks, which would hold up the trainer's. It
+communicates with nobody else: when it dies, the save fails on this rank, all ranks hear of it from the thread, and the
+next save starts another process. docs/checkpoint.md says what it costs, and why it is neither a thread nor torch's own
+process.
 """
 
-import io
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
-from torch.distributed.tensor import DTensor
 
-from torchtitan.checkpoint.storage import CheckpointWriter
+from torchtitan.checkpoint.plan import Plan, local_tensor
+from torchtitan.checkpoint.storage import reason
+from torchtitan.checkpoint.write import CheckpointWriter, Digest, Writer, WrittenFile
+from torchtitan.config.errors import CheckpointError
 from torchtitan.tools.logging import logger
 
 # Where a tensor begins in the buffer of copies: a multiple of every dtype's size.
 ALIGNMENT = 64
-# For torch's writer: copy nothing ahead from a GPU. All is copied, and the writing process must not open one.
-NO_GPU = 0
 
 
 class Place(NamedTuple):
@@ -49,26 +46,41 @@ class Place(NamedTuple):
 
 
 class BackgroundSaver:
-    """At most one save is in flight."""
+    """At most one save is in flight. Beside the training it is that save's Writer."""
 
     def __init__(self, *, pinned: bool):
         self._copier = Copier(pinned=pinned and torch.cuda.is_available())
         self._process = WriterProcess()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._copying: Future[dict[str, Place]] | None = None
+        self._copied = threading.Event()
         self._saving: Future[None] | None = None
+        self._computed: torch.cuda.Event | None = None
 
-    def start(self, save: Callable[[Callable[[Path], StorageWriter]], None], state: dict[str, Any]) -> None:
-        """Have the thread copy the tensors in `state`, then call `save` with what makes a writer of the copies."""
+    def start(self, save: Callable[[Writer], None]) -> None:
+        """Have the thread call `save` with what writes copies of the tensors that it is given."""
         assert self._saving is None, "wait() for the save in flight first"
-        written = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
-        self._copying = copying = self._thread.submit(self._copier.copy, state, written)
-        write = partial(_ProcessWriter, process=self._process, copier=self._copier, copying=copying)
-        self._saving = self._thread.submit(save, write)
+        self._computed = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        self._copied.clear()
+        self._saving = self._thread.submit(self._save, save)
+
+    def _save(self, save: Callable[[Writer], None]) -> None:
+        try:
+            save(self)
+        finally:
+            self._copied.set()  # also where it has not come so far
+
+    def write_file(self, path: Path, rank: int, plan: Plan, state: Mapping[str, Any]) -> WrittenFile:
+        places = self._copier.copy(plan, state, self._computed)
+        self._copied.set()
+        held = {**places, **{key: state[key] for key in plan.values}}
+        return self._process.call("write_file", path, rank, plan, Copies(self._copier.memory, held))
+
+    def write_metadata(self, path: Path, files: Sequence[Digest], tables: Sequence[bytes] | None) -> bool:
+        return self._process.call("write_metadata", path, files, tables)
 
     def wait_for_copy(self) -> None:
-        if self._copying is not None:
-            self._copying.exception()  # of which the save tells
+        if self._saving is not None:
+            self._copied.wait()
 
     def wait(self) -> None:
         """For the save in flight, if there is one."""
@@ -81,6 +93,29 @@ class BackgroundSaver:
         self._thread.shutdown()
         self._copier.close()
         self._process.close()
+
+
+class Copies(Mapping[str, Any]):
+    """A state in the writing process: tensors in the memory that it shares with the trainer, and values."""
+
+    def __init__(self, memory: str, held: dict[str, Any]):
+        self._memory, self._held = memory, held
+        self._buffer: Tensor | None = None
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._held[key]
+        if not isinstance(value, Place):
+            return value
+        if self._buffer is None:
+            size = Path(self._memory).stat().st_size
+            self._buffer = torch.from_file(self._memory, shared=True, size=size, dtype=torch.uint8)
+        return value.of(self._buffer)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
 
 
 class Copier:
@@ -98,11 +133,11 @@ class Copier:
         return f"/proc/{os.getpid()}/fd/{self._file}"
 
     @torch.no_grad()
-    def copy(self, state: dict[str, Any], after: torch.cuda.Event | None) -> dict[str, Place]:
-        """Where the copy of each tensor in `state` is, once the GPU has come to the event `after`."""
+    def copy(self, plan: Plan, state: Mapping[str, Any], after: torch.cuda.Event | None) -> dict[str, Place]:
+        """Where the copy of each shard of the plan is, once the GPU has come to the event `after`."""
         if self._stream is not None:
             torch.cuda.set_device(self._stream.device)  # each thread has a current device of its own
-        shards = {key: _shard(value) for key, value in state.items() if isinstance(value, Tensor)}
+        shards = {shard.key: local_tensor(state[shard.key]) for shard in plan.shards}
         places, end = {}, 0
         for key, shard in shards.items():
             places[key] = Place(end, shard.nbytes, shard.dtype, shard.shape)
@@ -138,53 +173,51 @@ class Copier:
                 self._pinned = False
 
 
-def _shard(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-class _ProcessWriter(CheckpointWriter):
-    """Plans as torch's writer does, and leaves the writing to a WriterProcess."""
-
-    def __init__(self, path: Path, *, process: "WriterProcess", copier: Copier, copying: Future[dict[str, Place]]):
-        super().__init__(path)
-        self._process = process
-        self._copier = copier
-        self._copying = copying
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        places = self._copying.result()  # raises the copy's error here, where the other ranks get to know of it
-        data = {item.index: places.get(item.index.fqn) or planner.resolve_data(item) for item in plan.items}
-        written: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
-        written.set_result(self._process.write(Path(self.path), plan, self._copier.memory, data))
-        return written
-
-
 class WriterProcess:
-    """Started at the first write, and again at the next one where it has died."""
+    """Started at the first call, and again at the next one where it has died. What it knows dies with it."""
 
     def __init__(self) -> None:
-        self._pool = self._new_pool()
+        self._process: BaseProcess | None = None
 
-    def write(self, path: Path, plan: SavePlan, memory: str, data: dict[MetadataIndex, Any]) -> list[WriteResult]:
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Of its CheckpointWriter."""
+        if self._process is None or not self._process.is_alive():
+            self.close()
+            self._start()
         try:
-            writing = self._pool.submit(_write, path, plan, memory, data)
-        except BrokenProcessPool:  # since the last write
-            self._pool = self._new_pool()
-            writing = self._pool.submit(_write, path, plan, memory, data)
-        try:
-            return writing.result()
-        except BrokenProcessPool:
+            self._connection.send((method, arguments))
+            outcome = self._connection.recv()
+        except (EOFError, OSError):
+            self.close()
             raise RuntimeError("the process that writes checkpoints died; was it killed for want of memory?") from None
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def close(self) -> None:
-        self._pool.shutdown()
+        if self._process is not None:
+            self._stop()
+            self._process.join()
+            self._process = None
 
-    @staticmethod
-    def _new_pool() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_live_as_long_as_the_trainer)
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other_end = context.Pipe()
+        self._process = context.Process(target=_write, args=(other_end,), name="checkpoint")
+        self._process.start()
+        other_end.close()  # so that its death ends what is read from it
+        # Python waits for it at the end of a trainer that has not called close()
+        self._stop = Finalize(None, _stop, (self._connection,), exitpriority=0)
 
 
-def _live_as_long_as_the_trainer() -> None:
+def _stop(connection: Connection) -> None:
+    with suppress(OSError):  # it has died
+        connection.send(None)
+    connection.close()
+
+
+def _write(connection: Connection) -> None:
+    """In the writing process: what is asked, until the trainer closes the connection."""
     # What asks a run to stop is sent to all its processes: this one still finishes its file.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -196,18 +229,14 @@ def _live_as_long_as_the_trainer() -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_it, daemon=True).start()
-
-
-def _write(path: Path, plan: SavePlan, memory: str, data: dict[MetadataIndex, Place | io.BytesIO]) -> list[WriteResult]:
-    """In the writing process: a rank's file."""
-    buffer = torch.from_file(memory, shared=True, size=Path(memory).stat().st_size, dtype=torch.uint8)
-
-    def resolve(item: WriteItem) -> Tensor | io.BytesIO:
-        value = data[item.index]
-        return value.of(buffer) if isinstance(value, Place) else value
-
-    planner: Any = SimpleNamespace(resolve_data=resolve)  # of which torch's writer asks nothing else
-    return CheckpointWriter(path, per_thread_copy_ahead=NO_GPU).write_data(plan, planner).value()
+    writer = CheckpointWriter()
+    while (call := connection.recv()) is not None:
+        method, arguments = call
+        try:
+            outcome = getattr(writer, method)(*arguments)
+        except Exception as error:
+            outcome = CheckpointError(reason(error))
+        connection.send(outcome)
 
 
 __all__ = ["BackgroundSaver"]

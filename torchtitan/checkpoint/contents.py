@@ -14,11 +14,19 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
 from torchtitan.checkpoint.ranks import Ranks
-from torchtitan.checkpoint.storage import STATES, UnusableCheckpointError, check_weights, load_alone, read_metadata
+from torchtitan.checkpoint.storage import (
+    STATES,
+    UnusableCheckpointError,
+    check_files,
+    check_weights,
+    load_alone,
+    parse_metadata,
+    read_metadata_file,
+)
 from torchtitan.config.errors import CheckpointError
 from torchtitan.tools.logging import logger
 
@@ -78,9 +86,13 @@ class Contents:
         began = time.monotonic()
         left_out = {*excluded, *(["rng"] if "train_state" in excluded else [])}
         names = [name for name in names if name not in left_out]
-        metadata = self._ranks.ask_first(lambda: _read_own_metadata(path))
-        shapes = self._ranks.gather({name: tuple(weight.shape) for name, weight in self.weights().items()})
-        check_weights(path, metadata, {name: shape for part in shapes for name, shape in part.items()})
+        content = self._ranks.ask_first(lambda: _read_own_metadata(path))
+        metadata = parse_metadata(path, content)
+        self._ranks.ask_first(lambda: check_files(path, metadata))
+        _name_step(metadata)
+        shapes = self._ranks.gather_first({name: tuple(weight.shape) for name, weight in self.weights().items()}) or []
+        all_shapes = {name: shape for part in shapes for name, shape in part.items()}
+        self._ranks.ask_first(lambda: check_weights(path, metadata, all_shapes))
         _check_states(path, metadata, names, excluded)
         if "optimizer" in names:
             self._ranks.together(partial(self._check_optimizer, path, metadata))
@@ -144,6 +156,15 @@ class RandomState:
             torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
 
 
+def _name_step(metadata: Metadata) -> None:
+    """Checkpoints from before have a count of steps for each parameter, all alike: one of them is the optimizer's."""
+    name, entries = "optimizer.state.step", metadata.state_dict_metadata
+    old = next((key for key in entries if key.startswith("optimizer.state.") and key.endswith(".step")), None)
+    if old is not None and name not in entries:
+        entries[name] = entries[old]
+        metadata.storage_data[MetadataIndex(name, ())] = metadata.storage_data[MetadataIndex(old, ())]
+
+
 def _read_places(path: Path, metadata: Metadata) -> dict[str, Any]:
     """Of all data ranks of the saving run."""
     places: dict[str, Any] = {key: "" for key in metadata.state_dict_metadata if key.startswith("dataloader.")}
@@ -151,13 +172,13 @@ def _read_places(path: Path, metadata: Metadata) -> dict[str, Any]:
     return places
 
 
-def _read_own_metadata(path: Path) -> Metadata:
+def _read_own_metadata(path: Path) -> bytes:
     if HuggingFaceFormat.is_at(path):
         raise UnusableCheckpointError(
             f"{path} holds Hugging Face safetensors, only weights; a new run can start from them"
             f" with --checkpoint.initial_load_path {path} --checkpoint.initial_load_in_hf"
         )
-    return read_metadata(path)
+    return read_metadata_file(path)
 
 
 def _check_states(path: Path, metadata: Metadata, names: list[str], excluded: Sequence[str]) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from torchtitan.checkpoint.folder import CheckpointFolder
-from torchtitan.checkpoint.storage import find_weights, load_alone, read_metadata, reason, save_alone
+from torchtitan.checkpoint.storage import find_weights, load_alone, read_metadata, reason
+from torchtitan.checkpoint.write import save_alone
 from torchtitan.config.errors import CheckpointError, ConfigError
 from torchtitan.config.schema import either
 from torchtitan.distributed.init_weights import local_shard

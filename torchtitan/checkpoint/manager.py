@@ -1,7 +1,6 @@
-"""When a run saves, and how a save happens on all ranks, with torch.distributed.checkpoint.
+"""When a run saves, and how a save happens on all ranks.
 
-A save that fails on any rank is given up by all of them, with one message, and the run goes on: the ranks agree
-on each rank's outcome before the first one writes `.metadata`.
+A save that fails on any rank is given up by all of them, with one message, and the run goes on.
 """
 
 import secrets
@@ -15,19 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
 from torchtitan.checkpoint.background import BackgroundSaver
 from torchtitan.checkpoint.contents import Contents, OptimizerState, Stateful
 from torchtitan.checkpoint.folder import CheckpointFolder
 from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
+from torchtitan.checkpoint.plan import Planner
 from torchtitan.checkpoint.ranks import Ranks
 from torchtitan.checkpoint.start import Start
-from torchtitan.checkpoint.storage import CheckpointWriter, check_files, reason
+from torchtitan.checkpoint.storage import reason
+from torchtitan.checkpoint.write import CheckpointWriter, Writer, save
 from torchtitan.config.errors import CheckpointError, UnsavedError
 from torchtitan.config.sections import Checkpoint
 from torchtitan.protocols.model import StateDictAdapter
@@ -46,6 +42,8 @@ class CheckpointManager:
         self._hugging_face = start.hugging_face
         self._options = options  # of the run, as TOML
         self._background = background
+        self._planner = Planner(start.ranks)
+        self._writer = CheckpointWriter()  # of the saves that training waits for
         self._saved_step: int | None = None  # known to rank 0, which makes checkpoints visible
         self.load = start.load
 
@@ -65,7 +63,7 @@ class CheckpointManager:
             if self._background is None:
                 self._write(step, state)
             else:
-                self._background.start(partial(self._write, step, state), state)
+                self._background.start(partial(self._write, step, state))
 
     def save(self, step: int) -> bool:
         """Save everything before returning; whether it is on the disk."""
@@ -113,21 +111,18 @@ class CheckpointManager:
             assert self._hugging_face is not None
             self._ranks.ask_first(partial(self._hugging_face.rewrite, self._folder, step))
 
-    def _write(
-        self, step: int, state: dict[str, Any], writer: Callable[[Path], StorageWriter] = CheckpointWriter
-    ) -> None:
+    def _write(self, step: int, state: dict[str, Any], writer: Writer | None = None) -> None:
         """Write a checkpoint and make it visible. Runs on all ranks, on the main thread or beside it."""
         began = time.monotonic()
         path = self._folder.incomplete(step)
         failure = ""
         try:
-            metadata = write_together(state, writer(path), self._ranks)
-            if metadata is not None:
-                check_files(path, metadata)  # finds those of all ranks, unless the folder is not one that all share
+            save(path, state, planner=self._planner, writer=writer or self._writer)
+            if self._ranks.is_first:
                 self._folder.note_options(path, self._options())
                 self._folder.note_excluded(path, self._config.exclude_from_loading)
                 self._folder.publish(path, step)
-        except (Exception, CheckpointException) as error:
+        except Exception as error:
             failure = reason(error)
         if self._ranks.is_first and failure:
             self._report_failure(step, failure)
@@ -148,42 +143,6 @@ class CheckpointManager:
             )
             newest += f"; {shutil.disk_usage(self._folder.path).free / 2**20:,.0f} MiB are free there"
         logger.error(f"Saving the checkpoint of step {step} failed: {why}. The run goes on; {newest}.")
-
-
-def write_together(state: dict[str, Any], writer: StorageWriter, ranks: Ranks) -> Metadata | None:
-    """Write the ranks' files and what is where in them, which is returned on the first rank.
-
-    As torch.distributed.checkpoint.save does, but by a tree of ranks: that would have the first one open a
-    connection to each of the others, and send each of them the places of all.
-
-    Raises:
-        CheckpointException: on all ranks, where it failed on some.
-    """
-    planner, whole = DefaultSavePlanner(), list[Metadata]()
-
-    def plan() -> SavePlan:
-        planner.set_up_planner(state, storage_meta=writer.storage_meta(), is_coordinator=ranks.is_first)
-        writer.set_up_storage_writer(ranks.is_first, rank=ranks.rank, use_collectives=True)
-        return writer.prepare_local_plan(planner.create_local_plan())
-
-    def plan_all(plans: list[SavePlan]) -> list[SavePlan]:
-        plans, metadata = planner.create_global_plan(plans)
-        whole.append(metadata)
-        return writer.prepare_global_plan(plans)
-
-    def write() -> list[WriteResult]:
-        written = writer.write_data(planner.finish_plan(own), planner)
-        written.wait()
-        return written.value()
-
-    def finish(results: list[list[WriteResult]]) -> list[None]:
-        writer.finish(metadata=whole[0], results=results)
-        return [None] * len(results)
-
-    writer.reset()
-    own = ranks.collect(plan, plan_all)
-    ranks.collect(write, finish)
-    return whole[0] if ranks.is_first else None
 
 
 def build_checkpoint_manager(

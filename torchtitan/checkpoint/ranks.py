@@ -6,20 +6,17 @@ down it, what is collected goes up, so that a rank has FAN_OUT + 2 sockets at mo
 
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.checkpoint.storage import reason
 from torchtitan.config.errors import CheckpointError
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 FAN_OUT = 8
 # How long a rank waits for one that writes a large file to a slow disk.
@@ -29,14 +26,14 @@ TIMEOUT = timedelta(minutes=30)
 class Ranks:
     """All ranks, in a group of their own, since saves run beside the collectives of training.
 
-    All make the same calls in the same order; the first call makes the group.
+    All make the same calls in the same order; the first call makes the group. `alone`, a process is all ranks.
     """
 
-    def __init__(self) -> None:
-        self.rank = dist.get_rank()
+    def __init__(self, *, alone: bool = False) -> None:
+        self.rank, world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
         self.is_first = self.rank == 0
         first_below = FAN_OUT * self.rank + 1
-        self._below = range(first_below, min(first_below + FAN_OUT, dist.get_world_size()))
+        self._below = range(first_below, min(first_below + FAN_OUT, world_size))
 
     @cached_property
     def group(self) -> dist.ProcessGroup:
@@ -58,24 +55,6 @@ class Ranks:
             return None
         return [pickle.loads(mine[rank]) for rank in range(len(mine))]
 
-    def scatter(self, values: list[T] | None) -> T:
-        """This rank's of the values, which the first one has."""
-        if self.is_first:
-            assert values is not None
-            mine = {rank: pickle.dumps(value) for rank, value in enumerate(values)}
-        else:
-            mine = pickle.loads(self._receive(_above(self.rank)))
-        parts: dict[int, dict[int, bytes]] = {rank: {} for rank in self._below}
-        for rank in mine.keys() - {self.rank}:
-            below = rank
-            while below not in parts:
-                below = _above(below)
-            parts[below][rank] = mine[rank]
-        for rank, part in parts.items():
-            self._send(rank, pickle.dumps(part))
-        own: T = pickle.loads(mine[self.rank])
-        return own
-
     def together(self, work: Callable[[], T]) -> T:
         """Do the work on each rank. Where it fails on one, all raise its CheckpointError, and none waits for it."""
         outcome = _attempt(work)
@@ -91,32 +70,6 @@ class Ranks:
         if isinstance(answer, CheckpointError):
             raise answer
         return answer  # type: ignore[return-value]
-
-    def collect(self, work: Callable[[], T], combine: Callable[[list[T]], list[R]]) -> R:
-        """Do the work on each rank; the first one combines the results, and each rank gets its part of what that gives.
-
-        Raises:
-            CheckpointException: on all ranks, with the errors of all.
-        """
-        try:
-            outcome: T | _Failure = work()
-        except BaseException as error:
-            outcome = _Failure(error)
-        outcomes = self.gather_first(outcome)
-        parts: list[R | CheckpointException] | None = None
-        if outcomes is not None:
-            failures = {rank: (found.error, None) for rank, found in enumerate(outcomes) if isinstance(found, _Failure)}
-            if not failures:
-                try:
-                    parts = [*combine([found for found in outcomes if not isinstance(found, _Failure)])]
-                except BaseException as error:
-                    failures[self.rank] = (error, None)
-            if failures:
-                parts = [CheckpointException("", failures)] * len(outcomes)  # type: ignore[arg-type]
-        part = self.scatter(parts)
-        if isinstance(part, CheckpointException):
-            raise part
-        return part
 
     def _tell(self, value: T) -> T:
         """The first rank's value, on each of them."""
@@ -136,11 +89,6 @@ class Ranks:
         content = torch.empty(int(num_bytes), dtype=torch.uint8)
         dist.recv(content, group=self.group, group_src=rank)
         return content.numpy().tobytes()
-
-
-@dataclass(frozen=True)
-class _Failure:
-    error: BaseException
 
 
 def _above(rank: int) -> int:

@@ -1,7 +1,7 @@
-"""The files of a checkpoint: written by torch's writer, read by torch's reader, checked, and read without running code.
+"""The files of a checkpoint, read: by torch's reader, with checks, and without running code.
 
 `.metadata` says what is where; `__<rank>_0.distcp` are the ranks' data, each entry as torch.save writes it, with
-checksums. Nothing here communicates.
+checksums (write.py). Nothing here communicates.
 """
 
 import hashlib
@@ -12,8 +12,7 @@ import pickle
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -22,19 +21,18 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import WriteResult
 
 from torchtitan.config.errors import CheckpointError
 
 # What a checkpoint holds besides the weights: the first part of a key names it. Weights stand under their own names.
 STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state", "rng")
 
-_DIGEST = ".metadata.sha256"
+METADATA = ".metadata"
+DIGEST = ".metadata.sha256"
 """A flipped bit in .metadata could otherwise load wrong values: only the data files have checksums of their own."""
 
 
@@ -75,21 +73,34 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 def read_metadata(path: Path) -> Metadata:
     """What the checkpoint at `path` holds. UnusableCheckpointError names a file that is missing, cut or unreadable."""
-    file, digest = path / ".metadata", path / _DIGEST
+    found = parse_metadata(path, read_metadata_file(path))
+    check_files(path, found)
+    return found
+
+
+def read_metadata_file(path: Path) -> bytes:
+    file, digest = path / METADATA, path / DIGEST
     if not path.is_dir():
         raise UnusableCheckpointError(f"there is no checkpoint at {path}")
     try:
         content = file.read_bytes()
         if digest.exists() and digest.read_text() != hashlib.sha256(content).hexdigest():  # others' have none
-            raise CheckpointError("a checksum does not match")
+            raise UnusableCheckpointError(f"{file} is damaged (a checksum does not match)")
+    except OSError as error:
+        raise UnusableCheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeError as error:
+        raise UnusableCheckpointError(f"{digest} is damaged ({reason(error)})") from error
+    return content
+
+
+def parse_metadata(path: Path, content: bytes) -> Metadata:
+    """Of the .metadata at `path` what it says."""
+    try:
         found = _MetadataUnpickler(io.BytesIO(content)).load()
         if not isinstance(found, Metadata):
             raise CheckpointError(f"it holds a {type(found).__name__}")
-    except OSError as error:
-        raise UnusableCheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except Exception as error:  # a damaged pickle may raise anything
-        raise UnusableCheckpointError(f"{file} is damaged ({reason(error)})") from error
-    check_files(path, found)
+        raise UnusableCheckpointError(f"{path / METADATA} is damaged ({reason(error)})") from error
     return found
 
 
@@ -98,6 +109,11 @@ def check_files(path: Path, metadata: Metadata) -> None:
     num_bytes: dict[str, int] = defaultdict(int)
     for entry in metadata.storage_data.values():
         num_bytes[entry.relative_path] = max(num_bytes[entry.relative_path], entry.offset + entry.length)
+    check_sizes(path, num_bytes)
+
+
+def check_sizes(path: Path, num_bytes: Mapping[str, int]) -> None:
+    """Raise UnusableCheckpointError where one of the files is missing, or has fewer bytes."""
     for name, expected in sorted(num_bytes.items()):
         try:
             found = (path / name).stat().st_size
@@ -131,37 +147,6 @@ def check_weights(path: Path, metadata: Metadata, shapes: Mapping[str, tuple[int
 
 
 # Data
-
-
-class CheckpointWriter(FileSystemWriter):
-    """torch's writer, whose errors tell what is wrong with the disk, and which leaves a digest of the metadata.
-
-    Where a write to the file fails, torch's serialisation complains of its own state instead; and what another rank
-    is told of an error does not include the one that led to it.
-    """
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        try:
-            written = super().write_data(plan, planner)
-            for name in {result.storage_data.relative_path for result in written.value()}:
-                sync(Path(self.path, name))  # now that its last buffer is flushed, whatever torch does
-            return written
-        except Exception as error:
-            led_to_it: BaseException | None = error
-            while led_to_it is not None:
-                if isinstance(led_to_it, OSError):
-                    raise led_to_it from None
-                led_to_it = led_to_it.__cause__ or led_to_it.__context__
-            raise
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the first rank, after all have written. What it finds is noted in `metadata`, which `save` returns."""
-        metadata.storage_data = {
-            r.index: r.storage_data for of_rank in results for r in of_rank
-        }  # torch 2.11: in a copy
-        super().finish(metadata, results)
-        content = Path(self.path, ".metadata").read_bytes()
-        Path(self.path, _DIGEST).write_text(hashlib.sha256(content).hexdigest())
 
 
 class _CheckpointReader(FileSystemReader):
@@ -212,26 +197,14 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 
 def load_alone(path: Path, state: dict[str, Any], metadata: Metadata | None = None) -> None:
-    """Fill `state` from the checkpoint at `path`: a rank reads its own shards, with nothing to tell the others."""
+    """Fill `state` from the checkpoint at `path`: each rank reads for itself, and none tells another what."""
     reader = _CheckpointReader(path, metadata or read_metadata(path))
     try:
-        with _alone():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it was asked to be
             load(state, storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
     except CheckpointException as error:
         raise UnusableCheckpointError(f"{path} cannot be loaded: {reason(error)}") from error
-
-
-def save_alone(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint from this process, to a folder that is not there yet."""
-    with _alone():
-        save(state, storage_writer=CheckpointWriter(path), no_dist=True)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it was asked to be
-        yield
 
 
 def reason(error: BaseException) -> str:
@@ -250,15 +223,18 @@ def reason(error: BaseException) -> str:
 
 
 __all__ = [
+    "DIGEST",
+    "METADATA",
     "STATES",
-    "CheckpointWriter",
     "UnusableCheckpointError",
     "check_files",
+    "check_sizes",
     "check_weights",
     "find_weights",
     "load_alone",
+    "parse_metadata",
     "read_metadata",
+    "read_metadata_file",
     "reason",
-    "save_alone",
     "sync",
 ]

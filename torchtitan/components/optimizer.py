@@ -1,8 +1,9 @@
 """Adam or AdamW over all parts of the model that this rank holds, as one object.
 
 Its checkpoint is keyed by parameter name (`state.layers.0.attention.wq.weight.exp_avg`), so it loads into
-another division of the parameters over ranks. Only the moments are saved: lr, betas and weight decay
-are the configuration's, also after a resume. States that take less memory are in compact_optimizer.py.
+another division of the parameters over ranks. Only the moments are saved, and one count of steps (`state.step`), of
+which torch keeps a tensor for each parameter: lr, betas and weight decay are the configuration's, also after a resume.
+States that take less memory are in compact_optimizer.py.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from torchtitan.config.sections import Float8, Optimizer, Training
 
 # Flat keys: nested ones number the parameters, which two pipeline stages would do alike.
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+STEP = "state.step"
 
 
 class OptimizersContainer:
@@ -69,12 +71,17 @@ class OptimizersContainer:
 
     def state_dict(self) -> dict[str, Any]:
         """The live moments, not copies of them. Before the first step they are made, as zeros."""
-        return {key: value for key, value in self._flat_state() if key.startswith("state.")}
+        return {_saved_key(key): value for key, value in self._flat_state() if key.startswith("state.")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part, optimizer in self._parts:
             flat = dict(_flat_state(part, optimizer))
-            flat.update((key, state_dict[key]) for key in flat if key in state_dict)
+            # a copy each: torch counts in place
+            flat.update(
+                (key, state_dict[saved].clone() if saved == STEP else state_dict[saved])
+                for key in flat
+                if (saved := _saved_key(key)) in state_dict
+            )
             set_optimizer_state_dict(part, optimizer, optim_state_dict=flat, options=_FLAT)
 
     def export_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,6 +91,10 @@ class OptimizersContainer:
     def _flat_state(self) -> Iterable[tuple[str, Any]]:
         for part, optimizer in self._parts:
             yield from _flat_state(part, optimizer)
+
+
+def _saved_key(key: str) -> str:
+    return STEP if key.startswith("state.") and key.endswith(".step") else key
 
 
 def _flat_state(part: nn.Module, optimizer: torch.optim.Optimizer) -> Iterable[tuple[str, Any]]:

@@ -49,7 +49,7 @@ def test_writer_process_survives_sigterm_and_is_replaced_when_it_dies(tmp_path, 
     run = build_run(tmp_path, async_mode="async_with_pinned_mem")
     run.train(2)
     run.checkpointer._wait_for_save()
-    (writer,) = run.checkpointer._background._process._pool._processes.values()
+    writer = run.checkpointer._background._process._process
     os.kill(writer.pid, signal.SIGTERM)
     run.train(4)
     run.checkpointer._wait_for_save()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from torchtitan.checkpoint.storage import (
     load_alone,
     read_metadata,
 )
+from torchtitan.checkpoint.write import save_alone
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import CheckpointError
 from torchtitan.distributed.init_weights import init_parameters
@@ -110,9 +112,23 @@ def test_checkpoint_has_these_keys_and_no_others(tmp_path):
     run.train(2)
     weights = list(Transformer(MODEL).state_dict())
     expected = {*weights, "lr_scheduler.step", "dataloader.dp_world_size", "dataloader.dp_rank_0"}
-    expected |= {f"optimizer.state.{name}.{key}" for name in weights for key in ("step", "exp_avg", "exp_avg_sq")}
-    expected |= {"train_state.step", "rng.rank_0"}
+    expected |= {f"optimizer.state.{name}.{key}" for name in weights for key in ("exp_avg", "exp_avg_sq")}
+    expected |= {"optimizer.state.step", "train_state.step", "rng.rank_0"}
     assert read_metadata(folder(run) / "step-2").state_dict_metadata.keys() == expected
+
+
+def test_checkpoint_with_a_count_of_steps_for_each_parameter_is_gone_on_from(tmp_path):
+    """As they were before."""
+    run = build_run(tmp_path)
+    run.train(2)
+    state = run.checkpointer._contents.everything()
+    step = state.pop("optimizer.state.step")
+    state |= {f"optimizer.state.{name}.step": step for name in run.parts[0].state_dict()}
+    shutil.rmtree(folder(run) / "step-2")
+    save_alone(folder(run) / "step-2", state)
+    resumed = build_run(tmp_path)
+    assert resumed.checkpointer.load()
+    assert resumed.train(3, save=False) == run.train(3, save=False)
 
 
 def test_no_checkpoint_and_nothing_to_start_from(tmp_path):

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.checkpoint.ranks import FAN_OUT, Ranks
@@ -23,12 +22,8 @@ def test_all_come_to_one_answer_over_few_sockets() -> None:
         assert answers == {
             "gather": everyone,
             "gather_first": everyone if rank == 0 else None,
-            "scatter": rank**2,
             "ask_first": "of 0",
             "together": "torn",
-            "collect": sum(range(NUM_RANKS)) + rank,
-            "failures": [(2, "2 fails"), (NUM_RANKS - 1, f"{NUM_RANKS - 1} fails")],
-            "failure of the first": [(0, "it cannot be combined")],
         }
         assert num_sockets <= FAN_OUT + 2, f"rank {rank} of {NUM_RANKS}"  # one of them listens
 
@@ -43,27 +38,14 @@ def _come_to_answers() -> dict[str, Any]:
         if rank == NUM_RANKS - 1:
             raise CheckpointError("torn")
 
-    def fail_on_some() -> None:
-        if rank in (2, NUM_RANKS - 1):
-            raise OSError(f"{rank} fails")
-
-    def fail_to_combine(_: list[None]) -> list[None]:
-        raise OSError("it cannot be combined")
-
     with pytest.raises(CheckpointError) as together:
         ranks.together(tear)
     answers = {
         "gather": ranks.gather(f"of {rank}"),
         "gather_first": ranks.gather_first(f"of {rank}"),
-        "scatter": ranks.scatter([r**2 for r in range(NUM_RANKS)] if rank == 0 else None),
         "ask_first": ranks.ask_first(lambda: f"of {rank}"),
         "together": str(together.value),
-        "collect": ranks.collect(lambda: rank, lambda all_ranks: [sum(all_ranks) + r for r in range(NUM_RANKS)]),
     }
-    for name, work in (("failures", fail_on_some), ("failure of the first", lambda: None)):
-        with pytest.raises(CheckpointException) as failed:
-            ranks.collect(work, fail_to_combine)
-        answers[name] = [(r, str(error)) for r, (error, _) in failed.value.failures.items()]
     return answers | {"sockets": _count_sockets() - before}
 
 

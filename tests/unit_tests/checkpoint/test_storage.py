@@ -20,7 +20,8 @@ from tests.unit_tests.checkpoint.checkpointed_run import MODES, build_run, damag
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.checkpoint import background
 from torchtitan.checkpoint.folder import CheckpointFolder
-from torchtitan.checkpoint.storage import CheckpointWriter, read_metadata, save_alone
+from torchtitan.checkpoint.storage import read_metadata
+from torchtitan.checkpoint.write import CheckpointWriter, WrittenFile, save_alone
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import CheckpointError
 
@@ -35,8 +36,8 @@ def stop_here(*_: Any, **__: Any) -> None:
 
 
 KILL_POINTS = {
-    "before any byte": (CheckpointWriter, "write_data"),
-    "before .metadata": (CheckpointWriter, "finish"),
+    "before any byte": (CheckpointWriter, "write_file"),
+    "before .metadata": (background.BackgroundSaver, "write_metadata"),
     "before it is visible": (CheckpointFolder, "publish"),
     "before the old ones go": (CheckpointFolder, "keep_latest"),
     "while an old one goes": (CheckpointFolder, "remove"),
@@ -103,7 +104,7 @@ def test_run_killed_while_saving_goes_on_from_a_whole_checkpoint(tmp_path, caplo
         whole = 6 if point.endswith(("go", "goes")) else 4
         assert run.step == whole, point
         is_left_over = "Not whole, ignored, and removed after the next save: step-" in caplog.text
-        assert is_left_over == (point != "before the old ones go"), point
+        assert is_left_over == (point not in ("before any byte", "before the old ones go")), point
         assert run.train(9, save=False) == expected[whole:], point
         for path in folder(run).glob("step-6*"):
             shutil.rmtree(path)
@@ -137,15 +138,16 @@ def test_damaged_file_is_named_and_the_older_checkpoint_offered_and_loadable(tmp
 
 def test_a_save_that_misses_files_has_failed(tmp_path, monkeypatch, caplog):
     """As where the folder is not one that all machines share, and the other ranks' files are elsewhere."""
-    finish = CheckpointWriter.finish
+    write_file = CheckpointWriter.write_file
 
-    def lose_a_file(self, **results):
-        finish(self, **results)
-        Path(self.path, "__0_0.distcp").unlink()
+    def lose_a_file(self: CheckpointWriter, path: Path, *arguments: Any) -> WrittenFile:
+        written = write_file(self, path, *arguments)
+        (path / "__0_0.distcp").unlink()
+        return written
 
     run = build_run(tmp_path)
     run.train(2)
-    monkeypatch.setattr(CheckpointWriter, "finish", lose_a_file)
+    monkeypatch.setattr(CheckpointWriter, "write_file", lose_a_file)
     run.train(4)
     assert "Saving the checkpoint of step 4 failed" in caplog.text
     assert "__0_0.distcp cannot be read: No such file" in caplog.text
@@ -359,7 +361,7 @@ def test_full_disk_keeps_the_run_and_the_older_checkpoint(tmp_path, mode, caplog
 def test_last_save_that_fails_is_an_error(tmp_path, monkeypatch, caplog):
     run = build_run(tmp_path, steps=3)
     run.train(2)
-    monkeypatch.setattr(CheckpointWriter, "write_data", no_space)
+    monkeypatch.setattr(CheckpointWriter, "write_file", no_space)
     with pytest.raises(CheckpointError, match="the last checkpoint, of step 3, could not be saved"):
         run.train(3)
     assert "the newest whole checkpoint is" in caplog.text
@@ -370,17 +372,17 @@ def fail_on_one_of_two_ranks(dump_folder: Path) -> tuple[list[str], list[str]]:
     handler = logging.Handler()
     handler.emit = lambda record: logs.append(record.getMessage())
     logging.getLogger("torchtitan").addHandler(handler)
-    write_data, write = CheckpointWriter.write_data, background.WriterProcess.write
+    write_file, call = CheckpointWriter.write_file, background.WriterProcess.call
     result = []
     for mode in MODES:
         run = build_run(dump_folder / mode, ParallelDims(dp_shard=2), async_mode=mode)
         run.train(2)
         run.checkpointer._wait_for_save()
         if dist.get_rank() == 1:
-            CheckpointWriter.write_data = background.WriterProcess.write = no_space
+            CheckpointWriter.write_file = background.WriterProcess.call = no_space
         run.train(4)
         run.checkpointer._wait_for_save()
-        CheckpointWriter.write_data, background.WriterProcess.write = write_data, write
+        CheckpointWriter.write_file, background.WriterProcess.call = write_file, call
         dist.barrier()
         result += [f"{mode} {name}" for name in names(run)]
         if mode == "async":  # a copy that fails on one rank, before there is anything to write

@@ -135,8 +135,9 @@ def test_state_is_keyed_by_parameter_name_over_all_parts():
     optimizer = build_optimizer(parts, Optimizer())
     train(parts, optimizer, 1)
     names = ["first.weight", "first.bias", "second.weight", "second.bias"]
-    expected = {f"state.{name}.{key}" for name in names for key in ("step", "exp_avg", "exp_avg_sq")}
-    assert optimizer.state_dict().keys() == expected
+    expected = {f"state.{name}.{key}" for name in names for key in ("exp_avg", "exp_avg_sq")}
+    assert optimizer.state_dict().keys() == {"state.step", *expected}
+    assert optimizer.state_dict()["state.step"] == 1
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
