@@ -87,6 +87,7 @@ class Trainer:
         self.dataloader = build_dataloader(
             dataset=config.training.dataset,
             dataset_path=config.training.dataset_path,
+            datasets=config.training.datasets,
             tokenizer=self.tokenizer,
             dp_rank=self.mesh["dp"].get_local_rank(),
             dp_world_size=self.parallel_dims.dp,
@@ -242,7 +243,8 @@ class Trainer:
             found = f"the loss is {loss_avg} and the gradient norm {norm}"
             raise NonFiniteError(self.step, f"{found}; the weights are left as they were before")
         losses = {"loss_avg": loss_avg, "loss_max": loss_max}
-        self.metrics.log(self.step, **losses, grad_norm=norm, lr=lr, n_tokens_seen=self.n_tokens_seen)
+        by_source = self.dataloader.get_tokens_by_source()
+        self.metrics.log(self.step, by_source, **losses, grad_norm=norm, lr=lr, n_tokens_seen=self.n_tokens_seen)
 
     def get_options_in_force(self) -> JobConfig:
         """The options, with the seed of the data's order, which may have been drawn, or come with a checkpoint."""

@@ -126,6 +126,9 @@ class SameBatches:
     def state_dict(self) -> dict[str, Any]:
         return {f"dp_rank_{self.dp_rank}": ""}
 
+    def get_tokens_by_source(self) -> dict[str, int]:
+        return {}
+
     def close(self) -> None:
         pass
 

@@ -94,6 +94,9 @@ class GlobalBatches:
             for rows in torch.arange(GLOBAL_BATCH).view(-1, self.dp_world_size, self.batch_size)[:, self.dp_rank]:
                 yield Batch(batch.tokens[rows], batch.labels[rows])
 
+    def get_tokens_by_source(self) -> dict[str, int]:
+        return {}
+
     def close(self) -> None:
         pass
 

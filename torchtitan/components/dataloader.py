@@ -12,9 +12,10 @@ import json
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor
 from torchtitan.components.data_state import Reading, load_place, save_place
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.config.mixture import parse_mixture
 from torchtitan.config.sections import Training, Validation
 from torchtitan.datasets import (
     Cursor,
@@ -35,6 +37,7 @@ from torchtitan.datasets import (
     SourcePlace,
     choose_dealing,
     find_validation_dataset,
+    get_dataset_names,
     open_dataset,
     pack,
 )
@@ -61,6 +64,7 @@ def build_dataloader(
     *,
     dataset: str,
     dataset_path: str | None,
+    datasets: Sequence[str],
     tokenizer: Tokenizer,
     dp_rank: int,
     dp_world_size: int,
@@ -69,20 +73,38 @@ def build_dataloader(
     seq_len: int,
     seed: int,
 ) -> "TrainingDataLoader":
-    """For training: see the top of this file. `global_batch_size` is in sequences; ranks times batch_size divide it.
+    """For training: see the top of this file.
+
+    Args:
+        datasets: a mixture, instead of the dataset: see config/mixture.py.
+        global_batch_size: sequences of a step; ranks times batch_size divide it.
 
     Raises DatasetError: the data is missing, empty or in no known format.
     """
-    source = open_dataset(dataset, dataset_path)
-    dealing = choose_dealing(source, global_batch_size)
-    logger.info(f"Training data: {source.name}, in {len(source)} shards")
+    parts = parse_mixture(datasets)
+    names = get_dataset_names()
+    # What is no dataset is a path, and read as `dataset` says.
+    readers = [part.name if part.name in names else dataset for part in parts] or [dataset]
+    paths = [None if part.name in names else str(Path(part.name).expanduser()) for part in parts] or [dataset_path]
+    sources = [open_dataset(*both) for both in zip(readers, paths, strict=True)]
+    weights = [part.weight for part in parts] or [1.0]
+    places = []
+    for source, weight in zip(sources, weights, strict=True):
+        share = weight / sum(weights)
+        places.append(SourcePlace(choose_dealing(source, max(1, round(share * global_batch_size)))))
+        of = f"{100 * share:.4g}% " if len(sources) > 1 else ""
+        logger.info(f"Training data: {of}{source.name}, in {len(source)} shards")
+        if (streams := places[-1].dealing.streams) < dp_world_size * share:
+            logger.info(
+                f"{dp_world_size} data-parallel ranks share {streams} streams of it: more files would spare work"
+            )
     return TrainingDataLoader(
-        Reading([dataset], [dataset], [source], _fingerprint(tokenizer)),
-        [1.0],
+        Reading([part.name for part in parts] or [dataset], readers, sources, _fingerprint(tokenizer)),
+        weights,
         tokenizer,
         Division(dp_rank, dp_world_size, batch_size, global_batch_size, seq_len),
         seed,
-        Place([SourcePlace(dealing)]),
+        Place(places),
     )
 
 
@@ -134,6 +156,13 @@ class TrainingDataLoader:
         # The order of documents is the seed's, so a run without training.seed goes on with the one it began with.
         self.start, self.seed = load_place(state_dict, self.reading, self.start)
         self.__post_init__()
+
+    def get_tokens_by_source(self) -> dict[str, int]:
+        """Of a mixture, how many tokens of each dataset the run has read; nothing of a single dataset."""
+        if len(self.reading.labels) == 1:
+            return {}
+        both = zip(self.reading.labels, self.place.sources, strict=True)
+        return {label: place.taken * self.division.seq_len for label, place in both}
 
     def close(self) -> None:
         """Stop reading ahead. Interpreter exit does it too."""

@@ -10,7 +10,7 @@ the loss, which is when the host waits for the device. Every place gets the same
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,9 +152,17 @@ class MetricsProcessor:
         return step == 1 or step % self.log_freq == 0
 
     def log(
-        self, step: int, *, loss_avg: float, loss_max: float, grad_norm: float, lr: float, n_tokens_seen: int
+        self,
+        step: int,
+        n_tokens_of: Mapping[str, int] | None = None,
+        *,
+        loss_avg: float,
+        loss_max: float,
+        grad_norm: float,
+        lr: float,
+        n_tokens_seen: int,
     ) -> None:
-        """Say and write everything about the steps since the last log."""
+        """Say and write everything about the steps since the last log. n_tokens_of: by dataset, of a mixture."""
         seconds = time.perf_counter() - self._last_log
         seconds_per_step = seconds / max(self._n_steps, 1)
         tps = self._tokens_per_second(self._n_tokens, seconds)
@@ -184,6 +192,7 @@ class MetricsProcessor:
             "time_metrics/data_loading(%)": 100 * self._data_loading_s / seconds,
             **_memory_values("memory", memory),
             "n_tokens_seen": n_tokens_seen,
+            **{f"n_tokens_seen/{dataset}": n for dataset, n in (n_tokens_of or {}).items()},
             "lr": lr,
         }
         if mfu is not None:

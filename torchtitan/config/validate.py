@@ -17,6 +17,7 @@ from torchtitan.config.errors import (
     raise_all,
 )
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.mixture import parse_mixture
 from torchtitan.config.pipeline_split import ONE_STAGE, TWO_STAGES, ZERO_BUBBLE, get_num_stages
 from torchtitan.config.schema import either, meant_or_known
 
@@ -62,6 +63,7 @@ def validate(
         *_about_async_tensor_parallel(config, num_gpus),
         *_about_checkpoint(config, world_size),
         *_about_length(config),
+        *_about_mixture(config),
         *(_about_heads(config, model) if model else ()),
         *(_about_pipeline(config, model) if model else ()),
     ]
@@ -195,6 +197,19 @@ def _about_batch(config: JobConfig, dims: ParallelDims) -> Iterator[str]:
             f"{_show(config, 'training.global_batch_size')} is not a multiple of {at_once}, which is"
             f" {_show(config, 'training.local_batch_size')} on each of {dims.dp} data-parallel ranks;"
             f" use {_multiples_near(config.training.global_batch_size, at_once)}"
+        )
+
+
+def _about_mixture(config: JobConfig) -> Iterator[str]:
+    try:
+        parts = parse_mixture(config.training.datasets)
+    except ConfigError as error:
+        yield str(error)
+        return
+    if parts and config.training.dataset_path is not None:
+        yield (
+            f"training.datasets and training.dataset_path={config.training.dataset_path} both say what is read; give"
+            " the path as an entry of the mixture, or leave the mixture out"
         )
 
 

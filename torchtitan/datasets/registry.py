@@ -43,7 +43,11 @@ def open_dataset(name: str, path: str | None = None) -> Source:
     if name not in _DATASETS:
         raise DatasetError(f"the dataset {name!r} is unknown; {meant_or_known(name, _DATASETS)}")
     dataset = _DATASETS[name]
-    return dataset.open(dataset.text) if path is None else open_path(path, dataset.text)
+    return (
+        dataset.open(dataset.text)
+        if path is None
+        else open_path(Path(path).expanduser() if path else path, dataset.text)
+    )
 
 
 def find_validation_dataset(training: Training, validation: Validation) -> str:
@@ -56,9 +60,9 @@ def find_validation_dataset(training: Training, validation: Validation) -> str:
     if validation.dataset_path is not None:
         return training.dataset  # its rows are read alike
     held_out = f"{training.dataset}_validation"
-    if training.dataset_path is None and held_out in _DATASETS:
+    if not training.datasets and training.dataset_path is None and held_out in _DATASETS:
         return held_out
-    what = training.dataset_path or training.dataset
+    what = training.dataset_path or ", ".join(training.datasets) or training.dataset
     logger.warning(
         f"Validation does not follow the training data, {what}: it reads python_stdlib_validation, Python's standard"
         " library. Name what is held out with validation.dataset_path, or validation.dataset"

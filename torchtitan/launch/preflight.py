@@ -15,7 +15,8 @@ from torchtitan.components.tokenizer import PATH_ADVICE, find_tokenizer_file
 from torchtitan.config.errors import CheckpointError, ConfigError, DatasetError, TokenizerError, raise_all
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.manager import REPOSITORY, ConfigManager
-from torchtitan.config.schema import either, meant_or_known
+from torchtitan.config.mixture import parse_mixture
+from torchtitan.config.schema import either, meant_or_known, nearest
 from torchtitan.datasets import get_dataset_names, open_dataset
 from torchtitan.datasets.local import walk_files
 from torchtitan.launch.environment import about_compiler, about_wandb_key
@@ -115,6 +116,15 @@ def _about_dataset(config: JobConfig, section: Literal["training", "validation"]
             open_dataset(options.dataset)
         except DatasetError as error:
             yield DatasetError(f"{given}: {error}")
+    for part in parse_mixture(config.training.datasets) if section == "training" else ():
+        if part.name not in names and not config.experimental.custom_import:
+            path = Path(part.name).expanduser()
+            if not path.exists() and (meant := nearest(part.name, names)):
+                yield DatasetError(
+                    f"training.datasets has {part.name}, no dataset and no path; did you mean {either(meant)}?"
+                )
+            else:
+                yield from _about_dataset_path(f"training.datasets has {part.name}, which", path)
     if options.dataset_path is not None:
         yield from _about_dataset_path(f"{section}.dataset_path={options.dataset_path}", Path(options.dataset_path))
 

@@ -79,7 +79,9 @@ def build(tokenizer, path):
             loaders.append(build_for_validation(**arguments))
         else:
             global_batch_size = arguments["batch_size"] * arguments["dp_world_size"]
-            loaders.append(build_dataloader(**({"seed": 0, "global_batch_size": global_batch_size} | arguments)))
+            loaders.append(
+                build_dataloader(**({"seed": 0, "datasets": [], "global_batch_size": global_batch_size} | arguments))
+            )
         return loaders[-1]
 
     yield build
@@ -269,6 +271,22 @@ def test_tokenizer_may_be_moved(build, tmp_path_factory):
     assert resumed.state_dict() == first.state_dict()
 
 
+def test_a_mixture_names_datasets_and_paths(build, path, caplog):
+    mixture = ["python_stdlib=3", f"{path}=1"]
+    loader = build(dataset="c4", dataset_path=None, datasets=mixture, dp_world_size=2)
+    take(loader, 5)
+    assert loader.get_tokens_by_source() == {"python_stdlib": 15 * 16, path: 5 * 16}
+    assert [message.split(":")[1].split("% ")[0] for message in caplog.messages[:2]] == [" 75", " 25"]
+    assert loader.reading.datasets == ["python_stdlib", "c4"]
+    assert build().get_tokens_by_source() == {}
+
+
+def test_ranks_that_share_streams_are_told(build, path, caplog):
+    convert("jsonl.gz", path)
+    build(dp_world_size=4)
+    assert "4 data-parallel ranks share 1 streams of it: more files would spare work" in caplog.messages
+
+
 def test_reads_ahead_and_no_further(build):
     loader = build()
     batches = iter(loader)
@@ -299,7 +317,7 @@ def test_close_ends_the_thread_at_once(validation, build):
 def test_dropped_loader_ends_its_thread(tokenizer, path):
     loader = build_dataloader(
         dataset="c4", dataset_path=path, tokenizer=tokenizer, dp_rank=0, dp_world_size=1, batch_size=1, seq_len=8,
-        seed=0, global_batch_size=1,
+        seed=0, global_batch_size=1, datasets=[],
     )  # fmt: skip
     next(iter(loader))
     assert num_threads() == 1
@@ -315,7 +333,7 @@ from torchtitan.config.sections import Training, Validation
 data = dict(dataset="c4", dataset_path={path!r}, seq_len=8)
 arguments = dict(tokenizer=build_tokenizer("tests/assets/tokenizer"), dp_rank=0, dp_world_size=1)
 validation = Validation(**data, local_batch_size=1)
-for_training = build_dataloader(**data, **arguments, batch_size=1, global_batch_size=1, seed=0)
+for_training = build_dataloader(**data, **arguments, batch_size=1, global_batch_size=1, datasets=[], seed=0)
 loaders = [for_training, build_validation_dataloader(validation, training=Training(), **arguments)]
 batches = [next(iter(loader)) for loader in loaders]
 print("done")

@@ -123,6 +123,14 @@ def log(metrics: MetricsProcessor, step: int) -> None:
     metrics.log(step, loss_avg=3.14159, loss_max=4.5, grad_norm=1.25, lr=8e-4, n_tokens_seen=12345)
 
 
+def test_tokens_of_a_mixture_are_counted_by_dataset(build: Build, clock: Clock, sink: Recorder) -> None:
+    metrics = build()
+    clock.now += 1
+    metrics.log(1, {"c4": 70, "code": 30}, loss_avg=3.0, loss_max=4.5, grad_norm=1.25, lr=8e-4, n_tokens_seen=100)
+    ((_, values),) = sink.written
+    assert (values["n_tokens_seen"], values["n_tokens_seen/c4"], values["n_tokens_seen/code"]) == (100, 70, 30)
+
+
 @pytest.mark.parametrize("failed", [False, True])
 def test_every_sink_hears_the_end_of_the_run(build: Build, failed: bool) -> None:
     sinks = [Recorder(), Recorder()]

@@ -137,6 +137,10 @@ def test_float8_without_torchao_names_the_package(monkeypatch):
         (1, "--checkpoint.create_seed_checkpoint", ["checkpoint.enable_checkpoint=true"]),
         (2, "--checkpoint.create_seed_checkpoint --checkpoint.enable_checkpoint", ["one process, not on 2", "NGPU=1"]),
         (1, "--checkpoint.exclude_from_loading dataloader,optimiser", ["'optimiser'", "did you mean optimizer?"]),
+        (1, "--training.datasets c4", ["has 'c4'; each entry is", "such as c4=0.7"]),
+        (1, "--training.datasets c4=1,a=-2", ["has 'a=-2'"]),
+        (1, "--training.datasets c4=1,c4=2", ["names c4 twice; give it once"]),
+        (1, "--training.datasets c4=1 --training.dataset_path a", ["dataset_path=a both say what is read"]),
         (1, "--checkpoint.exclude_from_loading model", ["'model'", "optimizer, lr_scheduler, dataloader, train_state"]),
         # pipeline: stages
         (16, f"{PP} 16 --training.local_batch_size 16", ["degree=16", "16 stages", "has 6 layers", "use fewer stages"]),

@@ -161,6 +161,17 @@ def test_a_dataset_that_is_not_registered(refused, valid, tmp_path):
     check([*valid, "--training.dataset", "qqqq", *custom], nproc=1)
 
 
+def test_what_a_mixture_names_is_a_dataset_or_a_path(refused, valid, tmp_path):
+    text = refused("--training.datasets", "python_stdlb=1,c4=2")
+    assert (
+        text == "DatasetError: training.datasets has python_stdlb, no dataset and no path; did you mean python_stdlib?"
+    )
+    text = refused("--training.datasets", f"c4=2,{tmp_path}/nowhere=1")
+    assert text.startswith(f"DatasetError: training.datasets has {tmp_path}/nowhere, which does not exist; it takes a")
+    (tmp_path / "data.txt").write_text("text")
+    check([*valid, "--training.datasets", f"python_stdlib=0.7, {tmp_path}=0.3"], nproc=1)
+
+
 def test_c4_test_needs_a_path(refused, valid, tmp_path):
     text = refused("--training.dataset", "c4_test")
     assert text.startswith("DatasetError: training.dataset=c4_test: c4_test, a small sample of C4, is not part")

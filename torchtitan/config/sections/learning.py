@@ -132,6 +132,9 @@ class Training:
     dataset_path: FilePath | None = None
     """Local file or folder to read instead: text, JSON lines or Parquet."""
 
+    datasets: list[str] = field(default_factory=list)
+    """A mixture instead, of NAME=WEIGHT: registered datasets, or paths that are read as `dataset` says."""
+
     local_batch_size: PositiveInt = 8
     """Sequences per data-parallel rank in one microbatch."""
 
