@@ -217,7 +217,7 @@ class Trainer:
         return {"step": self.step, "n_tokens_seen": self.n_tokens_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step, self.n_tokens_seen = state_dict["step"], state_dict["n_tokens_seen"]
+        self.step, self.n_tokens_seen = state_dict["step"], state_dict.get("n_tokens_seen", 0)
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for part in self.runner.model_parts for parameter in part.parameters()]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from torchtitan.checkpoint.folder import OPTIONS
 from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
 from torchtitan.checkpoint.ranks import Ranks
 from torchtitan.checkpoint.storage import (
@@ -27,6 +28,7 @@ from torchtitan.checkpoint.storage import (
     parse_metadata,
     read_metadata_file,
 )
+from torchtitan.checkpoint.upstream import DP_WORLD_SIZE, ROPE, UpstreamMetadata, describe_missing
 from torchtitan.config.errors import CheckpointError
 from torchtitan.tools.logging import logger
 
@@ -93,14 +95,39 @@ class Contents:
         shapes = self._ranks.gather_first({name: tuple(weight.shape) for name, weight in self.weights().items()}) or []
         all_shapes = {name: shape for part in shapes for name, shape in part.items()}
         self._ranks.ask_first(lambda: check_weights(path, metadata, all_shapes))
-        _check_states(path, metadata, names, excluded)
+        names = self._find_states(path, metadata, names, excluded)
         if "optimizer" in names:
             self._ranks.together(partial(self._check_optimizer, path, metadata))
         # First what is small: the data loader may find that it cannot go on there.
         self._read(path, metadata, {}, [name for name in names if name != "optimizer"])
         self._read(path, metadata, dict(self.weights()), [name for name in names if name == "optimizer"])
-        if self._ranks.is_first:
-            logger.info(f"Loaded {', '.join(['model', *names])} from {path} in {time.monotonic() - began:.2f} s")
+        if not self._ranks.is_first:
+            return
+        may_be_upstreams = isinstance(metadata, UpstreamMetadata) or not names
+        if may_be_upstreams and not any((path / name).is_file() for name in ("config.json", OPTIONS)):
+            logger.warning(f"{path} holds no configuration, so only the model's shape was compared: {ROPE}")
+        logger.info(f"Loaded {', '.join(['model', *names])} from {path} in {time.monotonic() - began:.2f} s")
+
+    def _find_states(self, path: Path, metadata: Metadata, names: list[str], excluded: Sequence[str]) -> list[str]:
+        """Those of the named states that can be loaded; CheckpointError if the run cannot go on without the others."""
+        held = {key.split(".")[0] for key in metadata.state_dict_metadata}
+        missing = [name for name in names if name not in held]
+        if names and missing == names:
+            raise UnusableCheckpointError(
+                f"{path} holds only weights, so this run cannot be continued from it; a new one can start from them"
+                f" with --checkpoint.initial_load_path {path} --checkpoint.initial_load_model_only True"
+            )
+        if missing and isinstance(metadata, UpstreamMetadata):
+            if self._ranks.is_first:
+                logger.warning(describe_missing(path, missing))
+        elif left_out := [name for name in missing if name != "rng"]:
+            raise CheckpointError(
+                f"{path} does not hold {', '.join(left_out)};"
+                f" to go on without, add --checkpoint.exclude_from_loading {','.join([*excluded, *left_out])}"
+            )
+        elif missing and self._ranks.is_first:
+            logger.warning(f"{path} holds no rng: random numbers are drawn anew")
+        return [name for name in names if name in held]
 
     def _check_optimizer(self, path: Path, metadata: Metadata) -> None:
         """Float32 states and compact ones have other keys."""
@@ -115,15 +142,19 @@ class Contents:
         """Fill the tensors in `state`, and hand each named state its part of the checkpoint."""
         for name in names:
             state |= self._state(name) if name != "dataloader" else {}
-        for key in [key for key in state if key.startswith("rng.")]:
+        for key in [key for key in state if key.startswith(("rng.", "train_state."))]:
             if key not in metadata.state_dict_metadata:
                 del state[key]  # of a rank that the saving run did not have: for the state itself to judge
+        if "train_state" in names and DP_WORLD_SIZE in metadata.state_dict_metadata:
+            state[DP_WORLD_SIZE] = 1
         self._ranks.together(partial(load_alone, path, state, metadata))
         if "dataloader" in names:  # the place of one data rank may be what another one goes on from
             state |= self._ranks.ask_first(partial(_read_places, path, metadata))
         for name in names:
             prefix = f"{name}."
             part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            if "n_tokens_seen" in part:  # of one rank, where upstream counted them
+                part["n_tokens_seen"] *= state.get(DP_WORLD_SIZE, 1)
             self._ranks.together(partial(self._states[name].load_state_dict, part))
 
     def _state(self, name: str) -> dict[str, Any]:
@@ -179,21 +210,6 @@ def _read_own_metadata(path: Path) -> bytes:
             f" with --checkpoint.initial_load_path {path} --checkpoint.initial_load_in_hf"
         )
     return read_metadata_file(path)
-
-
-def _check_states(path: Path, metadata: Metadata, names: list[str], excluded: Sequence[str]) -> None:
-    held = {key.split(".")[0] for key in metadata.state_dict_metadata}
-    missing = [name for name in names if name not in held]
-    if names and missing == names:
-        raise UnusableCheckpointError(
-            f"{path} holds only weights, so this run cannot be continued from it; a new one can start from them"
-            f" with --checkpoint.initial_load_path {path} --checkpoint.initial_load_model_only True"
-        )
-    if missing:
-        raise CheckpointError(
-            f"{path} does not hold {', '.join(missing)};"
-            f" to go on without, add --checkpoint.exclude_from_loading {','.join([*excluded, *missing])}"
-        )
 
 
 __all__ = ["Contents", "OptimizerState", "Stateful"]

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.checkpoint.folder import OPTIONS, CheckpointFolder
 from torchtitan.checkpoint.hugging_face import HuggingFaceFormat, read_json, read_model
 from torchtitan.checkpoint.storage import check_weights, load_alone, read_metadata
+from torchtitan.checkpoint.upstream import ROPE
 from torchtitan.components.tokenizer import Tokenizer, build_tokenizer
 from torchtitan.config import ConfigManager
 from torchtitan.config.errors import CheckpointError, ConfigError, TokenizerError
@@ -143,7 +144,7 @@ def _find_config(path: Path) -> Path:
             return config
     raise CheckpointError(
         f"which model is at {path}? It holds no {beside.name} or {OPTIONS}, and there is no {of_run} of a run;"
-        " name the run's config.toml with --config"
+        f" name the run's config.toml with --config ({ROPE})"
     )
 
 

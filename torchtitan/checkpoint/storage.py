@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from torchtitan.checkpoint.upstream import with_our_keys
 from torchtitan.config.errors import CheckpointError
 
 # What a checkpoint holds besides the weights: the first part of a key names it. Weights stand under their own names.
@@ -72,7 +73,10 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What the checkpoint at `path` holds. UnusableCheckpointError names a file that is missing, cut or unreadable."""
+    """What the checkpoint at `path` holds, under our keys, also where upstream wrote it.
+
+    UnusableCheckpointError names a file that is missing, cut or unreadable.
+    """
     found = parse_metadata(path, read_metadata_file(path))
     check_files(path, found)
     return found
@@ -101,7 +105,7 @@ def parse_metadata(path: Path, content: bytes) -> Metadata:
             raise CheckpointError(f"it holds a {type(found).__name__}")
     except Exception as error:  # a damaged pickle may raise anything
         raise UnusableCheckpointError(f"{path / METADATA} is damaged ({reason(error)})") from error
-    return found
+    return with_our_keys(found)
 
 
 def check_files(path: Path, metadata: Metadata) -> None:
