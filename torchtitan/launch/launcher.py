@@ -1,6 +1,7 @@
 """Starts the processes of a run on this machine: what run_train.sh and the command `torchtitan` call.
 
     torchtitan [--nproc_per_node N] [torchrun's flags for several machines] [--section.option value ...]
+    torchtitan --dry_run [--nproc RANKS] [--section.option value ...]
 
 The options are checked first, without importing torch: a mistake costs one message and a fraction of a second. Then
 torch.distributed.run starts `-m torchtitan.train` N times. Its agent's long reports become one line: which rank
@@ -24,19 +25,23 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from torchtitan.config.errors import EXIT_MISTAKE, ConfigError, exit_status, raise_all
+from torchtitan.config.manager import ConfigManager
 from torchtitan.config.schema import either, nearest, option_of
 from torchtitan.config.types import FilePath, NonNegativeInt, PositiveInt, Range
 from torchtitan.launch import preflight
 from torchtitan.launch.environment import describe_upstream_variables
+from torchtitan.protocols.train_spec import validate_run
 from torchtitan.tools.process import raise_file_limit
 from torchtitan.tools.terminal import ProgressTerminal, send_progress
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-# The flags that are taken out of the arguments, all but the first torchrun's; the rest are options of the run.
+# The flags that are taken out of the arguments, all but the first three torchrun's; the rest are options of the run.
 FLAGS: dict[str, Any] = {
     "num_gpus": NonNegativeInt,  # of this machine, where that is known
+    "dry_run": bool,
+    "nproc": PositiveInt,  # of all machines, with dry_run
     "nproc_per_node": PositiveInt,
     "nnodes": str,
     "node_rank": NonNegativeInt,
@@ -56,6 +61,8 @@ FLAGS: dict[str, Any] = {
     "tee": str,
     "numa_binding": Literal["node", "socket", "exclusive", "core-complex"],
 }
+_OWN_FLAGS = ("num_gpus", "dry_run", "nproc", "standalone")
+"""Those that torchrun is not given."""
 _DEFAULTS = {"nproc_per_node": "1", "nnodes": "1", "local_ranks_filter": "0"}
 _MASTER_FLAGS = ("master_addr", "master_port", "node_rank")
 """torchrun's older way to bring machines together, which its static rendezvous reads."""
@@ -75,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         launcher, options = split_arguments(sys.argv[1:] if argv is None else argv)
         num_gpus = getattr(launcher, "num_gpus", None)
         fewest = int(launcher.nnodes.partition(":")[0])
+        if getattr(launcher, "dry_run", False):
+            return _dry_run(options, getattr(launcher, "nproc", launcher.nproc_per_node * fewest), num_gpus)
         preflight.check(options, nproc=launcher.nproc_per_node, nnodes=fewest, num_gpus=num_gpus)
         raise_all([ConfigError(problem) for problem in _about_flags(launcher, max_files=raise_file_limit())])
         if line := describe_upstream_variables():
@@ -90,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if num_gpus is not None:  # for the workers, whose torch may be unable to use them
             os.environ["TORCHTITAN_NUM_GPUS"] = str(num_gpus)
         with tempfile.TemporaryDirectory(prefix="torchtitan_", ignore_cleanup_errors=True) as log_dir:
-            flags = {name: value for name, value in vars(launcher).items() if name not in ("num_gpus", "standalone")}
+            flags = {name: value for name, value in vars(launcher).items() if name not in _OWN_FLAGS}
             return run_workers({"log_dir": log_dir, **flags}, options)
     except ConfigError as error:
         print(error.report(), file=sys.stderr)
@@ -101,6 +110,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         kill_workers()
         if isinstance(sys.stdout, ProgressTerminal):
             send_progress("")
+
+
+def _dry_run(options: list[str], world_size: int, num_gpus: int | None) -> int:
+    config = ConfigManager().parse_args(options)
+    validate_run(config, world_size=world_size, liger_installed=True)
+    from torchtitan.launch.dry_run import show  # torch: slow to import
+
+    return show(config, world_size=world_size, device_type="cpu" if num_gpus == 0 and world_size == 1 else "cuda")
 
 
 def split_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -155,6 +172,8 @@ def _about_flags(flags: argparse.Namespace, *, max_files: int) -> Iterator[str]:
     given = vars(flags)
     if given.get("standalone") and flags.nnodes not in ("1", "1:1"):  # on one machine every run is so
         yield f"--standalone is for one machine, and --nnodes is {flags.nnodes}; leave one of them out"
+    if "nproc" in given:
+        yield f"--nproc {flags.nproc} is for --dry_run; the processes of this machine are --nproc_per_node (NGPU)"
     has_master = any(flag in given for flag in _MASTER_FLAGS)
     if flags.nnodes.rpartition(":")[2] != "1" and "rdzv_endpoint" not in given and not has_master:
         yield (

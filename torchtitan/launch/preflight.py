@@ -45,15 +45,22 @@ def check(options: Sequence[str], *, nproc: int, nnodes: int = 1, num_gpus: int 
     )
     raise_all(
         [
-            *_about_packages(config),
             *(about_compiler(num_gpus) if config.training.compile and num_gpus is not None else ()),
-            *_about_tokenizer(config),
-            *_about_dataset(config, "training"),
-            *(_about_dataset(config, "validation") if config.validation.enabled else ()),
-            *_about_initial_checkpoint(config),
+            *find_what_is_missing(config),
         ]
     )
     check_writable(Path(config.job.dump_folder), given=f"job.dump_folder={Path(config.job.dump_folder)}")
+
+
+def find_what_is_missing(config: JobConfig) -> list[ConfigError]:
+    """What the options point to and this machine lacks: packages, tokenizer, data, a checkpoint."""
+    return [
+        *_about_packages(config),
+        *_about_tokenizer(config),
+        *_about_dataset(config, "training"),
+        *(_about_dataset(config, "validation") if config.validation.enabled else ()),
+        *_about_initial_checkpoint(config),
+    ]
 
 
 def check_writable(folder: Path, *, given: str) -> None:

@@ -31,11 +31,11 @@ def build_loss(
 
     budget_bytes = liger_kernel.logits_memory_budget_mib << 20
     accum_dtype = torch.float32 if liger_kernel.weight_grad_accum_dtype == "float32" else None
-    reason = _why_in_tree(liger_kernel.implementation, device_type=device_type, tensor_parallel=tensor_parallel)
+    said = describe_loss(liger_kernel, device_type=device_type, tensor_parallel=tensor_parallel)
     if liger_kernel.implementation != "native" and not is_liger_installed():
         raise LigerNotInstalledError  # also where the in-tree loss stands in: nothing falls back in silence
-    if reason:
-        logger.info(f"Using the in-tree fused linear cross entropy loss: {reason}")
+    if _why_in_tree(liger_kernel.implementation, device_type=device_type, tensor_parallel=tensor_parallel):
+        logger.info(said)
         return FusedLinearCrossEntropyLoss(budget_bytes=budget_bytes, accum_dtype=accum_dtype)
 
     if device_type != "cuda" and not _triton_interprets():
@@ -45,8 +45,18 @@ def build_loss(
         )
     from torchtitan.components.loss.liger import LigerFusedLinearLoss
 
-    logger.info("Using Liger-Kernel fused linear cross entropy loss")
+    logger.info(said)
     return LigerFusedLinearLoss(budget_bytes=budget_bytes, accum_dtype=accum_dtype)
+
+
+def describe_loss(liger_kernel: LigerKernel, *, device_type: str, tensor_parallel: bool) -> str:
+    """Which one build_loss gives, in words."""
+    if not liger_kernel.enable_fused_linear_cross_entropy:
+        return "Using the standard cross entropy loss"
+    reason = _why_in_tree(liger_kernel.implementation, device_type=device_type, tensor_parallel=tensor_parallel)
+    if reason:
+        return f"Using the in-tree fused linear cross entropy loss: {reason}"
+    return "Using Liger-Kernel fused linear cross entropy loss"
 
 
 def _triton_interprets() -> bool:
