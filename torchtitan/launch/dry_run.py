@@ -46,8 +46,8 @@ def show(config: JobConfig, *, world_size: int, device_type: str) -> int:
             print(*data(config, dims), sep="\n")
     except ConfigError as error:  # found as the data was read
         missing.append(error)
-    for error in missing:
-        print(f"Missing here: {error}")
+    for problem in missing:
+        print(f"Missing here: {problem}")
     print("Nothing was started." if missing else "All is there for the first step. Nothing was started.")
     return 1 if missing else 0
 
@@ -61,11 +61,11 @@ def layout(dims: ParallelDims) -> Iterator[str]:
     yield f"Layout: {dims.world_size} ranks, " + " x ".join(f"{axis} {size}" for axis, size in degrees.items())
     *outer, (axis, size) = degrees.items()
     for first in range(0, dims.world_size, size):
-        places, rest = [], first // size
+        rest, places = first // size, [f"{axis} 0 to {size - 1}"]
         for name, degree in reversed(outer):
             rest, place = divmod(rest, degree)
             places.insert(0, f"{name} {place}")
-        yield f"  ranks {first:>4} to {first + size - 1:>4}: " + ", ".join([*places, f"{axis} 0 to {size - 1}"])
+        yield f"  ranks {first:>4} to {first + size - 1:>4}: " + ", ".join(places)
 
 
 def stages(config: JobConfig, dims: ParallelDims, n_layers: int) -> Iterator[str]:
@@ -79,7 +79,7 @@ def stages(config: JobConfig, dims: ParallelDims, n_layers: int) -> Iterator[str
 def batches(config: JobConfig, dims: ParallelDims) -> str:
     training = config.training
     sequences = training.local_batch_size * dims.dp
-    whole = sequences if training.global_batch_size == -1 else training.global_batch_size
+    whole = max(sequences, training.global_batch_size)  # which may be -1
     return (
         f"A step: {whole} sequences of {training.seq_len} tokens, {whole * training.seq_len:,} in all;"
         f" {dims.dp} ranks read {training.local_batch_size} at a time, {whole // sequences} time(s)"
@@ -102,10 +102,12 @@ def data(config: JobConfig, dims: ParallelDims) -> Iterator[str]:
     loader = build_dataloader(
         dataset=config.training.dataset,
         dataset_path=config.training.dataset_path,
+        datasets=config.training.datasets,
         tokenizer=tokenizer,
         dp_rank=0,
         dp_world_size=dims.dp,
         batch_size=config.training.local_batch_size,
+        global_batch_size=max(config.training.local_batch_size * dims.dp, config.training.global_batch_size),
         seq_len=config.training.seq_len,
         seed=config.training.seed or 0,
     )
@@ -113,9 +115,10 @@ def data(config: JobConfig, dims: ParallelDims) -> Iterator[str]:
         tokens, labels, *_ = next(iter(loader))
     finally:
         loader.close()
-    place = config.training.dataset_path or config.training.dataset
+    names = config.training.datasets or [config.training.dataset_path or config.training.dataset]
     valid = int((labels != IGNORE_INDEX).sum())
-    yield f"Data: {place}; the first batch of rank 0 has {valid:,} tokens to learn from in {prod(tokens.shape):,}:"
+    said = f"the first batch of rank 0 has {valid:,} tokens to learn from in {prod(tokens.shape):,}"
+    yield f"Data: {', '.join(names)}; {said}:"
     yield f"  {_begin(tokenizer, tokens[0].tolist())!r}"
 
 
