@@ -56,8 +56,10 @@ No rank tells another what it reads. Each entry is read once, into memory, where
 or a plain value is made of it: nothing in a checkpoint is run. A load changes no file, so a crash leaves what was
 there. An error on one rank ends the load on all, with the file's name and the newest older step that could be loaded.
 
-The files of Hugging Face's format are written by rank 0 when `step-N` in torch's format is whole already, into
-step-N.incomplete-<run>, which then replaces it as above; a start that finds a complete run without them makes them.
+The files of Hugging Face's format are written when `step-N` in torch's format is whole already, into
+step-N.incomplete-<run>: each rank reads the weights of a file, of 5 GB, writes it and waits for the others, as often as
+there are files. Rank 0 adds the index and config.json and publishes the folder as above; a start that finds a complete
+run without them makes them. Such files are loaded by each rank for itself, and only its shards' rows and columns.
 """
 
 from torchtitan.checkpoint.hugging_face import HuggingFaceFormat

@@ -1,13 +1,14 @@
 """Weights as Hugging Face transformers keeps them: safetensors, config.json, the tokenizer's files.
 
-Both ways go through whole tensors, a few at a time, in one process: names and layouts are the model's
-StateDictAdapter's. A round trip changes no bit.
+Names and the order of rows are the model's StateDictAdapter's. Each rank reads the rows and columns of its own shards,
+and writes whole files, one at a time, that others then wait for: never for the whole model. Both ways no bit changes.
 """
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,23 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from torchtitan.checkpoint.folder import CheckpointFolder
-from torchtitan.checkpoint.storage import find_weights, load_alone, read_metadata, reason
+from torchtitan.checkpoint.plan import get_box, local_tensor
+from torchtitan.checkpoint.ranks import Ranks
+from torchtitan.checkpoint.storage import (
+    check_files,
+    check_sizes,
+    find_weights,
+    load_alone,
+    parse_metadata,
+    read_metadata_file,
+    reason,
+    sync,
+)
 from torchtitan.checkpoint.write import save_alone
 from torchtitan.config.errors import CheckpointError, ConfigError
 from torchtitan.config.schema import either
-from torchtitan.distributed.init_weights import local_shard
 from torchtitan.protocols.model import StateDictAdapter
 from torchtitan.protocols.train_spec import ModelCode, find_hf_family
 from torchtitan.tools.logging import logger
@@ -31,7 +41,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 BYTES_PER_FILE = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES = ("F64", "F32", "F16", "BF16")
+
+Box = tuple[Sequence[int], tuple[int, ...], tuple[int, ...]]
+"""A weight's shape, and where a part of it begins and how large it is."""
 
 
 class HuggingFaceFormat:
@@ -51,44 +64,72 @@ class HuggingFaceFormat:
     def is_at(path: Path) -> bool:
         return (path / INDEX).exists() or (path / SINGLE_FILE).exists()
 
-    def rewrite(self, folder: CheckpointFolder, step: int) -> None:
-        """Put the weights of a step's checkpoint in its place, in this format."""
+    def rewrite(self, folder: CheckpointFolder, step: int, ranks: Ranks) -> None:
+        """Put the weights of a step's checkpoint in its place, in this format: a collective call."""
         path, incomplete = folder.of(step), folder.incomplete(step)
         try:
-            self.convert(path, incomplete)
-            folder.publish(incomplete, step)
-        except Exception as error:
-            folder.remove([incomplete])
+            self.convert(path, incomplete, ranks=ranks)
+            ranks.ask_first(partial(folder.publish, incomplete, step))
+        except CheckpointError as error:
+            if ranks.is_first:
+                folder.remove([incomplete])
             raise CheckpointError(
-                f"{path} could not be rewritten as Hugging Face safetensors ({reason(error)});"
+                f"{path} could not be rewritten as Hugging Face safetensors ({error});"
                 " it holds the weights in torch.distributed.checkpoint's format"
             ) from error
-        logger.info(f"Rewrote {path} as Hugging Face safetensors")
+        if ranks.is_first:
+            logger.info(f"Rewrote {path} as Hugging Face safetensors")
 
-    def convert(self, source: Path, target: Path, *, dtype: torch.dtype | None = None) -> None:
+    def convert(
+        self, source: Path, target: Path, *, dtype: torch.dtype | None = None, ranks: Ranks | None = None
+    ) -> None:
         """Write the weights of our checkpoint at `source` to a new folder, which transformers loads.
 
-        Their dtype is kept where none is given.
+        Their dtype is kept where none is given. A collective call of `ranks`: each in its turn writes a file of
+        BYTES_PER_FILE, and that is the longest that one waits for another.
         """
-        metadata = read_metadata(source)
+        ranks = ranks or Ranks(alone=True)
+        metadata = parse_metadata(source, ranks.ask_first(partial(read_metadata_file, source)))
         entries = find_weights(metadata)
         dtypes = {name: dtype or entry.properties.dtype for name, entry in entries.items()}
         num_bytes = {name: entry.size.numel() * dtypes[name].itemsize for name, entry in entries.items()}
         files = _divide(num_bytes)
-        target.mkdir(parents=True)
-        weight_map = {}
-        for number, names in enumerate(files, start=1):
-            weights = {name: torch.empty(entries[name].size, dtype=dtypes[name]) for name in names}
-            load_alone(source, weights, metadata)
-            converted = {name: weight.contiguous() for name, weight in self._adapter.to_hf(weights).items()}
-            file = SINGLE_FILE if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
-            safetensors.torch.save_file(converted, target / file, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(converted, file))
-        if len(files) > 1:
-            index = {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": weight_map}
-            _write_json(target / INDEX, index)
+        titles = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+        if len(files) == 1:
+            titles = [SINGLE_FILE]
+
+        def begin() -> None:
+            check_files(source, metadata)
+            target.mkdir(parents=True)
+
+        def write(number: int) -> None:
+            if number < len(files):
+                weights = {name: torch.empty(entries[name].size, dtype=dtypes[name]) for name in files[number]}
+                load_alone(source, weights, metadata)
+                converted = {name: weight.contiguous() for name, weight in self._adapter.to_hf(weights).items()}
+                try:
+                    safetensors.torch.save_file(converted, target / titles[number], metadata={"format": "pt"})
+                    sync(target / titles[number])
+                except Exception as error:  # safetensors has its own for a full disk
+                    raise CheckpointError(reason(error)) from error
+
+        def finish() -> None:
+            check_sizes(target, dict.fromkeys(titles, 1))
+            if len(files) > 1:
+                places = {self._adapter.hf_names[name]: title for title, of_file in held for name in of_file}
+                _write_json(target / INDEX, {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": places})
+            self._write_config(source, target, next(iter(dtypes.values())))
+
+        held = list(zip(titles, files, strict=True))
+        ranks.ask_first(begin)
+        for first in range(0, len(files), ranks.size):
+            ranks.together(partial(write, first + ranks.rank))
+        ranks.ask_first(finish)
+
+    def _write_config(self, source: Path, target: Path, dtype: torch.dtype) -> None:
+        """What lies beside the weights."""
         config = {**self._adapter.to_hf_config(), **self._token_ids, **_read_token_ids(source)}
-        config["torch_dtype"] = str(next(iter(dtypes.values()))).removeprefix("torch.")
+        config["torch_dtype"] = str(dtype).removeprefix("torch.")
         _write_json(target / "config.json", config)
         _copy_files(("generation_config.json",), source, target)
         if self._tokenizer_path is not None and self._tokenizer_path.is_dir():
@@ -103,47 +144,50 @@ class HuggingFaceFormat:
         config.json and the tokenizer's files come along, so that the checkpoint says which model it holds.
         All weights are in memory at once. Raises as load does.
         """
-        save_alone(target, dict(self._read(source, shapes)))
+        boxes = {name: (shape, (0,) * len(shape), tuple(shape)) for name, shape in shapes.items()}
+        save_alone(target, dict(self._read(source, boxes)))
         _copy_files(("config.json", "generation_config.json", *TOKENIZER_FILES), source, target)
 
+    @torch.no_grad()
     def load(self, path: Path, weights: Mapping[str, Tensor]) -> None:
-        """Fill `weights`, a model's or a pipeline stage's, each rank its own shards of them.
+        """Fill `weights`, a model's or a pipeline stage's, each rank its own shards of them, and read no others.
 
         Raises:
             CheckpointError: a file is missing or damaged, or holds another model.
         """
-        for name, whole in self._read(path, {name: weight.shape for name, weight in weights.items()}):
-            _fill(weights[name], whole)
+        for name, part in self._read(path, {name: (w.shape, *get_box(w)) for name, w in weights.items()}):
+            local_tensor(weights[name]).copy_(part)
 
-    def _read(self, path: Path, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-        """Whole weights under our names, as they lie in the files; raises as load does."""
+    def _read(self, path: Path, boxes: Mapping[str, Box]) -> Iterator[tuple[str, Tensor]]:
+        """Parts of weights under our names, in the dtype that they have in the files; raises as load does."""
         self.check_config(path)
         files = _read_index(path)
-        self._check_names(path, files, [self._adapter.hf_names[name] for name in shapes])
+        self._check_names(path, files, [self._adapter.hf_names[name] for name in boxes])
+        copies = {hf_name: copy for copy, hf_name in self._adapter.hf_copies.items() if copy in files}
         with ExitStack() as stack:
             opened: dict[str, Any] = {}
 
-            def read(hf_name: str) -> Tensor:
+            def read(hf_name: str, box: Box) -> Tensor:
                 file = path / files[hf_name]
                 with _describing(file):
                     if file.name not in opened:
                         opened[file.name] = stack.enter_context(safetensors.safe_open(file, framework="pt"))
-                    whole = opened[file.name].get_tensor(hf_name)
-                if whole.dtype not in DTYPES:
-                    raise CheckpointError(f"{file}: {hf_name} is {whole.dtype}; expected {either(DTYPES)}")
-                return whole
+                    whole = opened[file.name].get_slice(hf_name)
+                    if whole.get_dtype() not in DTYPES:
+                        raise CheckpointError(f"{file}: {hf_name} is {whole.get_dtype()}; expected {either(DTYPES)}")
+                    if tuple(whole.get_shape()) != tuple(box[0]):
+                        shape, expected = tuple(whole.get_shape()), tuple(box[0])
+                        raise CheckpointError(f"{file}: {hf_name} is {shape}, and {expected} in this model")
+                    return _read_rows(whole, rows[box[1][0] : box[1][0] + box[2][0]], box)
 
-            for copy, hf_name in self._adapter.hf_copies.items():
-                if copy in files and not torch.equal(read(copy), read(hf_name)):
-                    raise CheckpointError(f"{path}: {copy} is not {hf_name}, to which config.json ties it")
-            for name, shape in shapes.items():
+            for name, box in boxes.items():
                 hf_name = self._adapter.hf_names[name]
-                (whole,) = self._adapter.from_hf({hf_name: read(hf_name)}).values()
-                if whole.shape != shape:
-                    raise CheckpointError(
-                        f"{path / files[hf_name]}: {hf_name} is {tuple(whole.shape)}, and {tuple(shape)} in this model"
-                    )
-                yield name, whole
+                # where each of our rows lies in theirs
+                (rows,) = self._adapter.from_hf({hf_name: torch.arange(box[0][0])}).values()
+                part = read(hf_name, box)
+                if hf_name in copies and not torch.equal(read(copies[hf_name], box), part):
+                    raise CheckpointError(f"{path}: {copies[hf_name]} is not {hf_name}, to which config.json ties it")
+                yield name, part
 
     def _check_names(self, path: Path, found: Iterable[str], needed: Iterable[str]) -> None:
         """Raise CheckpointError unless all that is needed is there, and nothing that the model does not have."""
@@ -238,12 +282,18 @@ def _describing(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file} is missing or damaged ({error})") from error
 
 
-@torch.no_grad()
-def _fill(weight: Tensor, whole: Tensor) -> None:
-    if isinstance(weight, DTensor):
-        weight.to_local().copy_(local_shard(whole, weight))
-    else:
-        weight.copy_(whole)
+def _read_rows(whole: Any, rows: Tensor, box: Box) -> Tensor:
+    """Of a tensor in a file the given rows, in their order; of those the box's columns. Nothing else is read."""
+    _, offsets, sizes = box
+    columns = tuple(slice(begin, begin + size) for begin, size in zip(offsets[1:], sizes[1:], strict=True))
+    found, order = rows.sort()
+    ends = [*((found.diff() != 1).nonzero().flatten() + 1).tolist(), len(found)]
+    runs = [found[begin:end] for begin, end in zip([0, *ends], ends, strict=False) if begin < end]
+    parts = [whole[(slice(int(run[0]), int(run[-1]) + 1), *columns)] for run in runs]
+    if not parts:
+        return whole[(slice(0, 0), *columns)]
+    part = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return part if bool((order.diff() == 1).all()) else part[order.argsort()]
 
 
 def _read_token_ids(source: Path) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class CheckpointManager:
             raise UnsavedError(f"the last checkpoint, of step {step}, could not be saved in {self._folder.path}")
         if self._config.last_save_in_hf:
             assert self._hugging_face is not None
-            self._ranks.ask_first(partial(self._hugging_face.rewrite, self._folder, step))
+            self._hugging_face.rewrite(self._folder, step, self._ranks)
 
     def _write(self, step: int, state: dict[str, Any], writer: Writer | None = None) -> None:
         """Write a checkpoint and make it visible. Runs on all ranks, on the main thread or beside it."""

@@ -70,6 +70,14 @@ def local_tensor(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
+def get_box(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where this rank's part of a tensor begins, and its sizes."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim(), tuple(tensor.shape)
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(offsets), tuple(sizes)
+
+
 def _get_layout(key: str, value: Any) -> Any:
     if isinstance(value, DTensor):
         return key, value.dtype, value.shape, value.placements, value.device_mesh
@@ -86,8 +94,8 @@ def _divide(state: Mapping[str, Any]) -> list[Shard]:
             continue
         mesh, placements = tensor.device_mesh, tensor.placements
         if (kind := (tensor.shape, placements, mesh)) not in boxes:  # of which a model has a dozen
-            boxes[kind] = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-        sizes, offsets = boxes[kind]
+            boxes[kind] = get_box(tensor)
+        offsets, sizes = boxes[kind]
         copies = tuple(axis for axis, placement in enumerate(placements) if placement.is_replicate())
         mine = 0
         for axis in copies:
@@ -96,8 +104,8 @@ def _divide(state: Mapping[str, Any]) -> list[Shard]:
         writer = num_bytes.index(min(num_bytes))
         num_bytes[writer] += math.prod(sizes) * tensor.dtype.itemsize
         if writer == mine and math.prod(sizes):
-            shards.append(Shard(key, tensor.dtype, tuple(tensor.shape), tuple(offsets), tuple(sizes)))
+            shards.append(Shard(key, tensor.dtype, tuple(tensor.shape), offsets, sizes))
     return shards
 
 
-__all__ = ["Plan", "Planner", "Shard", "local_tensor"]
+__all__ = ["Plan", "Planner", "Shard", "get_box", "local_tensor"]

@@ -30,10 +30,10 @@ class Ranks:
     """
 
     def __init__(self, *, alone: bool = False) -> None:
-        self.rank, world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+        self.rank, self.size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
         self.is_first = self.rank == 0
         first_below = FAN_OUT * self.rank + 1
-        self._below = range(first_below, min(first_below + FAN_OUT, world_size))
+        self._below = range(first_below, min(first_below + FAN_OUT, self.size))
 
     @cached_property
     def group(self) -> dist.ProcessGroup:

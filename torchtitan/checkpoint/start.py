@@ -78,7 +78,7 @@ class Start:
         try:
             if is_complete and self.ranks.ask_first(lambda: _holds_weights_only(path)):
                 # Nothing is left to train, so the weights are not needed either.
-                self.ranks.ask_first(lambda: self._finish_conversion(step))
+                self._finish_conversion(step)
                 self.contents.set_step(step)
                 logger.info(f"The run is complete: {path} holds the weights after its last step")
             elif step == 0:  # a seed checkpoint
@@ -98,10 +98,12 @@ class Start:
 
     def _finish_conversion(self, step: int) -> None:
         """The run may have been killed in its last conversion."""
-        if self.config.last_save_in_hf and not HuggingFaceFormat.is_at(self.folder.of(step)):
+        path = self.folder.of(step)
+        if self.config.last_save_in_hf and not self.ranks.ask_first(lambda: HuggingFaceFormat.is_at(path)):
             assert self.hugging_face is not None
-            self.hugging_face.rewrite(self.folder, step)
-            self.folder.tidy(self.config.keep_latest_k, up_to=step)
+            self.hugging_face.rewrite(self.folder, step, self.ranks)
+            if self.ranks.is_first:
+                self.folder.tidy(self.config.keep_latest_k, up_to=step)
 
     def _load_own(self, path: Path) -> None:
         """Leave out what exclude_from_loading says, unless the run that saved this has obeyed the same option already:

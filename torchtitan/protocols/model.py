@@ -86,7 +86,11 @@ class Loss(Protocol):
 
 
 class StateDictAdapter(Protocol):
-    """Hugging Face's names and layouts for a model's weights, and back."""
+    """Hugging Face's names and layouts for a model's weights, and back.
+
+    Of a weight only the rows may be in another order; both ways then also reorder a 1-dim tensor of as many numbers,
+    from which a rank learns which rows to read.
+    """
 
     hf_names: Mapping[str, str]
     """Theirs for each of the whole model's weights."""

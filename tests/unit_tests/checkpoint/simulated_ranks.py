@@ -23,9 +23,10 @@ T = TypeVar("T")
 class Meeting:
     """Where all bring something, and see what the others have brought."""
 
-    def __init__(self, num_ranks: int):
-        self._barrier = threading.Barrier(num_ranks, timeout=120)
+    def __init__(self, num_ranks: int, timeout_s: float):
+        self._barrier = threading.Barrier(num_ranks, timeout=timeout_s)
         self._brought: list[Any] = [None] * num_ranks
+        self.size = num_ranks
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
         self._brought[rank] = value
@@ -37,7 +38,7 @@ class Meeting:
 
 class SimulatedRanks(Ranks):
     def __init__(self, rank: int, meeting: Meeting):
-        self.rank, self.is_first, self._meeting = rank, rank == 0, meeting
+        self.rank, self.size, self.is_first, self._meeting = rank, meeting.size, rank == 0, meeting
 
     def gather(self, value: T) -> list[T]:
         return self._meeting.exchange(self.rank, value)
@@ -50,9 +51,9 @@ class SimulatedRanks(Ranks):
         return self.gather(value)[0]
 
 
-def run_ranks(num_ranks: int, work: Callable[[Ranks], T]) -> list[T]:
-    """What `work` gives on each rank."""
-    meeting = Meeting(num_ranks)
+def run_ranks(num_ranks: int, work: Callable[[Ranks], T], *, timeout_s: float = 120) -> list[T]:
+    """What `work` gives on each rank, of which none waits longer than that for the others."""
+    meeting = Meeting(num_ranks, timeout_s)
     with ThreadPoolExecutor(num_ranks) as threads:
         return list(threads.map(lambda rank: work(SimulatedRanks(rank, meeting)), range(num_ranks)))
 

@@ -1,14 +1,24 @@
 """Checkpoints in Hugging Face's format: no bit changes, and transformers computes the same."""
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.unit_tests.checkpoint.checkpointed_run import MODEL, assert_same, build_run, damage, folder, names, no_space
+from tests.unit_tests.checkpoint.simulated_ranks import divide, mesh_of, run_ranks
 from torchtitan.checkpoint import hugging_face
 from torchtitan.checkpoint.storage import read_metadata
 from torchtitan.config.errors import CheckpointError
@@ -38,6 +48,70 @@ def test_hugging_face_round_trip_is_bit_exact(tmp_path, bytes_per_file, monkeypa
     assert other.checkpointer.load()
     weights = Transformer(MODEL).state_dict().keys()
     assert_same({k: other.full_state()[k] for k in weights}, {k: run.full_state()[k] for k in weights})
+
+
+def test_ranks_read_their_own_shares_and_write_files_in_turns(tmp_path, monkeypatch):
+    """16 simulated ranks, whose shards of wq and wk are parts of a head, load what three have written: never did one
+    wait for another as long as all the writing took.
+    """
+    export = build_run(tmp_path, steps=1)
+    export.train(1)
+    ours, theirs = folder(export) / "step-1", tmp_path / "theirs"
+    monkeypatch.setattr(hugging_face, "BYTES_PER_FILE", 1)  # a file for each weight
+    save_file = hugging_face.safetensors.torch.save_file
+
+    def save_slowly(*arguments: Any, **options: Any) -> None:
+        time.sleep(0.5)
+        save_file(*arguments, **options)
+
+    monkeypatch.setattr(hugging_face.safetensors.torch, "save_file", save_slowly)
+    format = hugging_face.HuggingFaceFormat(build_adapter(MODEL))
+    run_ranks(3, lambda ranks: format.convert(ours, theirs, ranks=ranks), timeout_s=3)  # 21 files
+
+    safe_open, num_bytes = hugging_face.safetensors.safe_open, 0
+
+    class Counting:
+        """A weight in a file, or all of a file's."""
+
+        def __init__(self, opened: Any):
+            self.opened = opened
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.opened, name)
+
+        def __getitem__(self, part: Any) -> torch.Tensor:
+            nonlocal num_bytes
+            num_bytes += self.opened[part].nbytes
+            return self.opened[part]
+
+        def get_slice(self, name: str) -> "Counting":
+            return Counting(self.opened.get_slice(name))
+
+    @contextmanager
+    def counted(*arguments: Any, **options: Any) -> Iterator[Counting]:
+        with safe_open(*arguments, **options) as opened:
+            yield Counting(opened)
+
+    monkeypatch.setattr(hugging_face.safetensors, "safe_open", counted)
+    whole = export.full_state()
+    whole = {name: whole[name] for name in Transformer(MODEL).state_dict()}
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=16)
+    mesh = init_device_mesh("cpu", (8, 2), mesh_dim_names=("dp_shard_cp", "tp"))
+    rows, columns = (_StridedShard(0, split_factor=2), Shard(0)), (Shard(0), Shard(1))
+    layouts = {name: (Shard(0), Replicate()) if "norm" in name else rows for name in whole}
+    layouts |= {name: columns for name in whole if ".wo." in name or ".w2." in name}
+    for rank in range(16):
+        expected = divide(whole, layouts, mesh_of(rank, mesh))
+        loaded = divide(
+            {name: torch.zeros_like(weight) for name, weight in whole.items()}, layouts, mesh_of(rank, mesh)
+        )
+        num_bytes = 0
+        format.load(theirs, loaded)
+        assert_same({n: t.to_local() for n, t in loaded.items()}, {n: t.to_local() for n, t in expected.items()})
+        assert num_bytes == sum(tensor.to_local().nbytes for tensor in loaded.values())
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def test_there_and_back_keeps_where_a_text_ends(tmp_path):
