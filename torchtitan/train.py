@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from torchtitan.checkpoint.manager import CheckpointManager, build_checkpoint_manager
 from torchtitan.components.dataloader import Batch, build_dataloader
+from torchtitan.components.document_mask import build_document_marker
 from torchtitan.components.history import get_environment, get_report_command
 from torchtitan.components.loss import IGNORE_INDEX, build_loss
 from torchtitan.components.lr_scheduler import build_lr_scheduler
@@ -74,9 +75,8 @@ class Trainer:
         self.mesh = build_mesh(self.parallel_dims, self.device.type)
         self._set_timeouts(config.comm.init_timeout_seconds)  # the mesh's groups have torch's own
         self.gc = GarbageCollection(config.training.gc_freq, debug=config.training.gc_debug)
-        self.seed = utils.set_determinism(
-            config.training.seed, self.device, deterministic=config.training.deterministic
-        )
+        training = config.training
+        self.seed = utils.set_determinism(training.seed, self.device, deterministic=training.deterministic)
 
         # text to batches
         self.tokenizer = build_tokenizer(config.model.tokenizer_path)
@@ -96,6 +96,7 @@ class Trainer:
             seq_len=config.training.seq_len,
             seed=self.seed,
         )
+        self.mark_documents = build_document_marker(config.training, self.tokenizer)
         self.shard_context = ContextSharder(self.mesh["cp"])
 
         # batches to gradients
@@ -122,6 +123,7 @@ class Trainer:
             tokenizer=self.tokenizer,
             runner=self.runner,
             metrics=self.metrics,
+            mark_documents=self.mark_documents,
             shard_context=self.shard_context,
             mesh=self.mesh,
             device=self.device,
@@ -130,9 +132,8 @@ class Trainer:
         logger.info(
             f"Trainer is initialized with local batch size {config.training.local_batch_size}, "
             f"global batch size {self.global_batch_size}, "
-            f"gradient accumulation steps {self.num_microbatches}, sequence length {config.training.seq_len}, "
-            f"total steps {config.training.steps} "
-            f"(warmup {min(config.lr_scheduler.warmup_steps, config.training.steps)}), seed {self.seed}"
+            f"gradient accumulation steps {self.num_microbatches}, sequence length {training.seq_len}, total steps "
+            f"{training.steps} (warmup {min(config.lr_scheduler.warmup_steps, training.steps)}), seed {self.seed}"
         )
 
     def train(self) -> None:
@@ -204,8 +205,7 @@ class Trainer:
         loss = torch.zeros((), device=self.device)
         for batch in microbatches:
             reduce_over_copies(self.runner.model_parts, now=batch is microbatches[-1])
-            tokens, labels, positions = self.shard_context(*(t.to(self.device, non_blocking=True) for t in batch))
-            loss += self.runner.forward_backward(tokens, labels, positions, scale)
+            loss += self.runner.forward_backward(*self.shard_context(*batch.to(self.device)), scale)
         return loss
 
     def close(self, *, failed: bool = False) -> None:
@@ -227,7 +227,7 @@ class Trainer:
         batches = iter(self.dataloader)
         while True:
             start = time.perf_counter()
-            batch = next(batches)
+            batch = self.mark_documents(next(batches))
             self.metrics.record_data_loading(time.perf_counter() - start)
             self.metrics.count_tokens(batch.tokens.numel())
             yield batch

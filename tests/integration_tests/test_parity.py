@@ -10,9 +10,11 @@ from itertools import groupby, product
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from tests.integration_tests.tiny_model import AttentiveTransformer
 from tests.integration_tests.tiny_runs import (
+    EOS,
     GLOBAL_BATCH,
     SEED,
     SEQ_LEN,
@@ -35,6 +37,7 @@ OFFLOAD = "--training.enable_cpu_offload"
 RESHARD = "--parallelism.fsdp_reshard_after_forward"
 SCHEDULE = "--parallelism.pipeline_parallel_schedule"
 RECOMPUTE = "--activation_checkpoint.mode"
+MASKED = "--training.document_mask"
 DEGREES = {
     "dp_replicate": "data_parallel_replicate_degree",
     "dp_shard": "data_parallel_shard_degree",
@@ -64,6 +67,7 @@ class Row:
 
 
 ONE_PROCESS, TWO_RANKS = Row(ParallelDims()), Row(ParallelDims(dp_shard=2))
+ONE_PROCESS_MASKED = Row(ParallelDims(), MASKED)
 
 # With both losses and accumulation.
 LAYOUTS = [
@@ -105,6 +109,10 @@ ROWS = [
     *(Row(ParallelDims(tp=2, cp=2), f"{FUSED} {RECOMPUTE} {mode}") for mode in ("none", "full")),
     Row(ParallelDims(tp=2, cp=2), f"{FUSED} {RECOMPUTE} selective --activation_checkpoint.selective_ac_option op"),
     Row(ParallelDims(tp=2), "--parallelism.disable_loss_parallel"),
+    # documents that do not see each other
+    *(Row(dims, f"{FUSED} {MASKED}") for dims in (ParallelDims(cp=2), ParallelDims(tp=2, cp=2))),
+    Row(ParallelDims(pp=2), f"{SCHEDULE} 1F1B {MASKED}"),
+    Row(ParallelDims(dp_shard=2, tp=2), f"{MASKED} --training.compile {RECOMPUTE} selective"),
 ]
 
 
@@ -113,7 +121,7 @@ def results(request: pytest.FixtureRequest) -> dict[str, Result]:
     """The runs of all selected rows, and of one process, by name."""
     items = [item for item in request.session.items if item.path == request.path]
     selected = [item.callspec.params["row"] for item in items if "row" in item.fixturenames]
-    runs = [row.to_run() for row in dict.fromkeys([ONE_PROCESS, TWO_RANKS, *selected])]
+    runs = [row.to_run() for row in dict.fromkeys([ONE_PROCESS, ONE_PROCESS_MASKED, TWO_RANKS, *selected])]
     results: dict[str, Result] = {}
     for _, group in groupby(sorted(runs, key=lambda run: run.world_size), key=lambda run: run.world_size):
         results |= train_all(list(group))
@@ -122,7 +130,8 @@ def results(request: pytest.FixtureRequest) -> dict[str, Result]:
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_every_step_equals_that_of_one_process(row: Row, results: dict[str, Result]) -> None:
-    expected, steps = results[str(ONE_PROCESS)], results[str(row)]
+    reference = ONE_PROCESS_MASKED if MASKED in row.options else ONE_PROCESS
+    expected, steps = results[str(reference)], results[str(row)]
     for result in (expected, steps):
         if isinstance(result, Exception):
             raise result
@@ -143,11 +152,35 @@ def test_the_largest_loss_is_that_of_one_data_rank(results: dict[str, Result]) -
 
 
 def test_the_first_step_of_one_process_is_that_of_plain_torch(results: dict[str, Result]) -> None:
+    tokens, labels, _ = global_batch(0)
+    assert get_first_step(results[str(ONE_PROCESS)]) == pytest.approx(plain_step([(tokens, labels)]), rel=TOLERANCE)
+
+
+def test_documents_train_as_if_each_were_alone(results: dict[str, Result]) -> None:
+    tokens, labels, _ = global_batch(0)
+    documents = []
+    for row_tokens, row_labels in zip(tokens, labels, strict=True):
+        lengths = row_tokens.eq(EOS).nonzero().flatten().add(1).diff(prepend=torch.tensor([0]))
+        sizes = [*lengths.tolist(), SEQ_LEN - int(lengths.sum())]
+        documents += zip(row_tokens[None].split(sizes, dim=1), row_labels[None].split(sizes, dim=1), strict=True)
+    alone = [(x, y.masked_fill(x == EOS, IGNORE_INDEX)) for x, y in documents if x.numel()]
+    assert get_first_step(results[str(ONE_PROCESS_MASKED)]) == pytest.approx(plain_step(alone), rel=TOLERANCE)
+
+
+def get_first_step(result: Result) -> tuple[float, float]:
+    assert isinstance(result, list)
+    return result[0].loss, result[0].grad_norm
+
+
+def plain_step(batches: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """The loss and the gradient norm over all batches (tokens, labels), by torch alone."""
     model = AttentiveTransformer(ODD.for_run(Model(), max_seq_len=SEQ_LEN))
     init_parameters(model, SEED, "cpu")
-    tokens, labels = global_batch(0)
-    loss = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX)
-    loss.backward()
-    norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()
-    first = results[str(ONE_PROCESS)][0]
-    assert (first.loss, first.grad_norm) == pytest.approx((loss.item(), norm.item()), rel=TOLERANCE)
+    num_valid = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in batches)
+    total = 0.0
+    for tokens, labels in batches:
+        logits, targets = model(tokens).flatten(0, 1), labels.flatten()
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum") / num_valid
+        loss.backward()
+        total += loss.item()
+    return total, torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm().item()

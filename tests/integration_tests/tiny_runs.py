@@ -22,6 +22,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 
 REPO = Path(__file__).parents[2]
 SEQ_LEN, GLOBAL_BATCH, STEPS, SEED = 64, 8, 5, 7
+EOS = 1  # of tests/assets/tokenizer
 
 # What every run has in common. Learning rates are large, and the layers' weights (tiny_model.py), so that what is wrong
 # soon shows in the loss.
@@ -65,6 +66,7 @@ def global_batch(step: int) -> Batch:
     """(GLOBAL_BATCH, SEQ_LEN) tokens and labels; each step ignores others of the labels, never evenly."""
     generator = torch.Generator().manual_seed(step)
     text = torch.randint(ODD.vocab_size, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
+    text[torch.rand(text.shape, generator=generator) < 0.06] = EOS  # which ends a document
     tokens, labels = text[:, :-1], text[:, 1:].clone()
     if step == 0:  # a data rank without a label, where each has half of the batch
         labels[GLOBAL_BATCH // 2 :] = IGNORE_INDEX

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from torchtitan.components.data_state import Reading, load_place, save_place
 from torchtitan.components.loss import IGNORE_INDEX
@@ -41,6 +42,7 @@ from torchtitan.datasets import (
     open_dataset,
     pack,
 )
+from torchtitan.protocols.sequences import Documents
 from torchtitan.tools.logging import logger
 
 PREFETCHED_BATCHES = 8
@@ -58,6 +60,11 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # (B, S) int64
     labels: Tensor  # (B, S) int64, IGNORE_INDEX where there is nothing to predict
+    documents: Documents | None = None
+    """Those that do not see each other, where document_mask.py has marked them."""
+
+    def to(self, device: torch.device) -> "Batch":
+        return tree_map(lambda x: x if x is None else x.to(device, non_blocking=True), self)
 
 
 def build_dataloader(
@@ -239,7 +246,7 @@ def _to_batch(rows: Rows) -> Batch:
     # Inputs that no label follows may be anything, but must be ids.
     batch = Batch(tokens=ids[:, :-1].clamp(min=0), labels=ids[:, 1:].contiguous())
     if torch.cuda.is_available():  # in this thread, which has the right device
-        return Batch(*(tensor.pin_memory() for tensor in batch))
+        return Batch(batch.tokens.pin_memory(), batch.labels.pin_memory())
     return batch
 
 

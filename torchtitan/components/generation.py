@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan.config.errors import ConfigError
 from torchtitan.distributed.attention_kernels import attend_to_prefix
 from torchtitan.protocols.model import Decoder
+from torchtitan.protocols.sequences import Documents, Sequences
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def generate(
             # Those that are filled in may lie beyond the rotary table: any position will do.
             places = [cache.length + min(i, len(ids) - 1) for i in range(len(padded))]
             tokens, positions = torch.tensor([padded, places], device=device).split(1)  # each (1, S)
-            out = model(tokens, return_hidden_states, positions=positions)
+            out = model(tokens, return_hidden_states, sequences=Sequences(positions))
             cache.length += len(ids)
             return out[0]
 
@@ -178,7 +179,9 @@ class CachedAttention(nn.Module):
         q: Tensor,  # (B, H, S, E)
         k: Tensor,  # (B, K, S, E)
         v: Tensor,  # (B, K, S, E)
+        documents: Documents | None = None,
     ) -> Tensor:  # (B, H, S, E)
+        assert documents is None, "a text is one document"
         if self._past is None:  # only here is it known which heads this rank has
             batch_size, num_heads, _, head_dim = k.shape
             self._past = k.new_empty(2, batch_size, num_heads, self._cache.capacity, head_dim)

@@ -14,11 +14,14 @@ from torch import Tensor
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import Float8, Parallelism, Training
+from torchtitan.distributed.attention_kernels import report_kernel
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.pipeline_parallel import build_pipeline
 from torchtitan.protocols.model import Decoder, Loss
+from torchtitan.protocols.sequences import Sequences
 from torchtitan.protocols.train_spec import ModelArgs
+from torchtitan.tools.logging import logger
 
 
 class Runner(Protocol):
@@ -30,12 +33,12 @@ class Runner(Protocol):
         self,
         tokens: Tensor,  # (B, S) int64
         labels: Tensor,  # (B, S) int64
-        positions: Tensor | None,  # (B, S) int64; None: 0 to S - 1
+        sequences: Sequences | None,  # None: whole ones
         scale: Tensor,  # () float32
     ) -> Tensor:
         """Add to the gradients; returns this rank's share of the loss, detached (0 where another rank has it)."""
 
-    def eval_loss(self, tokens: Tensor, labels: Tensor, positions: Tensor | None) -> Tensor:
+    def eval_loss(self, tokens: Tensor, labels: Tensor, sequences: Sequences | None) -> Tensor:
         """Sum of this rank's token losses, by the standard path, without gradients (0 where another rank has it)."""
 
 
@@ -50,16 +53,16 @@ class EagerRunner:
         self._loss = loss
         self._eval_loss_sum = CrossEntropyLoss(compile=compile_eval_loss).sum
 
-    def forward_backward(self, tokens: Tensor, labels: Tensor, positions: Tensor | None, scale: Tensor) -> Tensor:
-        hidden = self._model(tokens, return_hidden_states=True, positions=positions)  # (B, S, D)
+    def forward_backward(self, tokens: Tensor, labels: Tensor, sequences: Sequences | None, scale: Tensor) -> Tensor:
+        hidden = self._model(tokens, return_hidden_states=True, sequences=sequences)  # (B, S, D)
         loss = self._loss(hidden, self._head, labels, scale)
         del hidden  # the graph keeps what backward needs
         loss.backward()
         return loss.detach()
 
     @torch.no_grad()
-    def eval_loss(self, tokens: Tensor, labels: Tensor, positions: Tensor | None) -> Tensor:
-        return self._eval_loss_sum(self._model(tokens, positions=positions), labels)
+    def eval_loss(self, tokens: Tensor, labels: Tensor, sequences: Sequences | None) -> Tensor:
+        return self._eval_loss_sum(self._model(tokens, sequences=sequences), labels)
 
 
 def build_runner(
@@ -91,6 +94,18 @@ def build_runner(
             apply_float8(model, float8, tp=mesh["tp"].size(), sharded=sharded, device=device)
         return model
 
+    if device.type == "cuda":
+        if training.document_mask:
+            logger.info("Attention stays within documents, and runs on FlashAttention-2 for sequences of many lengths")
+        else:
+            report_kernel(
+                num_heads=model_args.n_heads,
+                num_kv_heads=model_args.n_kv_heads,
+                head_dim=getattr(model_args, "head_dim", model_args.dim // model_args.n_heads),
+                seq_len=training.seq_len,
+                dtype=getattr(torch, training.mixed_precision_param),
+                device=device,
+            )
     runner: Runner
     if mesh["pp"].size() > 1:
         if not isinstance(loss, CrossEntropyLoss):

@@ -4,7 +4,7 @@ Sums and counts are added up over batches and ranks and divided once, so batches
 little. Every validation reads the same batches. The logits are made in full here (the standard path).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ class Validator:
     batches: Iterable[Batch]
     runner: Runner
     metrics: MetricsProcessor
+    mark_documents: Callable[[Batch], Batch]
     shard_context: ContextSharder
     device: torch.device
     counts_tokens: bool
@@ -63,9 +64,9 @@ class Validator:
         return total / max(count, 1), n_tokens
 
     def _sum_and_count(self, batch: Batch) -> Tensor:
+        batch = self.mark_documents(batch)
         num_valid = (batch.labels != IGNORE_INDEX).sum() if self.counts_tokens else torch.zeros(())
-        tokens, labels, positions = self.shard_context(*(t.to(self.device, non_blocking=True) for t in batch))
-        loss_sum = self.runner.eval_loss(tokens, labels, positions)
+        loss_sum = self.runner.eval_loss(*self.shard_context(*batch.to(self.device)))
         return torch.stack([loss_sum.double() * self.counts_loss, num_valid.to(self.device, torch.float64)])
 
 
@@ -76,6 +77,7 @@ def build_validator(
     tokenizer: Tokenizer,
     runner: Runner,
     metrics: MetricsProcessor,
+    mark_documents: Callable[[Batch], Batch],
     shard_context: ContextSharder,
     mesh: Mesh,
     device: torch.device,
@@ -89,4 +91,6 @@ def build_validator(
         )
     counts_tokens = mesh.is_first("pp", "cp", "tp")  # one rank of those that read the same sequences
     counts_loss = mesh.is_first("tp")  # whose ranks all have the same loss
-    return Validator(validation, batches, runner, metrics, shard_context, device, counts_tokens, counts_loss)
+    return Validator(
+        validation, batches, runner, metrics, mark_documents, shard_context, device, counts_tokens, counts_loss
+    )

@@ -109,6 +109,7 @@ def _costly_ops() -> frozenset[Any]:
             aten._scaled_dot_product_cudnn_attention.default,
             aten._scaled_dot_product_flash_attention_for_cpu.default,
             torch.ops.torchtitan.context_attention.default,
+            torch.ops.torchtitan.document_attention.default,
             aten.max.default,  # what float8 scales by, one number or one a row: to find it again reads a whole tensor
             aten.amax.default,
             collectives.reduce_scatter_tensor.default,

@@ -20,7 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from torchtitan.tools.logging import logger
+
 aten = torch.ops.aten
+
+KERNELS = {
+    SDPBackend.CUDNN_ATTENTION: "cuDNN",
+    SDPBackend.FLASH_ATTENTION: "FlashAttention",
+    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient attention",
+    SDPBackend.MATH: "no one: products and a softmax, with all scores in memory",
+}
+PREFERS_CUDNN = ((9, 0), (10, 0))
+"""The capabilities of GPUs on which torch takes cuDNN's kernel before others."""
 
 
 def choose_kernel(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> SDPBackend:
@@ -38,7 +49,7 @@ def attend(
     """Attention and the log-sum-exp of each row, without autograd; causal needs n = L."""
     assert not causal or q.size(2) == k.size(2), "kernels differ in how they align a causal mask that is not square"
     head_dim, scale = q.size(3), 1 / math.sqrt(q.size(3))
-    q, k, v = _pad_heads(q, k, v)
+    q, k, v = pad_heads(q, k, v)
     match _choose(q, k, v, causal=causal):
         case SDPBackend.CUDNN_ATTENTION:
             out, lse = aten._scaled_dot_product_cudnn_attention(
@@ -70,7 +81,7 @@ def attend_backward(
     """The part of the gradients of q, k and v that comes from these keys."""
     head_dim, scale = q.size(3), 1 / math.sqrt(q.size(3))
     kv_heads = k.size(1)
-    grad, q, k, v, out = _pad_heads(grad, q, k, v, out)
+    grad, q, k, v, out = pad_heads(grad, q, k, v, out)
     # Seeds have no meaning without dropout, and starts none for sequences of one length.
     seed = torch.zeros(2, dtype=torch.int64, device=q.device)
     options: dict[str, Any] = {"cum_seq_q": None, "cum_seq_k": None, "max_q": q.size(2), "max_k": k.size(2)}
@@ -136,7 +147,26 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> SDPBackend:
     return SDPBackend.FLASH_ATTENTION if q.is_cpu else choose_kernel(q, k, v, causal=causal)
 
 
-def _pad_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+def pad_heads(*tensors: Tensor) -> tuple[Tensor, ...]:
     """With zeros, which change no product: kernels on a GPU take head dims that 8 divides."""
     missing = 0 if tensors[0].is_cpu else -tensors[0].size(3) % 8
     return tensors if missing == 0 else tuple(F.pad(x, (0, missing)) for x in tensors)
+
+
+def report_kernel(
+    *, num_heads: int, num_kv_heads: int, head_dim: int, seq_len: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Log which kernel SDPA takes on a GPU, and warn where it is not the fast one that such GPUs have."""
+    shapes = ((1, seq_len, heads, head_dim) for heads in (num_heads, num_kv_heads))
+    q, k = (torch.empty(shape, dtype=dtype, device=device).transpose(1, 2) for shape in shapes)
+    kernel, capability = choose_kernel(q, k, k, causal=True), torch.cuda.get_device_capability(device)
+    logger.info(f"Attention runs on the kernel of {KERNELS.get(kernel, kernel.name)}")
+    fast = SDPBackend.CUDNN_ATTENTION if capability in PREFERS_CUDNN else SDPBackend.FLASH_ATTENTION
+    if dtype == torch.float32 or capability < (8, 0) or kernel in (fast, SDPBackend.CUDNN_ATTENTION):
+        return
+    deterministic = ", deterministic algorithms only" * torch.are_deterministic_algorithms_enabled()
+    logger.warning(
+        f"Attention is slower than it could be: this GPU runs it fastest on the kernel of {KERNELS[fast]}, which torch"
+        f" does not take here (torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, heads of {head_dim}"
+        f"{deterministic}); the cuDNN that torch was built with, or a newer torch, may"
+    )

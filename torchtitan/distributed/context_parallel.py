@@ -19,7 +19,8 @@ rank has already. So forward starts the gather of K and V, attends within both c
 before them; backward does what comes before first, and reduces the gradients of K and V while it does the chunks.
 
 It is an operation of its own, `torchtitan::context_attention`: torch.compile calls it as it is, and recomputation can
-keep its results, the joined output among them and not its parts.
+keep its results, the joined output among them and not its parts. Where documents do not see each other, K and V are
+gathered first, and each chunk attends within its documents (document_attention.py).
 
 **Collectives and bytes**, per layer and microbatch, for an element size of b bytes, counted as received by each rank
 (N = 2 * B * S * K * E elements, K and V of the whole sequence):
@@ -50,6 +51,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.distributed.attention_kernels import attend, attend_backward, join_
+from torchtitan.distributed.document_attention import attend_within_documents
+from torchtitan.protocols.sequences import Documents, Sequences
 
 collectives = torch.ops._c10d_functional  # the operations below torch.distributed
 
@@ -59,19 +62,13 @@ def shard_sequence(
     *,
     cp_rank: int,
     cp_degree: int,
-) -> tuple[list[Tensor], Tensor]:
-    """This rank's columns of each tensor, and their positions in the sequence.
-
-    Returns:
-        The tensors' parts, each (B, S / cp_degree), and positions of that shape, int64: the head chunk's, then the
-        tail chunk's.
+) -> list[Tensor]:
+    """This rank's columns of each tensor, (B, S / cp_degree): its head chunk, then its tail chunk.
 
     Raises:
         ValueError: 2 * cp_degree does not divide S.
     """
-    batch_size, seq_len = tensors[0].shape
-    positions = torch.arange(seq_len, device=tensors[0].device).expand(batch_size, -1)
-    num_chunks = 2 * cp_degree
+    seq_len, num_chunks = tensors[0].size(1), 2 * cp_degree
     if seq_len % num_chunks != 0:
         raise ValueError(
             f"Context parallel over {cp_degree} ranks cuts each sequence into {num_chunks} chunks: expected a length"
@@ -82,7 +79,7 @@ def shard_sequence(
         chunks = x.chunk(num_chunks, dim=1)
         return torch.cat((chunks[cp_rank], chunks[-1 - cp_rank]), dim=1)
 
-    return [head_and_tail(x) for x in tensors], head_and_tail(positions)
+    return [head_and_tail(x) for x in tensors]
 
 
 class ContextSharder:
@@ -91,12 +88,22 @@ class ContextSharder:
     def __init__(self, cp_mesh: DeviceMesh) -> None:
         self._rank, self._degree = cp_mesh.get_local_rank(), cp_mesh.size()
 
-    def __call__(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """This rank's part of (B, S) tokens and labels, and the part's positions; None where it is the whole."""
-        if self._degree == 1:
+    def __call__(
+        self, tokens: Tensor, labels: Tensor, documents: Documents | None = None
+    ) -> tuple[Tensor, Tensor, Sequences | None]:
+        """This rank's part of (B, S) tokens and labels, and what the part is of; None where it is whole sequences."""
+        seq_len = tokens.size(1)
+        if documents is not None:
+            positions = documents.get_positions(seq_len)
+            for tensor in documents:
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        elif self._degree == 1:
             return tokens, labels, None
-        (tokens, labels), positions = shard_sequence((tokens, labels), cp_rank=self._rank, cp_degree=self._degree)
-        return tokens, labels, positions
+        else:
+            positions = torch.arange(seq_len, device=tokens.device).expand_as(tokens)
+        whole = (tokens, labels, positions)
+        tokens, labels, positions = shard_sequence(whole, cp_rank=self._rank, cp_degree=self._degree)
+        return tokens, labels, Sequences(positions, documents)
 
 
 def apply_context_parallel(model: nn.Module, cp_mesh: DeviceMesh) -> None:
@@ -106,7 +113,7 @@ def apply_context_parallel(model: nn.Module, cp_mesh: DeviceMesh) -> None:
 
 
 class ContextParallelAttention(nn.Module):
-    """Causal attention of this rank's tokens to those of the whole sequence."""
+    """Causal attention of this rank's tokens to those of the whole sequence, or of their documents in it."""
 
     def __init__(self, cp_mesh: DeviceMesh):
         super().__init__()
@@ -118,8 +125,19 @@ class ContextParallelAttention(nn.Module):
         q: Tensor,  # (B, H, Sl, E)
         k: Tensor,  # (B, K, Sl, E)
         v: Tensor,  # (B, K, Sl, E)
+        documents: Documents | None = None,
     ) -> Tensor:  # (B, H, Sl, E)
-        return context_attention(q, k, v, self.rank, self.degree, self.group_name)[0]
+        if documents is None:
+            return context_attention(q, k, v, self.rank, self.degree, self.group_name)[0]
+        gathered = _GatherSequence.apply(_pack(k, v), self.degree, self.group_name)
+        k, v = gathered.permute(1, 2, 3, 0, 4).unbind()  # (B, K, S, E)
+        chunk_len = q.size(2) // 2
+        ends = [(number + 1) * chunk_len for number in _get_chunks(self.rank, self.degree)]
+        parts = [
+            attend_within_documents(queries, k[:, :, :end], v[:, :, :end], documents)
+            for queries, end in zip(q.split(chunk_len, dim=2), ends, strict=True)
+        ]
+        return torch.cat(parts, dim=2)
 
 
 @torch.library.custom_op("torchtitan::context_attention", mutates_args=())
@@ -132,8 +150,7 @@ def context_attention(
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output (B, H, Sl, E), and for backward the log-sum-exps (B, H, Sl) and K and V of all, (S, 2, B, K, E)."""
-    # The sequence goes outermost: the gather then needs no transposition, and attention kernels read any strides.
-    packed = torch.stack((k, v)).permute(3, 0, 1, 2, 4).contiguous()  # (Sl, 2, B, K, E)
+    packed = _pack(k, v)
     pending = collectives.all_gather_into_tensor(packed, degree, group_name)
     chunk_len = q.size(2) // 2
     chunks = list(zip(*(x.split(chunk_len, dim=2) for x in (q, k, v)), strict=True))
@@ -236,6 +253,27 @@ def _empty_output(q: Tensor) -> Tensor:
     """Room for (B, H, Sl, E), with the heads of a token side by side, as the output projection reads them."""
     batch_size, num_heads, local_len, head_dim = q.shape
     return q.new_empty(batch_size, local_len, num_heads, head_dim).transpose(1, 2)
+
+
+def _pack(k: Tensor, v: Tensor) -> Tensor:
+    """(Sl, 2, B, K, E). With the sequence outermost the gather needs no transposition; kernels read any strides."""
+    return torch.stack((k, v)).permute(3, 0, 1, 2, 4).contiguous()
+
+
+class _GatherSequence(torch.autograd.Function):
+    """All-gather over dim 0, into the order of the sequence."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, degree: int, group_name: str) -> Tensor:  # (Sl, ...) -> (S, ...)
+        ctx.degree, ctx.group_name = degree, group_name
+        gathered = collectives.wait_tensor(collectives.all_gather_into_tensor(local, degree, group_name))
+        return _to_sequence_order(gathered, degree)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # (S, ...) -> (Sl, ...)
+        by_rank = _to_rank_order(grad, ctx.degree)
+        local = collectives.reduce_scatter_tensor(by_rank, "sum", ctx.degree, ctx.group_name)
+        return collectives.wait_tensor(local), None, None
 
 
 def _to_sequence_order(gathered: Tensor, degree: int) -> Tensor:

@@ -34,6 +34,7 @@ from torchtitan.config.pipeline_split import get_stage_modules, get_stages_of_ra
 from torchtitan.config.sections import Parallelism, Training
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.protocols.model import Decoder
+from torchtitan.protocols.sequences import Sequences
 
 LossSum = Callable[[Tensor, Tensor], Tensor]
 """(logits, labels) -> sum of the token losses, float32."""
@@ -124,29 +125,29 @@ class PipelineRunner:
         self,
         tokens: Tensor,  # (B, S) int64
         labels: Tensor,  # (B, S) int64
-        positions: Tensor | None,  # (B, S) int64
+        sequences: Sequences | None,
         scale: Tensor,  # () float32
     ) -> Tensor:
         """Add to the gradients; the loss, detached, is on the rank of the last stage, and 0 on the others."""
         self._loss.scale = scale
         inputs = (tokens,) if self._has_first else ()
         target = labels if self._has_last else None
-        for_all_stages: dict[str, Any] = {} if positions is None else {"positions": positions}
+        for_all_stages: dict[str, Any] = {} if sequences is None else {"sequences": sequences}
         losses: list[Tensor] = []
         self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False, **for_all_stages)
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=tokens.device)
 
     @torch.no_grad()
-    def eval_loss(self, tokens: Tensor, labels: Tensor, positions: Tensor | None) -> Tensor:
+    def eval_loss(self, tokens: Tensor, labels: Tensor, sequences: Sequences | None) -> Tensor:
         """Sum of the token losses on the rank of the last stage, 0 on the others; any batch size and length.
 
         Each microbatch passes through all stages before a rank turns to the next. All ranks so send and receive in
         one order, by microbatch and then by stage, and need no schedule to keep them from waiting for each other.
         """
         total = torch.zeros((), device=tokens.device)
-        all_positions = [None] * len(tokens) if positions is None else positions.split(self._microbatch_size)
-        for inputs, targets, where in zip(
-            tokens.split(self._microbatch_size), labels.split(self._microbatch_size), all_positions, strict=False
+        parts = [None] * len(tokens) if sequences is None else sequences.split(self._microbatch_size)
+        for inputs, targets, part in zip(
+            tokens.split(self._microbatch_size), labels.split(self._microbatch_size), parts, strict=False
         ):
             x = inputs
             for stage in self._stages:
@@ -154,7 +155,7 @@ class PipelineRunner:
                 if not stage.is_first and rank_of[stage.stage_index - 1] != stage.group_rank:
                     x = self._boundary.hidden_for(inputs)
                     dist.recv(x, group=stage.group, group_src=rank_of[stage.stage_index - 1])
-                x = stage.submod(x, positions=where)
+                x = stage.submod(x, sequences=part)
                 if stage.is_last:
                     total += self._loss.sum(x, targets)
                 elif rank_of[stage.stage_index + 1] != stage.group_rank:

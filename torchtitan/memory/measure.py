@@ -26,6 +26,7 @@ from torchtitan.distributed.activation_checkpoint import set_block_modes
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.memory.trace import MemoryTrace, with_gpu_kernels
 from torchtitan.protocols.model import Decoder, TiedOutputHead
+from torchtitan.protocols.sequences import Sequences
 from torchtitan.protocols.train_spec import get_run_args, get_train_spec
 from torchtitan.tools.logging import logger
 
@@ -183,7 +184,7 @@ def _run(model: Decoder, tokens_shape: tuple[int, int], dims: ParallelDims) -> t
     calls: list[tuple[Any, ...]] = []
     hook = model.layers["0"].register_forward_pre_hook(lambda module, args: calls.append(args))
     with torch.no_grad():
-        hidden = model(tokens, return_hidden_states=True, positions=tokens if dims.cp > 1 else None)
+        hidden = model(tokens, return_hidden_states=True, sequences=Sequences(tokens) if dims.cp > 1 else None)
     hook.remove()
     return hidden, calls[0]
 

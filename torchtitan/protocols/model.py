@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchtitan.protocols.sequences import Sequences
+
 T = TypeVar("T")
 Initializer = Callable[[Tensor, torch.Generator], object]
 """Fills a whole parameter, drawing from the generator."""
@@ -65,7 +67,7 @@ class Decoder(nn.Module):
         tokens: Tensor,  # (B, S) int64; on a later pipeline stage the hidden states (B, S, D)
         return_hidden_states: bool = False,
         *,
-        positions: Tensor | None = None,  # (B, S) int64; None: 0 to S - 1
+        sequences: Sequences | None = None,  # None: whole ones, every token of which sees all before it
     ) -> Tensor:
         """The logits (B, S, V), or the hidden states (B, S, D), which `output` takes."""
         raise NotImplementedError

@@ -19,6 +19,7 @@ from torchtitan.distributed.mesh import build_mesh
 from torchtitan.distributed.pipeline_parallel import PipelineRunner
 from torchtitan.models.common.model import Transformer
 from torchtitan.models.common.parallelize import parallelize_transformer
+from torchtitan.protocols.sequences import Sequences
 
 
 def test_validation_uses_the_standard_path() -> None:
@@ -35,9 +36,9 @@ def test_validation_uses_the_standard_path() -> None:
 def test_positions_reach_the_model() -> None:
     model, tokens = build_model(), some_tokens()
     runner, one = EagerRunner(model, CrossEntropyLoss()), torch.tensor(1.0)
-    positions = torch.arange(8).flip(0).expand(2, -1)
-    training = [runner.forward_backward(tokens[:, :-1], tokens[:, 1:], p, one) for p in (None, positions)]
-    evaluation = [runner.eval_loss(tokens[:, :-1], tokens[:, 1:], p) for p in (None, positions)]
+    sequences = Sequences(torch.arange(8).flip(0).expand(2, -1))
+    training = [runner.forward_backward(tokens[:, :-1], tokens[:, 1:], s, one) for s in (None, sequences)]
+    evaluation = [runner.eval_loss(tokens[:, :-1], tokens[:, 1:], s) for s in (None, sequences)]
     for in_order, reversed_order in (training, evaluation):
         assert not torch.isclose(in_order, reversed_order, rtol=1e-4)
     torch.testing.assert_close(training, evaluation)

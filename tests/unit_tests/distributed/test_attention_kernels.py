@@ -5,7 +5,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from torchtitan.distributed.attention_kernels import attend, attend_backward, attend_to_prefix, choose_kernel, join_
+from torchtitan.distributed import attention_kernels
+from torchtitan.distributed.attention_kernels import (
+    attend,
+    attend_backward,
+    attend_to_prefix,
+    choose_kernel,
+    join_,
+    report_kernel,
+)
 
 H, K, L = 4, 2, 128  # heads of queries, of keys; queries
 
@@ -63,6 +71,33 @@ def test_attention_to_a_prefix_is_aligned_to_its_end(queries: int) -> None:
 def test_attention_to_a_prefix_that_is_the_queries_own() -> None:
     q, k, v, grad = draw("cpu", torch.float32, 16, prefix=L)
     torch.testing.assert_close(attend_to_prefix(q, k, v).double(), in_float64(q, k, v, grad)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "capability", "dtype", "warns"),
+    [
+        (SDPBackend.CUDNN_ATTENTION, (9, 0), torch.bfloat16, False),
+        (SDPBackend.FLASH_ATTENTION, (9, 0), torch.bfloat16, True),
+        (SDPBackend.FLASH_ATTENTION, (8, 0), torch.bfloat16, False),
+        (SDPBackend.MATH, (8, 0), torch.bfloat16, True),
+        (SDPBackend.MATH, (9, 0), torch.float32, False),
+    ],
+)
+def test_the_log_names_the_kernel_and_warns_of_a_slow_one(
+    kernel: SDPBackend,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    warns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(attention_kernels, "choose_kernel", lambda *_, **__: kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "seq_len": 8}
+    with caplog.at_level("INFO"):
+        report_kernel(**sizes, dtype=dtype, device=torch.device("cpu"))
+    assert attention_kernels.KERNELS[kernel] in caplog.text
+    assert ("slower than it could be" in caplog.text) == warns
 
 
 BACKENDS = [

@@ -135,6 +135,12 @@ class Training:
     datasets: list[str] = field(default_factory=list)
     """A mixture instead, of NAME=WEIGHT: registered datasets, or paths that are read as `dataset` says."""
 
+    document_mask: bool = False
+    """Keep documents that share a sequence from seeing each other; positions start anew in each."""
+
+    boundary_labels: Literal["ignore", "keep"] = "ignore"
+    """With document_mask: whether to learn from a document's last token, whose label is the first of the next."""
+
     local_batch_size: PositiveInt = 8
     """Sequences per data-parallel rank in one microbatch."""
 
@@ -191,6 +197,12 @@ class Validation:
 
     dataset_path: FilePath | None = None
     """Local file or folder to read instead: text, JSON lines or Parquet."""
+
+    document_mask: bool = False
+    """Keep documents that share a sequence from seeing each other; positions start anew in each."""
+
+    boundary_labels: Literal["ignore", "keep"] = "ignore"
+    """With document_mask: whether to learn from a document's last token, whose label is the first of the next."""
 
     local_batch_size: PositiveInt = 8
     """Sequences per data-parallel rank in one batch."""

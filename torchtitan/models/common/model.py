@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchtitan.distributed.document_attention import attend_within_documents
 from torchtitan.models.common.args import RopeScaling, TransformerModelArgs
 from torchtitan.protocols.model import Decoder, Initializer, OutputHead, TiedOutputHead
+from torchtitan.protocols.sequences import Documents, Sequences
 
 
 def precompute_freqs_cis(
@@ -56,14 +58,17 @@ def apply_rotary_emb(
 
 
 class ScaledDotProductAttention(nn.Module):
-    """Causal attention over whole sequences; what replaces it takes and gives the same shapes."""
+    """Causal attention over whole sequences, or their documents; what replaces it takes and gives the same shapes."""
 
     def forward(
         self,
         q: Tensor,  # (B, H, S, E)
         k: Tensor,  # (B, K, S, E)
         v: Tensor,  # (B, K, S, E)
+        documents: Documents | None = None,
     ) -> Tensor:  # (B, H, S, E)
+        if documents is not None:
+            return attend_within_documents(q, k, v, documents)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
 
 
@@ -83,6 +88,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,  # (B, S, D)
         freqs_cis: Tensor,  # (1 or B, at least S, E / 2, 2)
+        documents: Documents | None = None,
     ) -> Tensor:  # (B, S, D)
         # -1: the number of heads on this rank. x holds the whole sequence here, also under sequence parallel.
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # (B, S, H or K, E)
@@ -90,7 +96,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         freqs_cis = freqs_cis[:, : q.size(1)]
         q, k = apply_rotary_emb(q, freqs_cis), apply_rotary_emb(k, freqs_cis)
-        out = self.sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, S, E)
+        out = self.sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), documents)  # (B, H, S, E)
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
@@ -113,8 +119,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
 
-    def forward(self, x: Tensor, freqs_cis: Tensor) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), freqs_cis)
+    def forward(self, x: Tensor, freqs_cis: Tensor, documents: Documents | None = None) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), freqs_cis, documents)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -138,12 +144,13 @@ class Transformer(Decoder):
         tokens: Tensor,  # (B, S) int64; on a later pipeline stage the hidden states (B, S, D)
         return_hidden_states: bool = False,
         *,
-        positions: Tensor | None = None,  # (B, S) int64; None: 0 to S - 1
+        sequences: Sequences | None = None,  # None: whole ones, every token of which sees all before it
     ) -> Tensor:  # logits (B, S, V); the hidden states (B, S, D) if asked for, or on a stage without output
-        freqs_cis = self.freqs_cis[None] if positions is None else self.freqs_cis[positions]
+        freqs_cis = self.freqs_cis[None] if sequences is None else self.freqs_cis[sequences.positions]
+        documents = None if sequences is None else sequences.documents
         h = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
         for block in self.layers.values():
-            h = block(h, freqs_cis)
+            h = block(h, freqs_cis, documents)
         if self.norm is not None:
             h = self.norm(h)
         if return_hidden_states or self.output is None:

@@ -13,7 +13,7 @@ KEPT_RESULTS = ("attention.wq", "attention.wk", "attention.wv", "attention.wo", 
 
 TENSOR_PARALLEL_PLAN = {
     "attention_norm": SequenceParallel(),
-    "attention": gathered_sequence(SEQUENCE, None),
+    "attention": gathered_sequence(SEQUENCE, None, None),
     "attention.wq": ColwiseParallel(),
     "attention.wk": ColwiseParallel(),
     "attention.wv": ColwiseParallel(),

@@ -7,6 +7,7 @@ from torch import Tensor
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.models.common.args import RopeScaling, TransformerModelArgs
 from torchtitan.models.common.model import Transformer, apply_rotary_emb, precompute_freqs_cis
+from torchtitan.protocols.sequences import Sequences
 
 ARGS = TransformerModelArgs(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_hidden_dim=48, vocab_size=101, max_seq_len=16
@@ -48,15 +49,16 @@ def test_no_token_sees_a_later_one() -> None:
 
 def test_positions_default_to_counting_from_zero() -> None:
     model, tokens = build_model(), some_tokens()
-    torch.testing.assert_close(model(tokens, positions=torch.arange(12).expand(2, -1)), model(tokens))
+    torch.testing.assert_close(model(tokens, sequences=Sequences(torch.arange(12).expand(2, -1))), model(tokens))
 
 
 def test_only_distances_between_positions_matter() -> None:
     model, tokens = build_model(), some_tokens()
     shifts = torch.tensor([[1], [4]])  # another one for each sequence
-    torch.testing.assert_close(model(tokens, positions=torch.arange(12) + shifts), model(tokens), atol=1e-5, rtol=1e-5)
+    shifted = Sequences(torch.arange(12) + shifts)
+    torch.testing.assert_close(model(tokens, sequences=shifted), model(tokens), atol=1e-5, rtol=1e-5)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(model(tokens, positions=2 * torch.arange(6).repeat(2, 2)), model(tokens))
+        torch.testing.assert_close(model(tokens, sequences=Sequences(2 * torch.arange(6).repeat(2, 2))), model(tokens))
 
 
 def test_rotation_is_computed_in_float32() -> None:

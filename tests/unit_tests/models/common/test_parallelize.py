@@ -76,8 +76,8 @@ def step(case: Case) -> dict[str, Tensor]:
     torch._dynamo.reset()  # else other sizes of head are traced as unknown ones
     model = build_model(case.dims, mesh=mesh, **case.options, **case.args)
     tokens, labels = (part.chunk(case.dims.dp)[mesh["dp"].get_local_rank()] for part in get_batch())
-    tokens, labels, positions = ContextSharder(mesh["cp"])(tokens, labels)
-    loss = loss_sum(model(tokens, positions=positions), labels)
+    tokens, labels, sequences = ContextSharder(mesh["cp"])(tokens, labels)
+    loss = loss_sum(model(tokens, sequences=sequences), labels)
     loss.backward()
     loss = dist_sum(dist_sum(loss, mesh["dp"]), mesh["cp"])
     norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
