@@ -198,12 +198,6 @@ class Validation:
     dataset_path: FilePath | None = None
     """Local file or folder to read instead: text, JSON lines or Parquet."""
 
-    document_mask: bool = False
-    """Keep documents that share a sequence from seeing each other; positions start anew in each."""
-
-    boundary_labels: Literal["ignore", "keep"] = "ignore"
-    """With document_mask: whether to learn from a document's last token, whose label is the first of the next."""
-
     local_batch_size: PositiveInt = 8
     """Sequences per data-parallel rank in one batch."""
 
