@@ -39,7 +39,7 @@ from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.components.validate import build_validator
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.errors import ConfigError, NonFiniteError, exit_status
+from torchtitan.config.errors import ConfigError, NonFiniteError, RecomputeMoreError, exit_status
 from torchtitan.config.manager import to_toml, write_resolved
 from torchtitan.distributed import utils
 from torchtitan.distributed.context_parallel import ContextSharder
@@ -384,7 +384,7 @@ def main(argv: list[str]) -> int:
 
 def _explain(error: Exception, config: JobConfig | None, trainer: Trainer | None) -> str:
     """What the user reads of a failure; the traceback of a bug."""
-    if isinstance(error, ConfigError | NonFiniteError):
+    if isinstance(error, ConfigError | NonFiniteError | RecomputeMoreError):
         return error.report()
     if config is None or not is_out_of_memory(error):
         return traceback.format_exc()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import resource
 import shutil
 import signal
@@ -40,10 +41,12 @@ if mode == f"fail{rank}":
     sys.exit(3)
 if mode == f"mistake{rank}":
     sys.exit(78)
+if mode == "memory" and os.environ["TORCHTITAN_OUT_OF_MEMORY_COUNT"] != "2":
+    sys.exit(79)
 if mode == "progress":
     send_progress("step 1 of 2")
     print("a log line", flush=True)
-elif mode != "succeed":
+elif mode not in ("succeed", "memory"):
     from torchtitan.tools.process import end_with_launcher  # here, because it imports torch
 
     end_with_launcher()
@@ -330,6 +333,13 @@ def test_a_mistake_that_no_restart_heals_ends_the_run_whatever_max_restarts_says
     assert result.returncode == EXIT_MISTAKE == 78
     assert result.stderr == "Rank 0 exited with status 78 (which no restart heals); its messages are above.\n"
     assert result.stdout.count("hello from 0") == 1
+
+
+def test_memory_that_ran_out_is_counted_and_starts_all_again_beside_max_restarts(repo: Path) -> None:
+    result = run(repo, "memory", NGPU="2")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("hello from 0") == 3
+    assert re.findall(r"(\d)/(\d) attempts left; will restart", result.stderr) == [("1", "1"), ("1", "2")]
 
 
 def test_another_run_s_words_are_not_shown_for_a_rank_that_said_nothing(repo: Path) -> None:

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 EXIT_MISTAKE = 78  # EX_CONFIG of sysexits.h
 """Status after what no restart heals: a mistake in the configuration or the data, or a run that has diverged."""
 
+EXIT_OUT_OF_MEMORY = 79
+"""Status of a rank whose start over, with more recomputation, may fit: the launcher starts all ranks again."""
+
 
 class ConfigError(ValueError):
     """An option, or a combination of options, that cannot work."""
@@ -99,11 +102,19 @@ class NonFiniteError(ArithmeticError):
         )
 
 
+class RecomputeMoreError(MemoryError):
+    """Memory ran out in a step, of a run that chooses its recomputation and has a leaner choice left."""
+
+    def report(self) -> str:
+        """What the user reads."""
+        return f"Out of memory: {self}"
+
+
 def exit_status(error: Exception) -> int:
     """Of a process that ends because of this."""
     if isinstance(error, NonFiniteError) or (isinstance(error, ConfigError) and not error.may_heal):
         return EXIT_MISTAKE
-    return 1
+    return EXIT_OUT_OF_MEMORY if isinstance(error, RecomputeMoreError) else 1
 
 
 def raise_all(errors: Sequence[ConfigError]) -> None:

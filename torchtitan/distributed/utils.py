@@ -40,16 +40,20 @@ class World:
     local_size: int
     restart_count: int
     """How often torchrun has started these processes again after a failure; by its count on this machine."""
+    out_of_memory_count: int | None = None
+    """How many of those starts were for memory that ran out; None where no launcher of ours would start again."""
 
 
 def get_world() -> World:
-    """Read torchrun's variables."""
+    """Read torchrun's variables, and the launcher's."""
+    out_of_memory_count = os.environ.get("TORCHTITAN_OUT_OF_MEMORY_COUNT")
     return World(
         rank=int(os.environ.get("RANK", "0")),
         size=int(os.environ.get("WORLD_SIZE", "1")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         restart_count=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        out_of_memory_count=None if out_of_memory_count is None else int(out_of_memory_count),
     )
 
 

@@ -1,22 +1,37 @@
-"""torchrun's agent, but for the failures that no restart heals: those it does not restart."""
+"""torchrun's agent, but that it knows two statuses of workers: what no restart heals, and memory that ran out.
+
+It acts on the machine whose worker has failed. After a mistake the agents of the others find that there is none to
+meet; after memory that ran out they restart as they do after any failure, where --max_restarts allows it.
+"""
+
+import os
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.launcher import api
 
-from torchtitan.config.errors import EXIT_MISTAKE
+from torchtitan.config.errors import EXIT_MISTAKE, EXIT_OUT_OF_MEMORY
+
+_VARIABLE = "TORCHTITAN_OUT_OF_MEMORY_COUNT"
 
 
 class Agent(LocalElasticAgent):
-    """Of the machine whose worker made the mistake; the agents of the others then find that there is none to meet."""
+    _out_of_memory_count = 0
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
-        if any(failure.exitcode == EXIT_MISTAKE for failure in result.failures.values()):
+        statuses = {failure.exitcode for failure in result.failures.values()}
+        if EXIT_MISTAKE in statuses:
             self._remaining_restarts = 0
+        elif EXIT_OUT_OF_MEMORY in statuses:  # with more recomputation each time, so it ends
+            self._out_of_memory_count += 1
+            os.environ[_VARIABLE] = str(self._out_of_memory_count)
+            worker_group.spec.max_restarts += 1
+            self._remaining_restarts += 1
         return result
 
 
 def use_agent() -> None:
     """Have torchrun take this one."""
+    os.environ[_VARIABLE] = "0"
     api.LocalElasticAgent = Agent  # type: ignore[attr-defined,misc]

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan.config.block_modes import BLOCK_MODES, BlockMode, describe_block_modes, get_block_modes
-from torchtitan.config.errors import ConfigError
+from torchtitan.config.errors import ConfigError, RecomputeMoreError
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.pipeline_split import ZERO_BUBBLE
 from torchtitan.distributed.activation_checkpoint import set_block_modes
@@ -41,32 +41,59 @@ LEANER = 0.95
 """Of the estimated peak that was too much, where the next choice must stay; the estimate is as exact."""
 
 
+NUM_FREE_STARTS = 2
+"""Steps of a start that are not worth a checkpoint: the second is the first with the optimizer's states."""
+
+
 class MemoryPlan:
     """How each block of a run is recomputed, by its number in the model, and what follows if that was too much."""
 
-    def __init__(self, block_modes: BlockModes, choose: Callable[[float], BlockModes] | None = None, peak: float = 0):
-        """choose(budget) gives the modes within so many bytes; peak is the estimate for block_modes."""
+    def __init__(
+        self,
+        block_modes: BlockModes,
+        choose: Callable[[float], BlockModes] | None = None,
+        peak: float = 0,
+        *,
+        by_restart: bool = False,
+        saves: bool = False,
+    ):
+        """
+        Args:
+            choose: gives the modes within so many bytes; None where there is no choice.
+            peak: the estimate for block_modes, in bytes.
+            by_restart: another choice takes another start. With several ranks those that have enough memory wait in a
+                collective for the one that has not, and what FSDP holds in the middle of a step cannot be taken back.
+            saves: there are checkpoints, from which another start goes on.
+        """
         self.block_modes = block_modes
         self._choose = choose
         self._peak = peak
+        self._by_restart = by_restart
+        self._saves = saves
+        self._num_steps = 0
 
     def run(self, forward_backward: Callable[[], T], model_parts: Sequence[Decoder]) -> T:
         """Call `forward_backward`, which drops the gradients first; again with leaner blocks if its memory runs out.
 
-        Nothing is lost by that, since weights change only afterwards. Only one process can do it: of several, those
-        that have enough wait in a collective for the one that has not.
+        Nothing is lost by that, since weights change only afterwards.
 
         Raises:
-            torch.OutOfMemoryError: the recomputation was not left to "auto", is the leanest, or there are other ranks.
+            torch.OutOfMemoryError: the recomputation was not left to "auto", is the leanest, or a start over would lose
+                more than the first steps.
+            RecomputeMoreError: the launcher is to start all ranks again, which then choose a leaner one.
         """
+        self._num_steps += 1
         while True:
             try:
                 return forward_backward()
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 self._peak *= LEANER
                 leaner = self._choose(self._peak) if self._choose else self.block_modes
-                if leaner == self.block_modes:
+                if leaner == self.block_modes or (self._by_restart and not self._may_start_over()):
                     raise
+                if self._by_restart:
+                    modes = describe_block_modes(leaner)
+                    raise RecomputeMoreError(f"{str(error).strip()}; all ranks start again, where {modes}") from None
             # not above, where the error still holds what was kept for backward
             gc.collect()
             if torch.cuda.is_available():
@@ -75,6 +102,9 @@ class MemoryPlan:
             for part in model_parts:
                 set_block_modes(part, leaner)
             logger.warning(f"Out of memory: this step again, and from now on {describe_block_modes(leaner)}")
+
+    def _may_start_over(self) -> bool:
+        return self._saves or self._num_steps <= NUM_FREE_STARTS
 
 
 def plan_memory(config: JobConfig, *, world: World, mesh: Mesh, device: torch.device) -> MemoryPlan:
@@ -105,6 +135,9 @@ def plan_memory(config: JobConfig, *, world: World, mesh: Mesh, device: torch.de
     choose = partial(choose_block_modes, config, model)
     block_modes = choose(budget)
     estimate = model.estimate(block_modes)
+    for _ in range(_get_most(world.out_of_memory_count or 0, device)):  # as MemoryPlan.run chooses
+        block_modes = choose(estimate.peak * LEANER)
+        estimate = model.estimate(block_modes)
     logger.info(describe(estimate, capacity=capacity))
     if options.mode == "auto":
         if estimate.peak > budget:
@@ -120,7 +153,14 @@ def plan_memory(config: JobConfig, *, world: World, mesh: Mesh, device: torch.de
             f"The logits of each microbatch take about {loss / GIB:.1f} GiB of the peak, {100 * loss / capacity:.0f}%"
             " of this device's memory; --liger_kernel.enable_fused_linear_cross_entropy trains without them"
         )
-    return MemoryPlan(block_modes, choose if is_one_process(config, model.dims) else None, estimate.peak)
+    by_restart = not is_one_process(config, model.dims)
+    return MemoryPlan(
+        block_modes,
+        choose if not by_restart or world.out_of_memory_count is not None else None,
+        estimate.peak,
+        by_restart=by_restart,
+        saves=config.checkpoint.enable_checkpoint and not config.checkpoint.load_only,
+    )
 
 
 def choose_block_modes(config: JobConfig, model: MemoryModel, budget: float) -> BlockModes:
@@ -147,9 +187,14 @@ def _get_budget(config: JobConfig, capacity: int, device: torch.device) -> int:
     budget = config.activation_checkpoint.memory_share * capacity
     if not config.training.deterministic:
         budget -= get_memory_held_by_others(device)
-    smallest = torch.tensor(budget, dtype=torch.float64, device=device)
-    dist.all_reduce(smallest, dist.ReduceOp.MIN)
-    return int(smallest.item())
+    return -_get_most(-int(budget), device)
+
+
+def _get_most(value: int, device: torch.device) -> int:
+    """The largest of all ranks."""
+    most = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most.item())
 
 
 def _explain_misfit(config: JobConfig, peak: int, budget: int, capacity: int, world: World, mesh: Mesh) -> str:

@@ -1,7 +1,7 @@
 """The recomputation that is chosen is the fastest that fits; if memory runs out all the same, nothing is lost."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.block_modes import describe_block_modes
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.errors import ConfigError
+from torchtitan.config.errors import EXIT_OUT_OF_MEMORY, ConfigError, RecomputeMoreError, exit_status
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.distributed.utils import World, get_world
 from torchtitan.memory import plan
@@ -323,6 +323,53 @@ def test_each_choice_is_leaner_until_none_is_left() -> None:
     assert all(peak <= peaks[0] * 0.95**i for i, peak in enumerate(peaks[:-1]))
     assert choices[0] == ("none",) * 16
     assert choices[-1] == ("full",) * 16
+
+
+def fail() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_several_ranks_start_again_where_that_loses_the_first_steps_at_most(saves: bool) -> None:
+    for num_steps_before in range(4):
+        memory = MemoryPlan(("none",), lambda budget: ("op",), 1, by_restart=True, saves=saves)
+        for _ in range(num_steps_before):
+            memory.run(lambda: None, [])
+        expected = RecomputeMoreError if saves or num_steps_before < 2 else torch.OutOfMemoryError
+        with pytest.raises(expected) as raised:
+            memory.run(fail, [])
+        assert memory.block_modes == ("none",)
+        assert exit_status(raised.value) == (EXIT_OUT_OF_MEMORY if expected is RecomputeMoreError else 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        MemoryPlan(("full",), lambda budget: ("full",), 1, by_restart=True).run(fail, [])
+
+
+def test_after_each_start_for_memory_that_ran_out_the_choice_is_the_next_one(
+    mesh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the one that a single process makes without a start."""
+    set_capacity(monkeypatch, 80)
+    config = parse(f"{LARGE} --training.local_batch_size 8")
+    world = World(0, 1, 0, 1, 0)
+    single = plan_memory(config, world=world, mesh=mesh, device=CPU)
+    choices = [single.block_modes]
+    for count in (1, 2):
+        with pytest.raises(InterruptedError):
+            single.run(raising(torch.OutOfMemoryError, InterruptedError), [])
+        started = plan_memory(config, world=replace(world, out_of_memory_count=count), mesh=mesh, device=CPU)
+        choices.append(started.block_modes)
+        assert started.block_modes == single.block_modes
+    assert len(set(choices)) == 3
+
+
+def raising(*errors: type[Exception]) -> Callable[[], None]:
+    """A function that raises the first of them when it is called first, and so on."""
+    left = iter(errors)
+
+    def raise_next() -> None:
+        raise next(left)
+
+    return raise_next
 
 
 @pytest.mark.parametrize("options", ["--activation_checkpoint.mode none", f"{AUTO} --training.enable_cpu_offload"])
