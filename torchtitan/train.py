@@ -85,9 +85,7 @@ class Trainer:
         self.global_batch_size = max(microbatch, config.training.global_batch_size)  # which may be -1
         self.num_microbatches = self.global_batch_size // microbatch  # it divides: config/validate.py
         self.dataloader = build_dataloader(
-            dataset=config.training.dataset,
-            dataset_path=config.training.dataset_path,
-            datasets=config.training.datasets,
+            training=config.training,
             tokenizer=self.tokenizer,
             dp_rank=self.mesh["dp"].get_local_rank(),
             dp_world_size=self.parallel_dims.dp,

@@ -12,7 +12,7 @@ import json
 import queue
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from torchtitan.components.data_sources import compare_tokenizers, open_together
 from torchtitan.components.data_state import Reading, load_place, save_place
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer
@@ -39,7 +40,6 @@ from torchtitan.datasets import (
     choose_dealing,
     find_validation_dataset,
     get_dataset_names,
-    open_dataset,
     pack,
 )
 from torchtitan.protocols.sequences import Documents
@@ -69,9 +69,7 @@ class Batch(NamedTuple):
 
 def build_dataloader(
     *,
-    dataset: str,
-    dataset_path: str | None,
-    datasets: Sequence[str],
+    training: Training,
     tokenizer: Tokenizer,
     dp_rank: int,
     dp_world_size: int,
@@ -83,17 +81,22 @@ def build_dataloader(
     """For training: see the top of this file.
 
     Args:
-        datasets: a mixture, instead of the dataset: see config/mixture.py.
+        training: says what is read.
         global_batch_size: sequences of a step; ranks times batch_size divide it.
 
     Raises DatasetError: the data is missing, empty or in no known format.
     """
-    parts = parse_mixture(datasets)
+    parts = parse_mixture(training.datasets)
     names = get_dataset_names()
     # What is no dataset is a path, and read as `dataset` says.
-    readers = [part.name if part.name in names else dataset for part in parts] or [dataset]
-    paths = [None if part.name in names else str(Path(part.name).expanduser()) for part in parts] or [dataset_path]
-    sources = [open_dataset(*both) for both in zip(readers, paths, strict=True)]
+    readers = [part.name if part.name in names else training.dataset for part in parts] or [training.dataset]
+    paths = [None if part.name in names else str(Path(part.name).expanduser()) for part in parts] or [
+        training.dataset_path
+    ]
+    skip = training.bad_rows == "skip"
+    sources = [open_together(*both, skip_bad_rows=skip) for both in zip(readers, paths, strict=True)]
+    fingerprint = _fingerprint(tokenizer)
+    compare_tokenizers(fingerprint, tokenizer)
     weights = [part.weight for part in parts] or [1.0]
     places = []
     for source, weight in zip(sources, weights, strict=True):
@@ -106,7 +109,7 @@ def build_dataloader(
                 f"{dp_world_size} data-parallel ranks share {streams} streams of it: more files would spare work"
             )
     return TrainingDataLoader(
-        Reading([part.name for part in parts] or [dataset], readers, sources, _fingerprint(tokenizer)),
+        Reading([part.name for part in parts] or [training.dataset], readers, sources, fingerprint),
         weights,
         tokenizer,
         Division(dp_rank, dp_world_size, batch_size, global_batch_size, seq_len),
@@ -119,7 +122,9 @@ def build_validation_dataloader(
     validation: Validation, tokenizer: Tokenizer, *, training: Training, dp_rank: int, dp_world_size: int
 ) -> "ValidationDataLoader":
     """For validation; raises as build_dataloader does. training: what is held out may be of its data."""
-    source = open_dataset(find_validation_dataset(training, validation), validation.dataset_path)
+    skip_bad_rows = training.bad_rows == "skip"
+    name = find_validation_dataset(training, validation)
+    source = open_together(name, validation.dataset_path, skip_bad_rows=skip_bad_rows)
     logger.info(f"Validation data: {source.name}, in {len(source)} shards")
     documents = DocumentStreams(source, seed=VALIDATION_SEED, infinite=False)
     batch_size, seq_len = validation.local_batch_size, validation.seq_len

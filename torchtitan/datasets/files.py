@@ -1,7 +1,7 @@
-"""Documents from files: text, JSON lines, Parquet.
+"""Documents from files: text and JSON lines; Parquet is in parquet.py.
 
 Nothing is indexed, converted or copied: text and JSON lines are read in byte ranges that are moved to
-the next line's start, Parquet by row group, so a run over a TB starts as fast as one over a MB.
+the next line's start, so a run over a TB starts as fast as one over a MB.
 Compressed JSON lines cannot be read from the middle: each file is unpacked from its start, as it is read.
 """
 
@@ -14,17 +14,13 @@ import zlib
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 from torchtitan.config.errors import DatasetError
-from torchtitan.datasets.source import Text, get_text
-
-if TYPE_CHECKING:
-    import pyarrow.parquet
+from torchtitan.datasets.source import BadRows, Text, get_text
 
 TEXT_PIECE_BYTES = 64 * 2**10
 """A longer text counts as several documents: one big file can then be shuffled, and feed many ranks."""
@@ -33,12 +29,10 @@ CHECKED_BYTES = 64 * 2**20
 """So much of JSON lines is parsed before the run starts, so that a bad line there costs no training."""
 CUT_SEARCH_BYTES = 4096
 UNPACKED_BYTES = 64 * 2**10
-ROWS_TOGETHER = 128
+COMPARED_FILES = 1000
 MAX_STREAMS = 2**16
 MAX_UNPACKED = 128
 """Files that are open at once, by all ranks together; also how many ranks can read without reading the same."""
-MAX_PARQUET = 512
-"""The same for Parquet, of which more is read without its files' beginnings."""
 
 
 def count_files(files: Sequence[Path]) -> str:
@@ -50,7 +44,17 @@ def _format_size(num_bytes: int) -> str:
     return f"{num_bytes / unit:.1f} {name}"
 
 
-class _Files:
+class Listing(NamedTuple):
+    """What the first rank has found at a path, for the others to read without looking."""
+
+    kind: str
+    files: list[str]
+    sizes: list[int]
+    details: Any
+    """What the kind must know of each file besides."""
+
+
+class Files:
     """Files and their sizes when the run began: a file that has become smaller since must not be read."""
 
     kind: ClassVar[str]
@@ -59,15 +63,46 @@ class _Files:
     max_parts: ClassVar[int] = 1
     piece_bytes: ClassVar[int | None] = None  # the size of a shard, where it is a piece of a file
 
-    def __init__(self, files: Sequence[Path], *, root: Path, text: Text = "text") -> None:
+    def __init__(
+        self, files: Sequence[Path], *, root: Path, text: Text = "text", listing: Listing | None = None
+    ) -> None:
         """`root` is what the files' names are below, `text` where a row's text is, if they have rows."""
         self._files = list(files)
         self._text = text
-        self._sizes = [file.stat().st_size for file in files]
+        self._sizes = [file.stat().st_size for file in files] if listing is None else listing.sizes
+        self.bad_rows = BadRows()
         # Of names below the root, sizes, and the size of the pieces, which a position in the data counts.
-        listing = [[os.path.relpath(file, root), size] for file, size in zip(files, self._sizes, strict=True)]
-        self.fingerprint = hashlib.sha256(json.dumps([listing, self.piece_bytes]).encode()).hexdigest()[:16]
+        names = [[os.path.relpath(file, root), size] for file, size in zip(files, self._sizes, strict=True)]
+        self.fingerprint = hashlib.sha256(json.dumps([names, self.piece_bytes]).encode()).hexdigest()[:16]
         self.name = f"{root}: {count_files(files)} of {self.kind}, {_format_size(sum(self._sizes))}"
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[str]:
+        raise NotImplementedError
+
+    @property
+    def listing(self) -> Listing:
+        return Listing(self.kind, [str(file) for file in self._files], self._sizes, self._get_details())
+
+    def _get_details(self) -> Any:
+        return None
+
+    def check(self) -> None:
+        """Read so much of it that a mistake costs no training. Raises DatasetError."""
+
+    def find_other_size(self) -> str | None:
+        """What is not here as it is listed; of many files, some of them are looked at."""
+        step = -(-len(self._files) // COMPARED_FILES)
+        for file, size in list(zip(self._files, self._sizes, strict=True))[::step]:
+            try:
+                now = file.stat().st_size
+            except OSError as error:
+                return f"{file}: {error.strerror}"
+            if now != size:
+                return f"{file} has {now:,} bytes, not {size:,}"
+        return None
 
     @contextmanager
     def _open(self, index: int) -> Iterator[BinaryIO]:
@@ -85,13 +120,15 @@ class _Files:
             raise DatasetError(f"{path} cannot be read: {error.strerror or error}; {advice}") from error
 
 
-class _PiecedFiles(_Files):
+class _PiecedFiles(Files):
     """Files in pieces of about `piece_bytes`. A piece runs from one cut to the next; `_cut` says where cuts may be."""
 
     piece_bytes: ClassVar[int]
 
-    def __init__(self, files: Sequence[Path], *, root: Path, text: Text = "text") -> None:
-        super().__init__(files, root=root, text=text)
+    def __init__(
+        self, files: Sequence[Path], *, root: Path, text: Text = "text", listing: Listing | None = None
+    ) -> None:
+        super().__init__(files, root=root, text=text, listing=listing)
         self._first_piece = list(accumulate((-(-size // self.piece_bytes) for size in self._sizes), initial=0))
 
     def __len__(self) -> int:
@@ -167,10 +204,14 @@ class JsonLinesFiles(_PiecedFiles):
     piece_bytes = JSON_PIECE_BYTES
     max_parts = JSON_PIECE_BYTES // 2**10
 
-    def __init__(self, files: Sequence[Path], *, root: Path, text: Text) -> None:
-        super().__init__(files, root=root, text=text)
+    def __init__(
+        self, files: Sequence[Path], *, root: Path, text: Text = "text", listing: Listing | None = None
+    ) -> None:
+        super().__init__(files, root=root, text=text, listing=listing)
         self._long_lines: dict[str, list[tuple[int, int]]] = defaultdict(list)
         """By file, sorted, from where to where one line goes that is longer than a piece: to find its end once."""
+
+    def check(self) -> None:
         for shard in range(min(len(self), CHECKED_BYTES // self.piece_bytes)):
             for _ in self.read(shard):
                 pass
@@ -198,21 +239,21 @@ class JsonLinesFiles(_PiecedFiles):
                 try:
                     document = get_text(_parse(line.removesuffix(b"\n")), self._text)
                 except ValueError as error:
-                    raise DatasetError(_explain(path, _line_number(path, offset), str(error), self._text)) from None
+                    self.bad_rows.meet(_explain(path, _line_number(path, offset), str(error), self._text))
+                    document = ""
                 if document:
                     yield document
             offset += len(line)
 
 
-class CompressedJsonLinesFiles(_Files):
+class CompressedJsonLinesFiles(Files):
     """JSON lines in .gz or .zst. Each file is a shard, unpacked line by line as it is read."""
 
     kind = "compressed JSON lines"
     suffixes = tuple(f"{suffix}{packed}" for suffix in JsonLinesFiles.suffixes for packed in (".gz", ".zst"))
     max_streams = MAX_UNPACKED  # and in one part: each would be unpacked from the file's start
 
-    def __init__(self, files: Sequence[Path], *, root: Path, text: Text) -> None:
-        super().__init__(files, root=root, text=text)
+    def check(self) -> None:
         num_checked = 0
         for shard in range(len(self)):
             for number, line in self._read_lines(shard):
@@ -251,7 +292,8 @@ class CompressedJsonLinesFiles(_Files):
         try:
             return get_text(_parse(line), self._text)
         except ValueError as error:
-            raise DatasetError(_explain(self._files[shard], number, str(error), self._text)) from None
+            self.bad_rows.meet(_explain(self._files[shard], number, str(error), self._text))
+            return ""
 
 
 def _unpack(file: BinaryIO, path: Path) -> io.BufferedIOBase:
@@ -275,69 +317,3 @@ def _line_number(path: Path, offset: int) -> int:
 def _explain(path: Path, line_number: int, problem: str, text: Text) -> str:
     field = text if isinstance(text, str) else "field"
     return f'{path}, line {line_number}: {problem}. Each line must be an object such as {{"{field}": "..."}}'
-
-
-class ParquetFiles(_Files):
-    """Each row's text is a document, each row group a shard."""
-
-    kind = "Parquet"
-    suffixes = (".parquet", ".pq")
-    max_streams = MAX_PARQUET
-    max_parts = 16  # for each, the rows before it are unpacked again
-
-    def __init__(self, files: Sequence[Path], *, root: Path, text: Text) -> None:
-        super().__init__(files, root=root, text=text)
-        self._columns = [text] if isinstance(text, str) else None
-        with ThreadPoolExecutor() as pool:
-            row_groups = list(pool.map(self._find_row_groups, range(len(files))))
-        self._shards = [(index, group) for index, groups in enumerate(row_groups) for group in groups]
-        if not self._shards:
-            raise DatasetError(f"{root} is empty: its Parquet files hold no row")
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[str]:
-        index, group = self._shards[shard]
-        for number, row in self._read_rows(index, group, part, num_parts):
-            try:
-                document = get_text(row, self._text)
-            except ValueError as error:
-                place = f"{self._files[index]}, row {number} of row group {group}"
-                raise DatasetError(f"{place}: {error}") from None
-            if document:
-                yield document
-
-    def _read_rows(self, index: int, group: int, part: int, num_parts: int) -> Iterator[tuple[int, Any]]:
-        """Rows with their numbers, some at a time."""
-        with self._open_parquet(index) as file:
-            num_rows = file.metadata.row_group(group).num_rows
-            first, end = num_rows * part // num_parts, num_rows * (part + 1) // num_parts
-            number = 0
-            for batch in file.iter_batches(ROWS_TOGETHER, row_groups=[group], columns=self._columns):
-                if number + len(batch) > first:
-                    rows = batch.slice(max(0, first - number), end - max(first, number)).to_pylist()
-                    yield from enumerate(rows, start=max(first, number) + 1)
-                number += len(batch)
-                if number >= end:
-                    return
-
-    def _find_row_groups(self, index: int) -> list[int]:
-        with self._open_parquet(index) as file:
-            names = file.schema_arrow.names
-            if isinstance(self._text, str) and self._text not in names:
-                raise DatasetError(f"{self._files[index]} has no column {self._text!r}, but {', '.join(names)}")
-            return [group for group in range(file.num_row_groups) if file.metadata.row_group(group).num_rows > 0]
-
-    @contextmanager
-    def _open_parquet(self, index: int) -> Iterator["pyarrow.parquet.ParquetFile"]:
-        import pyarrow.parquet  # here, because it takes a quarter of a second
-
-        with self._open(index):
-            try:
-                with pyarrow.parquet.ParquetFile(
-                    self._files[index], buffer_size=UNPACKED_BYTES, pre_buffer=False
-                ) as file:
-                    yield file
-            except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-                raise DatasetError(f"{self._files[index]} is damaged or not Parquet: {error}") from error

@@ -7,8 +7,8 @@ means the same in every version of `datasets`. The package is imported when a da
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from torchtitan.config.errors import DatasetError, UnreachableDataError
-from torchtitan.datasets.source import Text, get_text
+from torchtitan.config.errors import UnreachableDataError
+from torchtitan.datasets.source import BadRows, Text, get_text
 
 if TYPE_CHECKING:
     import datasets
@@ -29,6 +29,7 @@ class HuggingFaceStream:
 
     def __init__(self, load: Callable[[], Any], *, name: str, text: Text) -> None:
         self.name = name
+        self.bad_rows = BadRows()
         self._text = text
         self._dataset = self._load(load)
         self.fingerprint = f"{name}, {len(self)} shards"
@@ -63,7 +64,8 @@ class HuggingFaceStream:
             try:
                 document = get_text(row, self._text)
             except ValueError as error:
-                raise DatasetError(f"{self.name}, row {number} of shard {shard} {error}") from None
+                self.bad_rows.meet(f"{self.name}, row {number} of shard {shard} {error}")
+                continue
             if document:
                 yield document
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from torchtitan.config.errors import DatasetError
 from torchtitan.datasets.files import (
     CompressedJsonLinesFiles,
+    Files,
     JsonLinesFiles,
-    ParquetFiles,
+    Listing,
     TextFiles,
     count_files,
 )
-from torchtitan.datasets.source import Source, Text
+from torchtitan.datasets.parquet import ParquetFiles
+from torchtitan.datasets.source import Text
 from torchtitan.tools.logging import logger
 
 _OF_ROWS = (ParquetFiles, JsonLinesFiles, CompressedJsonLinesFiles)
@@ -22,8 +24,28 @@ KNOWN = (
 )
 
 
-def open_path(path: str | Path, text: Text) -> Source:
-    """The source for a file or a folder. Raises DatasetError where it does not exist, is empty or of no known kind."""
+def open_path(path: str | Path, text: Text, *, skip_bad_rows: bool = False, listing: Listing | None = None) -> Files:
+    """The source for a file or a folder.
+
+    Args:
+        listing: what another rank has found there; it is then neither looked for nor checked here.
+
+    Raises:
+        DatasetError: it does not exist, is empty or of no known kind, or bad in what is checked.
+    """
+    if listing is not None:
+        kinds: tuple[type[Files], ...] = (*_OF_ROWS, TextFiles)
+        kind = next(kind for kind in kinds if kind.kind == listing.kind)
+        source = kind([Path(file) for file in listing.files], root=Path(path), text=text, listing=listing)
+        source.bad_rows.skip = skip_bad_rows
+        return source
+    source = _look(path, text)
+    source.bad_rows.skip = skip_bad_rows
+    source.check()
+    return source
+
+
+def _look(path: str | Path, text: Text) -> Files:
     if path == "":  # which is the current folder to Path
         raise DatasetError("an empty dataset_path names no file or folder; leave it out for the dataset itself")
     root = Path(path)

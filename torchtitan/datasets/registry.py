@@ -9,7 +9,7 @@ from pathlib import Path
 from torchtitan.config.errors import DatasetError
 from torchtitan.config.schema import meant_or_known
 from torchtitan.config.sections import Training, Validation
-from torchtitan.datasets.files import TextFiles
+from torchtitan.datasets.files import Listing, TextFiles
 from torchtitan.datasets.hub import HuggingFaceStream
 from torchtitan.datasets.local import open_path
 from torchtitan.datasets.source import Source, Text
@@ -34,8 +34,13 @@ class Dataset:
     text: Text = "text"
 
 
-def open_dataset(name: str, path: str | None = None) -> Source:
+def open_dataset(
+    name: str, path: str | None = None, *, skip_bad_rows: bool = False, listing: Listing | None = None
+) -> Source:
     """The documents of a registered dataset, read from `path` if there is one.
+
+    Args:
+        listing: what another rank has found there; it is then neither looked for nor checked here.
 
     Raises:
         DatasetError: an unknown name; data that is missing, empty or in no known format.
@@ -43,11 +48,14 @@ def open_dataset(name: str, path: str | None = None) -> Source:
     if name not in _DATASETS:
         raise DatasetError(f"the dataset {name!r} is unknown; {meant_or_known(name, _DATASETS)}")
     dataset = _DATASETS[name]
-    return (
-        dataset.open(dataset.text)
-        if path is None
-        else open_path(Path(path).expanduser() if path else path, dataset.text)
-    )
+    source: Source
+    if path is None:
+        source = dataset.open(dataset.text)
+    else:
+        source = open_path(path, dataset.text, skip_bad_rows=skip_bad_rows, listing=listing)
+    if isinstance(source, HuggingFaceStream):
+        source.bad_rows.skip = skip_bad_rows
+    return source
 
 
 def find_validation_dataset(training: Training, validation: Validation) -> str:

@@ -7,7 +7,13 @@ formats are in files.py and hub.py; order and resuming in documents.py.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from torchtitan.config.errors import DatasetError
+from torchtitan.tools.logging import logger
+
+MAX_BAD_ROWS = 100
 
 Text = str | Callable[[Mapping[str, Any]], str]
 """Where a row's text is: the name of a field, or a function of the row."""
@@ -40,6 +46,30 @@ class Source(Protocol):
 
         Raises DatasetError, which names the place, where one cannot be read.
         """
+
+
+@dataclass
+class BadRows:
+    """What becomes of a row that cannot be read: the run stops, or passes over it, some times."""
+
+    skip: bool = False
+    _met: set[str] = field(default_factory=set)
+
+    def meet(self, problem: str) -> None:
+        """Return where the row is to be passed over; `problem` says where it is and what is wrong with it.
+
+        Raises:
+            DatasetError: it is not, or it is one too many.
+        """
+        if not self.skip:
+            raise DatasetError(problem)
+        if problem in self._met:  # in an earlier epoch
+            return
+        self._met.add(problem)
+        if len(self._met) > MAX_BAD_ROWS:
+            told = f"training.bad_rows=skip passes over {MAX_BAD_ROWS} rows of a rank, and this is one more"
+            raise DatasetError(f"{problem}. {told}: mend the data")
+        logger.warning(f"Row {len(self._met)} that is passed over: {problem}")
 
 
 def get_text(row: Any, text: Text) -> str:

@@ -78,10 +78,10 @@ def build(tokenizer, path):
         if validation:
             loaders.append(build_for_validation(**arguments))
         else:
-            global_batch_size = arguments["batch_size"] * arguments["dp_world_size"]
-            loaders.append(
-                build_dataloader(**({"seed": 0, "datasets": [], "global_batch_size": global_batch_size} | arguments))
-            )
+            names = arguments.keys() & {"dataset", "dataset_path", "datasets", "bad_rows"}
+            said = {name: arguments.pop(name) for name in names}
+            more = {"seed": 0, "global_batch_size": arguments["batch_size"] * arguments["dp_world_size"]}
+            loaders.append(build_dataloader(training=Training(**said), **(more | arguments)))
         return loaders[-1]
 
     yield build
@@ -281,6 +281,29 @@ def test_a_mixture_names_datasets_and_paths(build, path, caplog):
     assert build().get_tokens_by_source() == {}
 
 
+def test_rows_that_cannot_be_read_are_passed_over_if_asked(build, path, caplog):
+    whole = take(build(), 60)
+    with (Path(path) / "0.jsonl").open("a") as file:
+        file.write("{cut\n")
+    with pytest.raises(DatasetError, match=r"0.jsonl, line 18: is not JSON"):
+        build()
+    loader = build(bad_rows="skip")
+    assert len(take(loader, 60)) == len(whole)  # over several epochs
+    told = [message for message in caplog.messages if "passed over" in message]
+    assert len(told) == 1
+    assert told[0].startswith(f"Row 1 that is passed over: {path}/0.jsonl, line 18: is not JSON")
+    undisturbed = take(build(bad_rows="skip"), 40)
+    resumed = build(bad_rows="skip")
+    stopped = build(bad_rows="skip")
+    take(stopped, 20)
+    resumed.load_state_dict(stopped.state_dict())
+    assert take(resumed, 20) == undisturbed[20:]
+    with (Path(path) / "1.jsonl").open("a") as file:
+        file.write("3\n" * 101)
+    with pytest.raises(DatasetError, match=r"training\.bad_rows=skip passes over 100 rows .* one more: mend the data"):
+        build(bad_rows="skip")
+
+
 def test_ranks_that_share_streams_are_told(build, path, caplog):
     convert("jsonl.gz", path)
     build(dp_world_size=4)
@@ -316,8 +339,8 @@ def test_close_ends_the_thread_at_once(validation, build):
 
 def test_dropped_loader_ends_its_thread(tokenizer, path):
     loader = build_dataloader(
-        dataset="c4", dataset_path=path, tokenizer=tokenizer, dp_rank=0, dp_world_size=1, batch_size=1, seq_len=8,
-        seed=0, global_batch_size=1, datasets=[],
+        training=Training("c4", path), tokenizer=tokenizer, dp_rank=0, dp_world_size=1, batch_size=1, seq_len=8,
+        seed=0, global_batch_size=1,
     )  # fmt: skip
     next(iter(loader))
     assert num_threads() == 1
@@ -330,10 +353,11 @@ def test_exit_does_not_wait_for_the_thread(path):
 from torchtitan.components.dataloader import build_dataloader, build_validation_dataloader
 from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.config.sections import Training, Validation
-data = dict(dataset="c4", dataset_path={path!r}, seq_len=8)
+data = dict(dataset="c4", dataset_path={path!r})
 arguments = dict(tokenizer=build_tokenizer("tests/assets/tokenizer"), dp_rank=0, dp_world_size=1)
-validation = Validation(**data, local_batch_size=1)
-for_training = build_dataloader(**data, **arguments, batch_size=1, global_batch_size=1, datasets=[], seed=0)
+validation = Validation(**data, local_batch_size=1, seq_len=8)
+batch = dict(batch_size=1, global_batch_size=1, seq_len=8)
+for_training = build_dataloader(training=Training(**data), **arguments, **batch, seed=0)
 loaders = [for_training, build_validation_dataloader(validation, training=Training(), **arguments)]
 batches = [next(iter(loader)) for loader in loaders]
 print("done")

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import re
 from itertools import islice
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 from torchtitan.config.errors import DatasetError
-from torchtitan.datasets.files import CompressedJsonLinesFiles, JsonLinesFiles, ParquetFiles, TextFiles
+from torchtitan.datasets.files import CompressedJsonLinesFiles, JsonLinesFiles, TextFiles
 from torchtitan.datasets.local import open_path
+from torchtitan.datasets.parquet import ParquetFiles
 from torchtitan.datasets.source import Source
 
 
@@ -328,3 +330,32 @@ def test_no_source_keeps_files_open(write, documents):
         read_all(source)
         next(source.read(0))
         assert len(list(Path("/proc/self/fd").iterdir())) == num_open
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "jsonl.gz", "parquet"])
+def test_what_one_rank_has_found_another_reads_without_looking(kind, write, documents, monkeypatch):
+    folder = write(kind, documents)
+    found = open_path(folder, "text")
+    listing = pickle.loads(pickle.dumps(found.listing))
+    monkeypatch.setattr(type(found), "check", lambda _: pytest.fail("checked"))
+    monkeypatch.setattr(Path, "iterdir", lambda _: pytest.fail("listed"))
+    source = open_path(folder, "text", listing=listing)
+    assert (source.name, source.fingerprint) == (found.name, found.fingerprint)
+    assert read_all(source) == read_all(found)
+    assert source.find_other_size() is None
+    first = source._files[0]
+    with first.open("ab") as file:
+        file.write(b"\n")
+    size = first.stat().st_size
+    assert source.find_other_size() == f"{first} has {size:,} bytes, not {size - 1:,}"
+    first.unlink()
+    assert source.find_other_size() == f"{first}: No such file or directory"
+
+
+def test_rows_of_a_part_of_a_row_group_are_those_of_the_whole(tmp_path, write_parquet, monkeypatch):
+    monkeypatch.setattr("torchtitan.datasets.parquet.ROWS_TOGETHER", 2)
+    write_parquet(tmp_path / "a.parquet", list("abcdefghijk"))
+    source = open_path(tmp_path, "text")
+    for num_parts in (1, 2, 3, 5, 16):
+        parts = [list(source.read(0, part, num_parts)) for part in range(num_parts)]
+        assert [text for part in parts for text in part] == list("abcdef")

@@ -135,6 +135,9 @@ class Training:
     datasets: list[str] = field(default_factory=list)
     """A mixture instead, of NAME=WEIGHT: registered datasets, or paths that are read as `dataset` says."""
 
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """A row that cannot be read, or has no text, stops the run, or is named and passed over: 100 of them on a rank."""
+
     document_mask: bool = False
     """Keep documents that share a sequence from seeing each other; positions start anew in each."""
 
