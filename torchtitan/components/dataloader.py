@@ -89,10 +89,10 @@ def build_dataloader(
     parts = parse_mixture(training.datasets)
     names = get_dataset_names()
     # What is no dataset is a path, and read as `dataset` says.
-    readers = [part.name if part.name in names else training.dataset for part in parts] or [training.dataset]
-    paths = [None if part.name in names else str(Path(part.name).expanduser()) for part in parts] or [
-        training.dataset_path
-    ]
+    readers = [part.name if part.name in names else training.dataset for part in parts]
+    paths = [None if part.name in names else str(Path(part.name).expanduser()) for part in parts]
+    if not parts:
+        readers, paths = [training.dataset], [training.dataset_path]
     skip = training.bad_rows == "skip"
     sources = [open_together(*both, skip_bad_rows=skip) for both in zip(readers, paths, strict=True)]
     fingerprint = _fingerprint(tokenizer)

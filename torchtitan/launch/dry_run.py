@@ -100,9 +100,7 @@ def data(config: JobConfig, dims: ParallelDims) -> Iterator[str]:
     tokenizer = build_tokenizer(config.model.tokenizer_path)
     yield f"Tokenizer: {tokenizer.vocab_size} ids, from {config.model.tokenizer_path}"
     loader = build_dataloader(
-        dataset=config.training.dataset,
-        dataset_path=config.training.dataset_path,
-        datasets=config.training.datasets,
+        training=config.training,
         tokenizer=tokenizer,
         dp_rank=0,
         dp_world_size=dims.dp,
