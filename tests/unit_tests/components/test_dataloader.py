@@ -104,7 +104,7 @@ def test_labels_are_the_next_tokens(build):
         assert batch.tokens.dtype == batch.labels.dtype == torch.int64
         assert batch.tokens.is_contiguous()
         assert batch.labels.is_contiguous()
-        for tokens, labels, stream in zip(*batch, streams, strict=True):
+        for tokens, labels, stream in zip(batch.tokens, batch.labels, streams, strict=True):
             assert tokens[1:].equal(labels[:-1])
             assert not stream or tokens[0] == stream[-1]  # no token between two sequences is lost
             stream += labels.tolist()
