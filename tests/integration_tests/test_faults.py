@@ -442,7 +442,7 @@ def test_full_disk_costs_the_saves_but_not_the_run(tmp_path, undisturbed, mode):
                 rf" the newest whole checkpoint is {folder}/checkpoint/step-50; \d MiB are free there\.",
                 message,
             )
-        assert f"CheckpointError: the last checkpoint, of step {STEPS}, could not be saved" in messages[-1]
+        assert f"UnsavedError: the last checkpoint, of step {STEPS}, could not be saved" in messages[-1]
         assert checkpoints(folder) == ["step-50"]
 
         subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
