@@ -89,8 +89,8 @@ PIPELINES = [
 ROWS = [
     *(Row(dims, loss, n) for dims, loss, n in product([ParallelDims(), *LAYOUTS], ("", FUSED), (1, 2))),
     *(Row(dims, f"{SCHEDULE} {schedule}", n) for (dims, schedule), n in product(PIPELINES, (1, 2))),
-    *(Row(ParallelDims(dp_shard=2, tp=2), f"{loss} --training.compile", n) for loss, n in product(("", FUSED), (1, 2))),
-    Row(ParallelDims(tp=2), "--training.compile", 2),
+    *(Row(ParallelDims(dp_shard=2, tp=2), f"{loss} --training.compile", n) for loss, n in (("", 2), (FUSED, 1))),
+    Row(ParallelDims(tp=2), "--training.compile"),
     # some ranks and some microbatches have no label at all
     *(Row(dims, loss, 4) for dims, loss in product([ParallelDims(), *LAYOUTS[:2]], ("", FUSED))),
     # what else may change when weights are gathered, and where they are
