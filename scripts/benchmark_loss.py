@@ -4,7 +4,8 @@
     python scripts/benchmark_loss.py --tokens 2048 --vocab 32000 --dim 512 --dtype float32 --budgets 32   # on a CPU
 
 Measured is hidden -> loss -> both gradients. "floor" is the three bare matrix products (logits, hidden gradient,
-weight gradient) in the same process; "x floor" a time over it. "peak" is the largest allocation above the inputs,
+weight gradient) in the same process; "x floor" a time over it. linear_logprobs computes the logits twice: its floor is
+four. Errors of rows with options that change the loss mean nothing. "peak" is the largest allocation above the inputs,
 "above grads" the same less the two gradients. "error" is |g - g32| / |g32| of the hidden and the weight gradient
 against float32 autograd. Labels are drawn by Zipf's law, as words are: then many tokens add to the same rows of the
 weight gradient, and a sum over chunks shows its rounding. With --profile, a row's longest kernels follow it: how
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,13 @@ from benchmark_origin import get_origin
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from torchtitan.components.loss import IGNORE_INDEX, CrossEntropyLoss, FusedLinearCrossEntropyLoss
+from torchtitan.components.loss import (
+    IGNORE_INDEX,
+    CrossEntropyLoss,
+    FusedLinearCrossEntropyLoss,
+    fused_linear_cross_entropy,
+    linear_logprobs,
+)
 
 MIB = 1 << 20
 LossFn = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -45,14 +53,20 @@ class Problem:
     weight: Tensor
     labels: Tensor
     scale: Tensor
+    host_labels: Tensor
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
     def run(self, loss_fn: LossFn) -> Tensor:
-        loss = loss_fn(self.hidden, self.weight, self.labels, self.scale)
+        labels = self.host_labels if loss_fn in _ON_HOST else self.labels
+        loss = loss_fn(self.hidden, self.weight, labels, self.scale)
         loss.backward()
         return loss
+
+
+_ON_HOST: set[LossFn] = set()
+"""What takes the labels from the host."""
 
 
 class WeightOnly:
@@ -67,6 +81,35 @@ class WeightOnly:
 
 def fused(loss: Any) -> LossFn:
     return lambda hidden, weight, labels, scale: loss(hidden, WeightOnly(weight), labels, scale)
+
+
+def with_options(hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    if options.pop("token_weights", False):
+        options["token_weights"] = torch.ones_like(labels, dtype=torch.float32)
+    found = fused_linear_cross_entropy(hidden, weight, labels, scale=scale, **options)
+    return found if isinstance(found, Tensor) else found.loss
+
+
+def negative_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    return -linear_logprobs(hidden, weight, labels).logprobs.sum() * scale
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "z-loss": {"z_loss": 1e-4},
+    "softcap": {"softcap": 30.0},
+    "token weights": {"token_weights": True},
+    "label smoothing": {"label_smoothing": 0.1},
+    "outputs": {"return_outputs": True},
+    "z-loss, softcap, token weights, outputs": {
+        "z_loss": 1e-4,
+        "softcap": 30.0,
+        "token_weights": True,
+        "return_outputs": True,
+    },
+}
+
+
+FOUR_PRODUCTS = ["linear_logprobs"]
 
 
 def implementations(args: argparse.Namespace) -> dict[str, LossFn]:
@@ -95,6 +138,11 @@ def implementations(args: argparse.Namespace) -> dict[str, LossFn]:
 
     for budget in args.budgets:
         table[f"in-tree, {budget:g} MiB"] = fused(FusedLinearCrossEntropyLoss(budget_bytes=int(budget * MIB)))
+    for name, terms in OPTIONS.items():
+        table[f"in-tree + {name}"] = partial(with_options, **terms)
+    table["in-tree + labels on the host"] = partial(with_options)
+    _ON_HOST.add(table["in-tree + labels on the host"])
+    table["linear_logprobs"] = negative_logprobs
     if args.dtype != "float32":
         budget = max(args.budgets)
         loss = FusedLinearCrossEntropyLoss(budget_bytes=int(budget * MIB), accum_dtype=torch.float32)
@@ -128,30 +176,33 @@ def make_problem(args: argparse.Namespace, num_tokens: int) -> Problem:
     labels.masked_fill_(ignored, IGNORE_INDEX)
     hidden = normal(num_tokens, args.dim, std=1.0)
     weight = normal(args.vocab, args.dim, std=args.dim**-0.5)
-    return Problem(hidden, weight, labels, 1 / (labels != IGNORE_INDEX).sum().clamp(min=1).float())
+    host_labels = labels.cpu().pin_memory() if args.device == "cuda" else labels.cpu()
+    scale = 1 / (labels != IGNORE_INDEX).sum().clamp(min=1).float()
+    return Problem(hidden, weight, labels, scale, host_labels)
 
 
-def timed(fn: Callable[[], object], args: argparse.Namespace) -> list[float]:
-    """Milliseconds of each repeat."""
-    times = []
-    for i in range(args.warmup + args.repeats):
-        if args.device == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            fn()
-            end.record()
-            end.synchronize()
-            elapsed = start.elapsed_time(end)
-        else:
-            begin = time.perf_counter()
-            fn()
-            elapsed = 1e3 * (time.perf_counter() - begin)
-        if i >= args.warmup:
-            times.append(elapsed)
-    return times
+def milliseconds(fn: Callable[[], object], device: str) -> float:
+    if device != "cuda":
+        begin = time.perf_counter()
+        fn()
+        return 1e3 * (time.perf_counter() - begin)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    fn()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
-def floor_times(problem: Problem, args: argparse.Namespace) -> list[float]:
+def timed(steps: dict[str, Callable[[], object]], args: argparse.Namespace) -> dict[str, float]:
+    """The median milliseconds of each; they take turns, for the clock of a GPU drifts."""
+    rounds = [
+        {name: milliseconds(fn, args.device) for name, fn in steps.items()} for _ in range(args.warmup + args.repeats)
+    ]
+    return {name: statistics.median(round[name] for round in rounds[args.warmup :]) for name in steps}
+
+
+def bare_products(problem: Problem) -> Callable[[], object]:
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     logits, d_hidden, d_weight = hidden @ weight.t(), torch.empty_like(hidden), torch.empty_like(weight)
 
@@ -160,7 +211,7 @@ def floor_times(problem: Problem, args: argparse.Namespace) -> list[float]:
         torch.mm(logits, weight, out=d_hidden)
         torch.mm(logits.t(), hidden, out=d_weight)
 
-    return timed(products, args)
+    return products
 
 
 def peak_bytes(fn: Callable[[], object], device: str) -> int:
@@ -228,8 +279,8 @@ def measure(num_tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     problem = make_problem(args, num_tokens)
     reference = float32_gradients(problem)
     grad_bytes = sum(t.numel() * t.element_size() for t in (problem.hidden, problem.weight))
-    floor = floor_times(problem, args)
     rows: list[dict[str, Any]] = []
+    steps: dict[str, Callable[[], object]] = {}
     for name, loss_fn in implementations(args).items():
 
         def step(loss_fn: LossFn = loss_fn) -> None:
@@ -237,7 +288,7 @@ def measure(num_tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
             problem.run(loss_fn)
 
         try:
-            times = timed(step, args)
+            step()
             problem.clear()
             peak = peak_bytes(lambda fn=loss_fn: problem.run(fn), args.device)  # type: ignore[misc]
             errors = relative_errors(problem, loss_fn, reference)
@@ -249,11 +300,11 @@ def measure(num_tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
             problem.clear()
             if args.device == "cuda":
                 torch.cuda.empty_cache()
+        steps[name] = step
         rows.append(
             {
                 "name": name,
                 "tokens": num_tokens,
-                "ms": statistics.median(times),
                 "peak_mib": peak / MIB,
                 "above_grads_mib": (peak - grad_bytes) / MIB,
                 "d_hidden_error": errors[0],
@@ -261,9 +312,13 @@ def measure(num_tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
                 **({"kernels": kernels} if kernels else {}),
             }
         )
-    floor += floor_times(problem, args)  # before and after: the clock of a GPU drifts
-    floor_ms = statistics.median(floor)
-    return [row | {"floor_ms": floor_ms, "x_floor": row["ms"] / floor_ms} for row in rows]
+    floor = bare_products(problem)
+    times = timed({"floor": floor} | steps, args)
+    for row in rows:
+        num_products = 4 if row["name"] in FOUR_PRODUCTS else 3
+        row |= {"ms": times[row["name"]], "floor_ms": times["floor"]}
+        row["x_floor"] = row["ms"] / row["floor_ms"] * 3 / num_products
+    return rows
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -13,7 +13,6 @@ slowest and the fullest rank. Writes results.jsonl to --out.
 
 import argparse
 import json
-import statistics
 import sys
 from dataclasses import replace
 from functools import partial
@@ -24,7 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 
 import torch
 import torch.distributed as dist
-from benchmark_loss import MIB, LossFn, Problem, float32_gradients, floor_times, fused, make_problem, peak_bytes, timed
+from benchmark_loss import (
+    MIB,
+    LossFn,
+    Problem,
+    bare_products,
+    float32_gradients,
+    fused,
+    make_problem,
+    peak_bytes,
+    timed,
+)
 from benchmark_origin import get_origin
 from head_cost_table import get_head_cost
 from torch import Tensor
@@ -75,7 +84,7 @@ def measure(num_tokens: int, args: argparse.Namespace, mesh: DeviceMesh) -> list
         IN_TREE: fused(FusedLinearCrossEntropyLoss(budget_bytes=budget_bytes)),
         GATHERED: partial(gather_weight, budget_bytes=budget_bytes),
     }
-    floor = floor_times(share, args)
+    floor = timed({"floor": bare_products(share)}, args)["floor"]
     rows: list[dict[str, Any]] = []
     for name, loss_fn in ways.items():
 
@@ -84,7 +93,7 @@ def measure(num_tokens: int, args: argparse.Namespace, mesh: DeviceMesh) -> list
             problem.run(loss_fn)
 
         dist.barrier()
-        times = timed(step, args)
+        median = timed({name: step}, args)[name]
         problem.clear()
         peak = peak_bytes(lambda fn=loss_fn: problem.run(fn), args.device)  # type: ignore[misc]
         problem.clear()
@@ -103,7 +112,7 @@ def measure(num_tokens: int, args: argparse.Namespace, mesh: DeviceMesh) -> list
                 "tp": mesh.size(),
                 "name": name,
                 "tokens": num_tokens,
-                "ms": largest(statistics.median(times), mesh),
+                "ms": largest(median, mesh),
                 "peak_mib": largest(peak / MIB, mesh),
                 "moved_mb": cost.moved / 1e6,
                 "loss": loss,
@@ -111,8 +120,7 @@ def measure(num_tokens: int, args: argparse.Namespace, mesh: DeviceMesh) -> list
                 "d_weight_error": errors[1],
             }
         )
-    floor += floor_times(share, args)  # before and after: the clock of a GPU drifts
-    floor_ms = largest(statistics.median(floor), mesh)
+    floor_ms = largest((floor + timed({"floor": bare_products(share)}, args)["floor"]) / 2, mesh)  # the clock drifts
     return [row | {"floor_ms": floor_ms, "x_floor": row["ms"] / floor_ms} for row in rows]
 
 

@@ -58,6 +58,20 @@ def test_the_training_loop_with_the_fused_loss_learns_and_has_the_standard_loss(
     torch.testing.assert_close(fused, F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten()))
 
 
+def test_the_policy_loss_and_its_gradients_are_those_of_logits() -> None:
+    torch.manual_seed(0)
+    names = example("liger_kernel.md", 2)
+    leaves = [names[name].detach().double().requires_grad_() for name in ("hidden", "weight")]
+    logp = (leaves[0] @ leaves[1].t()).log_softmax(-1)
+    chosen = logp.gather(-1, names["labels"].unsqueeze(-1)).squeeze(-1)
+    ratio, advantages = (chosen - chosen.detach()).exp(), names["advantages"]
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+    expected = -surrogate + 0.01 * (logp.exp() * logp).sum(-1).mean()
+    torch.testing.assert_close(names["policy_loss"].double(), expected, rtol=1e-5, atol=0)
+    for name, true in zip(("hidden", "weight"), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(names[name].grad.double(), true, rtol=1e-5, atol=1e-7)
+
+
 def test_z_loss_is_cross_entropy_plus_the_square_of_log_z_of_valid_tokens(
     model: Transformer, registered: dict[str, Any]
 ) -> None:

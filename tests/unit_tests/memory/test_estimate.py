@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchtitan.cli.estimate import main, to_table
-from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, fused_linear
+from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, operators
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.block_modes import get_block_modes
 from torchtitan.config.degrees import ParallelDims
@@ -86,7 +86,7 @@ def test_equals_a_whole_step(checkpointing: str, loss: str, monkeypatch: pytest.
 def check_whole_step(options: str, monkeypatch: pytest.MonkeyPatch, *, untrue: int = 0) -> None:
     """untrue: bytes that tracing sees, and no run."""
     monkeypatch.setattr(memory_estimate, "LIBRARY_WORKSPACES", 0)
-    monkeypatch.setattr(fused_linear, "multiply_", lambda gradient, factor: None)  # which reads a value
+    monkeypatch.setattr(operators, "multiply_", lambda gradient, factor: None)  # which reads a value
     config = parse(options)
     result = estimate_memory(config, world_size=1)
     always = 12 * llama3_flavors["debugmodel"].num_params() + measure(config, ParallelDims(), None).buffers

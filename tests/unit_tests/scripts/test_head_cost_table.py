@@ -58,7 +58,9 @@ def test_logits_are_the_buffers_that_the_loss_makes(budget_rows: int, num_ranks:
     add = trace._add
     trace._add = lambda memory, *args: (made.append(memory.nbytes()), add(memory, *args))  # type: ignore[method-assign]
     try:
-        shard = VocabShard(0, dist.group.WORLD, rows_per_rank=rows) if num_ranks > 1 else None
+        shard = (
+            VocabShard(0, dist.group.WORLD, rows_per_rank=rows, vocab_size=num_ranks * rows) if num_ranks > 1 else None
+        )
         with trace:
             fused_linear_cross_entropy(hidden, weight, labels, budget_bytes=budget, shard=shard)
     finally:

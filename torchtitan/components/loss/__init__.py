@@ -5,8 +5,13 @@
 | cross_entropy.py | standard: logits, then cross entropy in float32; the oracle of the others |
 | liger.py | Liger-Kernel's fused linear cross entropy, its chunks sized from a memory budget |
 | fused_linear.py | the in-tree fused linear cross entropy: CPU, GPU, and a vocabulary sharded over ranks |
-| gradients.py | how the gradients of chunks add up, and how backward hands them out |
-| softmax_gradient.py | softmax, loss and gradient of one chunk of logits, in place; _triton.py holds its GPU kernels |
+| logprobs.py | log-probabilities of the labels, by the same means, for losses of your own |
+| terms.py | what a token's loss is made of: z-loss, softcap, label smoothing, class weights, bias |
+| operators.py | the walks of both over the tokens, as operators that torch can compile |
+| chunked_logits.py | a chunk's logits, their statistics over all ranks, and the products with their gradient |
+| softmax_gradient.py | statistics and gradient of one chunk of logits, in place; _triton.py holds its GPU kernels |
+| gradients.py | how the gradients of chunks add up, and how backward hands them out, once |
+| valid_rows.py | the tokens that are walked over where the host knows which are ignored |
 | vocab_shard.py | which rows of the vocabulary this rank holds; the one place where a DTensor becomes local |
 | chunking.py | how many tokens fit a memory budget |
 | build.py | build_loss: which loss a configuration means |
@@ -24,15 +29,23 @@ data ranks this is the mean over all valid tokens. Nothing else divides: not FSD
 
 from torchtitan.components.loss.build import build_loss
 from torchtitan.components.loss.cross_entropy import IGNORE_INDEX, CrossEntropyLoss, cross_entropy_sum
-from torchtitan.components.loss.fused_linear import FusedLinearCrossEntropyLoss, fused_linear_cross_entropy
+from torchtitan.components.loss.fused_linear import (
+    FusedLinearCrossEntropyLoss,
+    LossOutputs,
+    fused_linear_cross_entropy,
+)
+from torchtitan.components.loss.logprobs import LogProbs, linear_logprobs
 from torchtitan.components.loss.vocab_shard import VocabShard
 
 __all__ = [
     "IGNORE_INDEX",
     "CrossEntropyLoss",
     "FusedLinearCrossEntropyLoss",
+    "LogProbs",
+    "LossOutputs",
     "VocabShard",
     "build_loss",
     "cross_entropy_sum",
     "fused_linear_cross_entropy",
+    "linear_logprobs",
 ]

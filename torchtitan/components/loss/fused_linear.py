@@ -18,40 +18,28 @@ of float32 softmax and gradient; this holds 2 C Vp, where C comes from a memory 
 write of dW.
 
 Vocabulary sharded over n ranks (tensor parallel): H is gathered by the caller (vocab_shard.py), each rank computes
-its own columns, and per chunk one all-gather of 3 float32 a token (12 C bytes a rank) combines maximum, sum and target
-logit. The gather of one chunk runs beside the next chunk's product, so that two logits buffers share the budget.
+its own columns, and per chunk one small all-gather combines the statistics of the rows (chunked_logits.py).
 dH is then a partial sum, which the caller's DTensor reduce-scatters once; dW needs no communication.
 
 Liger's implementation differs in its chunk size (see liger.py), in its host syncs, and in knowing no sharded
 vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchtitan.components.loss.chunking import plan_chunks
-from torchtitan.components.loss.cross_entropy import get_loss_dtype
-from torchtitan.components.loss.gradients import OneBackward, add_product_, multiply_
-from torchtitan.components.loss.softmax_gradient import (
-    combine_statistics,
-    loss_and_gradient_,
-    row_statistics,
-    write_gradient_,
-)
+from torchtitan.components.loss import softmax_gradient
+from torchtitan.components.loss.cross_entropy import IGNORE_INDEX, get_loss_dtype
+from torchtitan.components.loss.gradients import OneBackward
+from torchtitan.components.loss.operators import EagerLinearCrossEntropy, linear_cross_entropy
+from torchtitan.components.loss.terms import Terms
+from torchtitan.components.loss.valid_rows import ValidRows
 from torchtitan.components.loss.vocab_shard import VocabShard, gather_hidden_local_weight
 from torchtitan.protocols.model import OutputHead
-
-collectives = torch.ops._c10d_functional  # the operations below torch.distributed
-
-_CPU_BUDGET_BYTES = 32 << 20
-"""On a CPU larger chunks are slower, since they leave the cache: a larger budget is not used."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -77,51 +65,146 @@ def _loss_of_local_rows(hidden: Tensor, weight: Tensor, *, labels: Tensor, scale
     return fused_linear_cross_entropy(hidden, weight, labels, scale=scale, shard=shard, **options)
 
 
+class LossOutputs(NamedTuple):
+    """The loss, and what is known of each token when it is: (...) as the labels, without a gradient.
+
+    Ignored tokens have 0, as arg max IGNORE_INDEX, and are not correct.
+    """
+
+    loss: Tensor
+    """(), the same that the plain call gives."""
+    token_losses: Tensor
+    """Cross entropies, without z-loss, token weights and scale."""
+    log_sum_exps: Tensor
+    entropies: Tensor
+    """In nats."""
+    arg_max: Tensor
+    """int64, ids of the whole vocabulary; the first of equals."""
+    correct: Tensor
+    """Whether the label is the arg max."""
+
+
+@overload
 def fused_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_outputs: Literal[False] = False, **options: Any
+) -> Tensor: ...
+@overload
+def fused_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_outputs: Literal[True], **options: Any
+) -> LossOutputs: ...
+def fused_linear_cross_entropy(  # type: ignore[misc]  # the overloads know of the other options by name only
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (Vp, D)
     labels: Tensor,  # (...) int64, ids of the whole vocabulary
     *,
+    return_outputs: bool = False,
     scale: Tensor | float = 1.0,
+    token_weights: Tensor | None = None,  # (...)
+    bias: Tensor | None = None,  # (Vp,)
+    class_weights: Tensor | None = None,  # (V,)
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
     budget_bytes: int = 1 << 30,
     accum_dtype: torch.dtype | None = None,
     shard: VocabShard | None = None,
-) -> Tensor:
+) -> Tensor | LossOutputs:
     """`scale * sum of cross entropies` of `hidden @ weight.T`, () float32, without materialising those logits.
 
     Args:
+        labels: on the device, or on the host: then ignored tokens are left out of all products, without waiting for
+            the device.
+        return_outputs: also give what is known of each token.
         scale: a number, or a 0-dim tensor on the device, which is not read by the host. It gets no gradient. In float16
             a loss scaler's factor belongs into it: the gradients are rounded with `scale` inside.
+        token_weights: what each token's loss is multiplied by. They get no gradient.
+        bias: added to the logits; it gets a gradient.
+        class_weights, label_smoothing: as in torch.nn.functional.cross_entropy.
+        softcap: the logits are `softcap * tanh(logits / softcap)`, after the bias; 0 leaves them as they are.
+        z_loss: adds `z_loss * log_sum_exp ** 2` to each token's loss.
         budget_bytes: memory for the logits of one chunk.
         accum_dtype: dtype of the weight gradient's sum over chunks; None is the weight's own.
-        shard: which rows of the vocabulary `weight` holds; None means all. Each rank of its group must pass the same
-            hidden states and labels; the hidden gradient is this rank's partial sum.
+        shard: which rows of the vocabulary `weight` and `bias` hold; None means all. Each rank of its group must pass
+            the same of all else; the hidden gradient is this rank's partial sum.
 
     Tokens labelled -100 are ignored; if all are, the loss is 0 and so are the gradients. Any other label outside the
     vocabulary makes the loss infinite: to raise an error, the host would have to wait for the device.
 
-    There is one backward, and no second derivative. float64 is computed in float64, and gives a float64 loss.
+    Only the gradients that something asks for are computed: two products with the weight or the hidden states frozen,
+    one with both. There is one backward, and no second derivative. float64 is computed in float64, and gives a float64
+    loss. terms.py has the formula.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or are none that the loss can be computed with.
+        ValueError: shapes, dtypes or devices do not fit together, or are none that the loss can be computed with; a
+            number is negative or not finite.
         RuntimeError: a second backward, create_graph, or one of torch.func's transforms.
     """
-    _check(hidden, weight, labels)
+    check_inputs(hidden, weight, labels, bias)
+    dtype, device, shape = get_loss_dtype(hidden), hidden.device, labels.shape
+    terms = Terms(
+        vocab_size=len(weight) if shard is None else shard.vocab_size,
+        bias=bias,
+        class_weights=class_weights.detach().to(device, dtype) if class_weights is not None else None,
+        softcap=softcap,
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+        outputs=return_outputs,
+    )
+    _check_shape("class_weights", terms.class_weights, torch.Size([terms.vocab_size]))
+    _check_shape("token_weights", token_weights, shape)
     if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=get_loss_dtype(hidden), device=hidden.device)
+        scale = torch.full((), scale, dtype=dtype, device=device)
     if scale.ndim != 0:
-        raise ValueError(f"scale must be a number or a 0-dim tensor, got the shape {tuple(scale.shape)}")
-    scale = scale.to(hidden.device, get_loss_dtype(hidden))
-    if not torch.is_grad_enabled():  # a parameter asks for its gradient all the same
-        hidden, weight = hidden.detach(), weight.detach()
+        raise ValueError(
+            f"scale must be a number or a 0-dim tensor, got the shape {tuple(scale.shape)}; use token_weights"
+        )
+    scale = scale.detach().to(device, dtype)
+
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    valid = ValidRows.of(labels, device)
     # copies only where they are not contiguous
-    hidden, labels = hidden.reshape(-1, hidden.shape[-1]).contiguous(), labels.reshape(-1).contiguous()
-    accum_dtype = torch.promote_types(accum_dtype or weight.dtype, weight.dtype)
-    options = _Options(budget_bytes, accum_dtype, shard)
-    return OneBackward.apply(_FusedLinearCrossEntropy.apply(hidden, weight, labels, scale, options))
+    hidden, labels = valid.take(hidden.reshape(-1, hidden.shape[-1]).contiguous()), valid.labels
+    if token_weights is not None:
+        weights = valid.take(token_weights.detach().to(device, dtype).flatten())
+        scale = torch.where(labels == IGNORE_INDEX, 0.0, scale * weights)
+    walk = linear_cross_entropy if torch.compiler.is_compiling() else EagerLinearCrossEntropy.apply
+    loss, statistics, *_ = walk(
+        hidden,
+        weight,
+        bias,
+        labels,
+        scale,
+        terms.class_weights,
+        terms.numbers,
+        return_outputs,
+        needs,
+        torch.promote_types(accum_dtype or weight.dtype, weight.dtype),
+        budget_bytes,
+        *VocabShard.to_arguments(shard),
+    )
+    if not torch.compiler.is_compiling():  # a compiled graph goes backward as often as it is asked to
+        loss = OneBackward.apply(loss)
+    if not return_outputs:
+        return loss
+    statistics = statistics.detach()
+    is_ignored = labels == IGNORE_INDEX
+    arg_max = torch.where(is_ignored, IGNORE_INDEX, statistics[softmax_gradient.ARG_MAX].long())
+    return LossOutputs(
+        loss,
+        *(
+            valid.put_back(values, fill).view(shape)
+            for values, fill in (
+                (softmax_gradient.cross_entropies(statistics, labels, terms), 0),
+                (softmax_gradient.log_sum_exps(statistics, labels), 0),
+                (softmax_gradient.entropies(statistics, labels), 0),
+                (arg_max, IGNORE_INDEX),
+                ((arg_max == labels) & ~is_ignored, False),
+            )
+        ),
+    )
 
 
-def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+def check_inputs(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "torch.func's transforms (vmap, grad, jvp, ...) do not know the fused linear cross entropy: "
@@ -141,139 +224,12 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
         )
     if labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64, got {labels.dtype}")
-    if not hidden.device == weight.device == labels.device:
+    if hidden.device != weight.device or labels.device not in (hidden.device, torch.device("cpu")):
         devices = f"{hidden.device}, {weight.device} and {labels.device}"
         raise ValueError(f"hidden, weight and labels must be on one device, got {devices}")
+    _check_shape("bias", bias, weight.shape[:1])
 
 
-@dataclass(frozen=True)
-class _Options:
-    budget_bytes: int
-    accum_dtype: torch.dtype
-    shard: VocabShard | None
-
-
-class _FusedLinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,  # (T, D)
-        weight: Tensor,  # (Vp, D)
-        labels: Tensor,  # (T,)
-        scale: Tensor,  # ()
-        options: _Options,
-    ) -> Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        losses = scale.new_empty(hidden.shape[0])
-        d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = weight.new_empty(weight.shape, dtype=options.accum_dtype) if needs_weight else None
-        # Triton launches on the current device
-        with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
-            _fill(hidden, weight, labels, scale, options, losses, d_hidden, d_weight)
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype) if d_weight is not None else None)
-        return losses.sum() * scale
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        gradients = ctx.saved_tensors  # in memory of ours: OneBackward refuses to come here twice
-        for gradient in gradients:
-            if gradient is not None:
-                multiply_(gradient, grad_loss)
-        return *gradients, None, None, None
-
-
-def _fill(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    options: _Options,
-    losses: Tensor,  # (T,) float32
-    d_hidden: Tensor | None,  # (T, D)
-    d_weight: Tensor | None,  # (Vp, D)
-) -> None:
-    """Write the token losses and the gradients of `scale * sum(losses)`. No logits outlive it."""
-    if d_weight is not None and len(hidden) == 0:
-        d_weight.zero_()  # there is no first chunk to write it
-    needs_gradient = d_hidden is not None or d_weight is not None
-    for rows, gradient in _chunk_gradients(
-        hidden, weight, labels, scale, options, losses, needs_gradient=needs_gradient
-    ):
-        if d_hidden is not None:
-            torch.mm(gradient, weight, out=d_hidden[rows])
-        if d_weight is not None:
-            add_product_(d_weight, gradient.t(), hidden[rows], is_first=rows.start == 0)
-
-
-def _chunk_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    scale: Tensor,
-    options: _Options,
-    losses: Tensor,
-    *,
-    needs_gradient: bool,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, gradient of their logits) chunk by chunk, and fill `losses`. Yields nothing without a gradient.
-
-    The gradient lies in a buffer that the next steps overwrite.
-    """
-    num_tokens, vocab_rows, shard = hidden.shape[0], weight.shape[0], options.shard
-    chunk, num_buffers = plan_chunks(
-        num_tokens,
-        vocab_rows=vocab_rows if shard is None else shard.rows_per_rank,
-        bytes_per_logit=hidden.element_size(),
-        budget_bytes=options.budget_bytes if hidden.is_cuda else min(options.budget_bytes, _CPU_BUDGET_BYTES),
-        is_sharded=shard is not None,
-    )
-    chunks = [slice(first, min(first + chunk, num_tokens)) for first in range(0, num_tokens, chunk)]
-    buffers = hidden.new_empty(num_buffers, chunk, vocab_rows)
-
-    def logits_of(i: int) -> Tensor:
-        rows = chunks[i]
-        return torch.mm(hidden[rows], weight.t(), out=buffers[i % num_buffers, : rows.stop - rows.start])
-
-    if shard is None and needs_gradient:
-        for i, rows in enumerate(chunks):
-            logits = logits_of(i)
-            loss_and_gradient_(logits, labels[rows], scale, losses[rows])
-            yield rows, logits
-        return
-
-    start = shard.start if shard is not None else 0
-    pending: _PendingStatistics | None = None
-    for i in range(len(chunks) + 1):
-        upcoming = None
-        if i < len(chunks):  # the next chunk's product hides the reduction that is under way
-            logits = logits_of(i)
-            statistics = row_statistics(logits, labels[chunks[i]], start=start)
-            upcoming = _PendingStatistics(chunks[i], logits, statistics, shard)
-        if pending is not None:
-            rows = pending.rows
-            row_max, row_sum, losses[rows] = combine_statistics(pending.wait(), labels[rows])
-            if needs_gradient:
-                write_gradient_(pending.logits, row_max, row_sum, labels[rows], scale, start=start)
-                yield rows, pending.logits
-        pending = upcoming
-
-
-class _PendingStatistics:
-    """A chunk whose row statistics are on their way to the other ranks."""
-
-    def __init__(self, rows: slice, logits: Tensor, statistics: Tensor, shard: VocabShard | None) -> None:
-        self.rows, self.logits = rows, logits
-        self._mine = statistics  # held until they have been sent
-        self._all, self._is_here = statistics, True  # without a shard these are of the whole vocabulary
-        if shard is not None:
-            group = shard.group
-            self._all = collectives.all_gather_into_tensor(statistics, group.size(), group.group_name)  # (3 * n, C)
-            self._is_here = False
-            if not statistics.is_cuda:
-                self.wait()  # nothing is hidden there, and gloo breaks memory where two gathers are under way
-
-    def wait(self) -> Tensor:  # (n, 3, C)
-        if not self._is_here:
-            self._is_here = True
-            collectives.wait_tensor(self._all)
-        return self._all.unflatten(0, (-1, 3))
+def _check_shape(name: str, tensor: Tensor | None, shape: torch.Size) -> None:
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(tensor.shape)}")

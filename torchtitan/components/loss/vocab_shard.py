@@ -3,9 +3,11 @@
 Shapes: B sequences, S tokens each, T = B * S, D model dim, V vocabulary, Vp this rank's rows of it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
@@ -18,6 +20,22 @@ class VocabShard:
     group: dist.ProcessGroup
     rows_per_rank: int
     """Vp of the first rank; the last ones may hold fewer rows, or none."""
+    vocab_size: int
+    """V, of all ranks together."""
+
+    @staticmethod
+    def to_arguments(shard: "VocabShard | None") -> tuple[list[int], str]:
+        """For operators, which take no objects: numbers, and the group's name."""
+        if shard is None:
+            return [], ""
+        return [shard.start, shard.rows_per_rank, shard.vocab_size], shard.group.group_name
+
+    @classmethod
+    def from_arguments(cls, numbers: Sequence[int], group_name: str) -> "VocabShard | None":
+        if not numbers:
+            return None
+        start, rows_per_rank, vocab_size = numbers
+        return cls(start, c10d._resolve_process_group(group_name), rows_per_rank, vocab_size)  # type: ignore[arg-type, attr-defined]
 
 
 def vocab_shard_of(sharded: DTensor, *, dim: int) -> VocabShard:
@@ -28,7 +46,7 @@ def vocab_shard_of(sharded: DTensor, *, dim: int) -> VocabShard:
     mesh = sharded.device_mesh
     rows_per_rank = -(-sharded.shape[dim] // mesh.size())  # as torch.chunk
     start = min(mesh.get_local_rank() * rows_per_rank, sharded.shape[dim])
-    return VocabShard(start, mesh.get_group(), rows_per_rank)
+    return VocabShard(start, mesh.get_group(), rows_per_rank, sharded.shape[dim])
 
 
 def gather_hidden_local_weight(

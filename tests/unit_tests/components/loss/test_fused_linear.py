@@ -14,8 +14,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from torchtitan.components.loss import IGNORE_INDEX, fused_linear, fused_linear_cross_entropy
+from torchtitan.components.loss import (
+    IGNORE_INDEX,
+    fused_linear,
+    fused_linear_cross_entropy,
+    linear_logprobs,
+    operators,
+)
 from torchtitan.components.loss.softmax_gradient import combine_statistics, row_statistics
+from torchtitan.components.loss.terms import Terms
+from torchtitan.components.loss.valid_rows import ValidRows
 
 VOCAB, DIM = 101, 16
 BYTES = 4 * VOCAB  # of one row of float32 logits
@@ -33,8 +41,8 @@ def test_without_grad_mode_only_the_loss_is_computed(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a gradient was computed")
 
-    for function in ("loss_and_gradient_", "write_gradient_"):
-        monkeypatch.setattr(fused_linear, function, refuse)
+    for function in ("statistics_and_gradient_", "write_gradient_"):
+        monkeypatch.setattr(operators, function, refuse)
     weight = torch.nn.Parameter(torch.randn(VOCAB, DIM))  # which asks for its gradient whatever the mode
     with mode():
         fused_linear_cross_entropy(torch.randn(9, DIM), weight, torch.randint(VOCAB, (9,)))
@@ -50,13 +58,13 @@ def test_one_token_needs_no_batch_and_hidden_states_may_be_transposed() -> None:
 def test_labels_reach_the_kernels_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's kernels read them one after the other."""
     seen = []
-    compute = fused_linear.loss_and_gradient_
+    compute = operators.statistics_and_gradient_
 
-    def record(logits: Tensor, labels: Tensor, scale: Tensor, losses: Tensor) -> None:
+    def record(logits: Tensor, labels: Tensor, *others: Any) -> None:
         seen.append(labels.is_contiguous())
-        compute(logits, labels, scale, losses)
+        compute(logits, labels, *others)
 
-    monkeypatch.setattr(fused_linear, "loss_and_gradient_", record)
+    monkeypatch.setattr(operators, "statistics_and_gradient_", record)
     weight = torch.randn(VOCAB, DIM, requires_grad=True)
     for labels in (torch.randint(VOCAB, (9, 2))[:, 1], torch.tensor(5).expand(9), torch.randint(VOCAB, (9,))[::2]):
         fused_linear_cross_entropy(torch.randn(len(labels), DIM), weight, labels, budget_bytes=4 * BYTES)
@@ -116,13 +124,47 @@ def test_a_number_as_scale_is_not_rounded_to_the_default_dtype() -> None:
 
 def test_statistics_of_parts_combine_to_those_of_the_whole() -> None:
     logits, labels = 5 * torch.randn(6, VOCAB), torch.randint(VOCAB, (6,))
-    labels[2] = IGNORE_INDEX
     bounds = [0, 40, 40, 101]  # the second part is empty
-    parts = [row_statistics(logits[:, first:last], labels, start=first) for first, last in pairwise(bounds)]
-    row_max, row_sum, losses = combine_statistics(torch.stack(parts), labels)
-    torch.testing.assert_close(row_max, logits.amax(dim=1))
-    torch.testing.assert_close(row_sum, (logits - row_max.unsqueeze(1)).exp().sum(dim=1))
-    torch.testing.assert_close(losses, F.cross_entropy(logits, labels, reduction="none"))
+
+    def terms(start: int) -> Terms:
+        return Terms(VOCAB, start, label_smoothing=0.1, outputs=True)
+
+    parts = [row_statistics(logits[:, first:last], labels, terms(first)) for first, last in pairwise(bounds)]
+    torch.testing.assert_close(combine_statistics(torch.stack(parts)), row_statistics(logits, labels, terms(0)))
+
+
+@pytest.mark.parametrize("labels_are_on_the_host", [True, False])
+def test_ignored_tokens_are_not_computed_where_the_host_has_the_labels(
+    labels_are_on_the_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of 64 tokens, rounded up to a multiple of 4; the outputs are of all tokens all the same."""
+    hidden, weight = torch.randn(4, 16, DIM), torch.randn(VOCAB, DIM)
+    labels = torch.randint(VOCAB, (4, 16))
+    labels[2:], labels[0, :2] = IGNORE_INDEX, IGNORE_INDEX
+    weights = torch.rand(4, 16)
+    leaves = [t.double().requires_grad_() for t in (hidden, weight)]
+    losses = F.cross_entropy((leaves[0] @ leaves[1].t()).flatten(0, 1), labels.flatten(), reduction="none")
+    expected = torch.autograd.grad((losses * weights.flatten()).sum(), leaves)
+
+    walked = []
+    compute = operators.statistics_and_gradient_
+
+    def record(logits: Tensor, *others: Any) -> None:
+        walked.append(len(logits))
+        compute(logits, *others)
+
+    monkeypatch.setattr(operators, "statistics_and_gradient_", record)
+    if not labels_are_on_the_host:  # as on a GPU, where their number is not known to the host
+        monkeypatch.setattr(fused_linear.ValidRows, "of", lambda labels, _: ValidRows(labels.flatten(), 64, None))
+    mine = [t.requires_grad_() for t in (hidden, weight)]
+    found = fused_linear_cross_entropy(*mine, labels, token_weights=weights, return_outputs=True)
+    for gradient, true in zip(torch.autograd.grad(found.loss, mine), expected, strict=True):
+        torch.testing.assert_close(gradient.double(), true, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.token_losses.double(), losses.detach().view(4, 16), rtol=1e-5, atol=1e-6)
+    assert found.arg_max.shape == (4, 16) and bool((found.arg_max[2:] == IGNORE_INDEX).all())
+    logprobs = linear_logprobs(*mine, labels).logprobs
+    torch.testing.assert_close(logprobs, -found.token_losses)
+    assert walked == ([32] if labels_are_on_the_host else [64])
 
 
 @pytest.mark.parametrize(

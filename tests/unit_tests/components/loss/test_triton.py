@@ -9,6 +9,7 @@ from torchtitan.components.loss import IGNORE_INDEX, fused_linear_cross_entropy,
 
 pytest.importorskip("triton")
 from torchtitan.components.loss import softmax_gradient_triton
+from torchtitan.components.loss.terms import Terms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -21,11 +22,12 @@ def make_chunk(rows: int, columns: int, dtype: torch.dtype, *, padding: int = 0)
     return storage.to(dtype).to(DEVICE)[:, :columns], labels.to(DEVICE)
 
 
-def plain(name: str, logits: torch.Tensor, *args: torch.Tensor, **kwargs: int) -> torch.Tensor | None:
-    """Run a function of softmax_gradient.py through its plain torch code, on CPU copies of everything."""
-    cpu_logits = logits.cpu().clone()
-    result = getattr(softmax_gradient, name)(cpu_logits, *(arg.cpu() for arg in args), **kwargs)
-    return cpu_logits if result is None else result
+def terms(logits: torch.Tensor, start: int = 0) -> Terms:
+    return Terms(vocab_size=logits.shape[1], start=start)
+
+
+def losses_of(statistics: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return softmax_gradient.cross_entropies(statistics, labels, terms(logits)).cpu()
 
 
 def assert_one_rounding_apart(mine: torch.Tensor, other: torch.Tensor) -> None:
@@ -38,12 +40,12 @@ def assert_one_rounding_apart(mine: torch.Tensor, other: torch.Tensor) -> None:
 def test_loss_and_gradient(rows: int, columns: int, padding: int, dtype: torch.dtype) -> None:
     logits, labels = make_chunk(rows, columns, dtype, padding=padding)
     scale = torch.tensor(0.37, device=DEVICE)
-    expected_losses = torch.empty(rows)
-    expected = logits.cpu().clone()
-    softmax_gradient.loss_and_gradient_(expected, labels.cpu(), scale.cpu(), expected_losses)
-    losses = torch.full((rows,), float("nan"), device=DEVICE)
-    softmax_gradient_triton.loss_and_gradient_(logits, labels, scale, losses)
-    torch.testing.assert_close(losses.cpu(), expected_losses, rtol=1e-5, atol=1e-5)
+    expected_statistics, expected = torch.empty(3, rows), logits.cpu().clone()
+    softmax_gradient.statistics_and_gradient_(expected, labels.cpu(), scale.cpu(), expected_statistics, terms(expected))
+    statistics = torch.full((3, rows), float("nan"), device=DEVICE)
+    softmax_gradient_triton.statistics_and_gradient_(logits, labels, scale, statistics, terms(logits))
+    losses, expected_losses = (losses_of(s, labels.to(s.device), logits) for s in (statistics, expected_statistics))
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
     assert_one_rounding_apart(logits, expected)
 
 
@@ -52,15 +54,18 @@ def test_loss_and_gradient(rows: int, columns: int, padding: int, dtype: torch.d
 def test_sharded_statistics_and_gradient(dtype: torch.dtype, start: int) -> None:
     logits, labels = make_chunk(6, 101, dtype)
     labels[labels != IGNORE_INDEX] += 40
-    statistics = softmax_gradient_triton.row_statistics(logits, labels, start=start)
-    expected = plain("row_statistics", logits, labels, start=start)
-    torch.testing.assert_close(statistics.cpu(), expected, rtol=1e-5, atol=1e-5)
+    on_cpu, cpu_labels = logits.cpu().clone(), labels.cpu()
+    statistics = softmax_gradient_triton.row_statistics(logits, labels, terms(logits, start)).cpu()
+    expected = softmax_gradient.row_statistics(on_cpu, cpu_labels, terms(logits, start))
+    is_valid = cpu_labels != IGNORE_INDEX
+    torch.testing.assert_close(statistics[:, is_valid], expected[:, is_valid], rtol=1e-5, atol=1e-5)
 
-    scale = torch.tensor(0.37, device=DEVICE)
     row_max, row_sum = logits.float().amax(dim=1) + 1, logits.float().sub(logits.max()).exp().sum(dim=1) + 1
-    expected = plain("write_gradient_", logits, row_max, row_sum, labels, scale, start=start)
-    softmax_gradient_triton.write_gradient_(logits, row_max, row_sum, labels, scale, start=start)
-    assert_one_rounding_apart(logits, expected)
+    coefficients = softmax_gradient.Coefficients(factor=0.37 / row_sum, target=row_sum)
+    softmax_gradient_triton.write_gradient_(logits, labels, row_max, coefficients, terms(logits, start))
+    coefficients = softmax_gradient.Coefficients(factor=0.37 / row_sum.cpu(), target=row_sum.cpu())
+    softmax_gradient.write_gradient_(on_cpu, cpu_labels, row_max.cpu(), coefficients, terms(logits, start))
+    assert_one_rounding_apart(logits, on_cpu)
 
 
 @pytest.mark.parametrize("factor", [1.0, -0.3])
@@ -87,15 +92,16 @@ def test_a_sure_token_is_as_exact_as_in_torch(top: float) -> None:
     labels, leaf = torch.tensor([7, 7]), logits.double().requires_grad_()
     true = torch.nn.functional.cross_entropy(leaf, labels, reduction="none")
     (d_true,) = torch.autograd.grad(true.sum(), leaf)
-    here, losses = logits.to(DEVICE), torch.empty(2, device=DEVICE)
-    arguments = labels.to(DEVICE), torch.tensor(1.0, device=DEVICE)
-    statistics = softmax_gradient_triton.row_statistics(here, arguments[0], start=0)
-    row_max, row_sum, apart = softmax_gradient.combine_statistics(statistics.unsqueeze(0), arguments[0])
-    d_apart = here.clone()
-    softmax_gradient_triton.write_gradient_(d_apart, row_max, row_sum, *arguments, start=0)
-    softmax_gradient_triton.loss_and_gradient_(here, *arguments, losses)
-    for mine, d_mine in ((losses, here), (apart, d_apart)):
-        torch.testing.assert_close(mine.cpu().double(), true.detach(), rtol=2e-5, atol=0)
+    here, together, on_device = logits.to(DEVICE), torch.empty(3, 2, device=DEVICE), labels.to(DEVICE)
+    apart, d_apart, scale = softmax_gradient_triton.row_statistics(here, on_device, terms(here)), here.clone(), 1.0
+    coefficients = softmax_gradient.loss_coefficients(apart, on_device, torch.tensor(scale), terms(here))
+    softmax_gradient_triton.write_gradient_(d_apart, on_device, apart[0], coefficients, terms(here))
+    softmax_gradient_triton.statistics_and_gradient_(
+        here, on_device, torch.tensor(scale, device=DEVICE), together, terms(here)
+    )
+    for statistics, d_mine in ((together, here), (apart, d_apart)):
+        mine = losses_of(statistics, on_device, here)
+        torch.testing.assert_close(mine.double(), true.detach(), rtol=2e-5, atol=0)
         torch.testing.assert_close(d_mine.cpu().double(), d_true, rtol=2e-5, atol=0)
 
 
@@ -184,11 +190,11 @@ def test_a_label_outside_the_vocabulary_reads_no_other_row(label: int) -> None:
     """Ten logits of 0 between rows of other values: the loss is infinite, and not made of the neighbours."""
     logits = torch.tensor([777.0, 0.0, 1000.0], device=DEVICE).unsqueeze(1).repeat(1, 10)
     labels, scale = torch.tensor([0, label, 0], device=DEVICE), torch.tensor(1.0, device=DEVICE)
-    statistics = softmax_gradient_triton.row_statistics(logits, labels, start=0).unsqueeze(0)
-    losses = {"apart": softmax_gradient.combine_statistics(statistics, labels)[2]}
-    losses["in one pass"] = torch.empty(3, device=DEVICE)
-    softmax_gradient_triton.loss_and_gradient_(logits, labels, scale, losses["in one pass"])
+    statistics = softmax_gradient_triton.row_statistics(logits, labels, terms(logits))
+    losses = {"apart": losses_of(statistics, labels, logits)}
+    softmax_gradient_triton.statistics_and_gradient_(logits, labels, scale, statistics, terms(logits))
+    losses["in one pass"] = losses_of(statistics, labels, logits)
     for name, found in losses.items():
         torch.testing.assert_close(
-            found.cpu(), torch.tensor([10.0, float("inf"), 10.0]).log(), msg=name, rtol=1e-4, atol=1e-4
+            found, torch.tensor([10.0, float("inf"), 10.0]).log(), msg=name, rtol=1e-4, atol=1e-4
         )

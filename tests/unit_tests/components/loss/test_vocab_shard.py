@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.unit_tests.distributed.processes import run_processes
-from torchtitan.components.loss import IGNORE_INDEX, VocabShard, fused_linear, fused_linear_cross_entropy
+from torchtitan.components.loss import (
+    IGNORE_INDEX,
+    VocabShard,
+    chunked_logits,
+    fused_linear_cross_entropy,
+    linear_logprobs,
+)
 from torchtitan.components.loss.cross_entropy import _sharded_sum
 
 
@@ -48,7 +54,7 @@ def on_one_rank(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     start = min(rank * rows_per_rank, case.vocab_size)
     rows = weight.detach()[start : start + rows_per_rank].clone().requires_grad_()
     assert dist.group.WORLD is not None
-    shard = VocabShard(start, dist.group.WORLD, rows_per_rank)
+    shard = VocabShard(start, dist.group.WORLD, rows_per_rank, case.vocab_size)
     loss = fused_linear_cross_entropy(hidden, rows, labels, scale=0.5, budget_bytes=case.budget_bytes, shard=shard)
     loss.backward()
     return loss.detach(), hidden.grad, rows.grad
@@ -89,11 +95,40 @@ def of_sure_tokens(top: float) -> tuple[Tensor, ...]:
     start = min(dist.get_rank() * rows_per_rank, 9)
     mine = sure_logits(top)[:, start : start + rows_per_rank]
     rows, logits = mine.t().contiguous().requires_grad_(), mine.clone().requires_grad_()
-    shard = VocabShard(start, group, rows_per_rank)
+    shard = VocabShard(start, group, rows_per_rank, 9)
     fused = fused_linear_cross_entropy(torch.eye(3), rows, labels, shard=shard)
     standard = _sharded_sum(logits, labels, start, 9, group)
     (fused + standard).backward()
     return fused.detach(), rows.grad.t(), standard.detach(), logits.grad
+
+
+OPTIONS: dict[str, Any] = {
+    "token_weights": torch.linspace(0, 2, 9),
+    "class_weights": torch.linspace(0.5, 2, 11),
+    "z_loss": 1e-2,
+    "softcap": 5.0,
+    "label_smoothing": 0.1,
+    "budget_bytes": 4 * 6 * 2,
+}
+LABELS = torch.tensor([0, 3, IGNORE_INDEX, 10, 5, 7, 2, 9, 1])
+
+
+def with_options(rank: int = 0, world: int = 1) -> tuple[list[Tensor], list[Tensor]]:
+    """What is known of nine tokens and eleven words, and the gradients of the loss and of log-probabilities."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((9, 16), (11, 16), (11,)))
+    rows_per_rank = -(-11 // world)
+    mine = slice(min(rank * rows_per_rank, 11), (rank + 1) * rows_per_rank)
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight[mine], bias[mine])]
+    shard = VocabShard(mine.start, dist.group.WORLD, rows_per_rank, 11) if dist.group.WORLD is not None else None
+    found = fused_linear_cross_entropy(
+        leaves[0], leaves[1], LABELS, bias=leaves[2], shard=shard, return_outputs=True, **OPTIONS
+    )
+    logprobs, entropies = linear_logprobs(
+        leaves[0], leaves[1], LABELS, bias=leaves[2], softcap=5.0, shard=shard, budget_bytes=48
+    )
+    gradients = torch.autograd.grad(found.loss + logprobs.exp().sum() + (entropies**2).sum(), leaves)
+    return [t.detach() for t in (*found, logprobs, entropies)], list(gradients)
 
 
 def order_of_collectives() -> list[str]:
@@ -105,7 +140,7 @@ def order_of_collectives() -> list[str]:
             calls.append(name)
             return getattr(torch.ops._c10d_functional, name)
 
-    with patch.object(fused_linear, "collectives", Recorded()):
+    with patch.object(chunked_logits, "collectives", Recorded()):
         on_one_rank(Case(dist.get_world_size(), 11, 64, 440))
     return calls
 
@@ -117,6 +152,7 @@ def on_each_rank(cases: list[Case]) -> dict[str, Any]:
         "standard": [standard_on_one_rank(case) for case in cases],
         "collectives": order_of_collectives(),
         "sure": [of_sure_tokens(top) for top in SURE],
+        "options": with_options(dist.get_rank(), dist.get_world_size()),
     }
 
 
@@ -180,6 +216,19 @@ def test_a_sure_token_is_as_exact_as_in_torch(world_size: int) -> None:
             torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-4, atol=0)
         for parts in (d_fused, d_standard):
             torch.testing.assert_close(torch.cat(parts, dim=1).double(), logits.grad, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_options_outputs_and_log_probabilities_equal_those_of_one_rank(world_size: int) -> None:
+    """One rank's are held to float64 in test_terms.py."""
+    expected, (d_hidden, d_weight, d_bias) = with_options()
+    outputs, gradients = zip(*(rank["options"] for rank in run(world_size)), strict=True)
+    for found in outputs:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    parts = list(zip(*gradients, strict=True))
+    torch.testing.assert_close(sum(parts[0]), d_hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts[1]), d_weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts[2]), d_bias, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
