@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchtitan.components.loss import softmax_gradient
 from torchtitan.components.loss.cross_entropy import IGNORE_INDEX, get_loss_dtype
 from torchtitan.components.loss.gradients import OneBackward
 from torchtitan.components.loss.operators import EagerLinearCrossEntropy, linear_cross_entropy
+from torchtitan.components.loss.softmax_gradient import ARG_MAX, cross_entropies, entropies, log_sum_exps
 from torchtitan.components.loss.terms import Terms
 from torchtitan.components.loss.valid_rows import ValidRows
 from torchtitan.components.loss.vocab_shard import VocabShard, gather_hidden_local_weight
@@ -188,15 +188,15 @@ def fused_linear_cross_entropy(  # type: ignore[misc]  # the overloads know of t
         return loss
     statistics = statistics.detach()
     is_ignored = labels == IGNORE_INDEX
-    arg_max = torch.where(is_ignored, IGNORE_INDEX, statistics[softmax_gradient.ARG_MAX].long())
+    arg_max = torch.where(is_ignored, IGNORE_INDEX, statistics[ARG_MAX].long())
     return LossOutputs(
         loss,
         *(
             valid.put_back(values, fill).view(shape)
             for values, fill in (
-                (softmax_gradient.cross_entropies(statistics, labels, terms), 0),
-                (softmax_gradient.log_sum_exps(statistics, labels), 0),
-                (softmax_gradient.entropies(statistics, labels), 0),
+                (cross_entropies(statistics, labels, terms), 0),
+                (log_sum_exps(statistics, labels), 0),
+                (entropies(statistics, labels), 0),
                 (arg_max, IGNORE_INDEX),
                 ((arg_max == labels) & ~is_ignored, False),
             )

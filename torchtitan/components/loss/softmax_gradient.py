@@ -21,14 +21,12 @@ caller combines over the ranks, then `write_gradient_`. On CUDA what reads logit
 Shapes: C rows of one chunk, Vp columns of the vocabulary on this rank, K statistics, 3 or 6 (terms.py).
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from torchtitan.components.loss.cross_entropy import IGNORE_INDEX, get_loss_dtype
 from torchtitan.components.loss.gradients import runs_on_triton
-from torchtitan.components.loss.terms import Terms
+from torchtitan.components.loss.terms import Coefficients, Terms
 
 _CPU_BLOCK_BYTES = 4 << 20
 """Rows are taken in blocks of about this size on a CPU, so that all passes but the first read from the cache."""
@@ -36,16 +34,6 @@ _CPU_BLOCK_BYTES = 4 << 20
 MAX, SUM, TARGET, WEIGHTED, SPREAD, ARG_MAX = range(6)
 """The statistics: m; s; x[y], or -inf where another rank holds it; sum(c * x); sum(exp(x - m) * (x - m)); the first id
 whose logit is m. The last three are there where terms.py asks for them."""
-
-
-class Coefficients(NamedTuple):
-    """Of the gradient of each row, (C,) each; None is a share of 1, and 0 of the others."""
-
-    factor: Tensor
-    target: Tensor
-    share: Tensor | None = None
-    smooth: Tensor | None = None
-    spread: Tensor | None = None
 
 
 def statistics_and_gradient_(

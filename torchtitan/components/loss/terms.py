@@ -10,6 +10,7 @@ For a row of logits z with target y, token weight w and class weights c (1 where
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,3 +73,13 @@ class Terms:
         is_word = (labels >= 0) & (labels < self.vocab_size)
         weights = self.class_weights[labels.clamp(0, self.vocab_size - 1)]
         return torch.where(is_word, weights, 1.0) * (1 - self.label_smoothing)
+
+
+class Coefficients(NamedTuple):
+    """Of each row's gradient (softmax_gradient.py has it), (C,) each; None is a share of 1, and 0 of the others."""
+
+    factor: Tensor
+    target: Tensor
+    share: Tensor | None = None
+    smooth: Tensor | None = None
+    spread: Tensor | None = None

@@ -1,6 +1,6 @@
 """Ignored tokens are not computed where the host has the labels: the others are gathered, and nothing waits for it.
 
-Their number is rounded up to a sixteenth of all, with ignored tokens, so that the sizes of what is allocated stay few.
+Their number is rounded up to a 64th of all, with ignored tokens, so that the sizes of what is allocated stay few.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchtitan.components.loss.cross_entropy import IGNORE_INDEX
 
-_NUM_SIZES = 16
+_NUM_SIZES = 64
 
 
 @dataclass(frozen=True)

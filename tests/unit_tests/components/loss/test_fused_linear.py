@@ -137,11 +137,11 @@ def test_statistics_of_parts_combine_to_those_of_the_whole() -> None:
 def test_ignored_tokens_are_not_computed_where_the_host_has_the_labels(
     labels_are_on_the_host: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of 64 tokens, rounded up to a multiple of 4; the outputs are of all tokens all the same."""
-    hidden, weight = torch.randn(4, 16, DIM), torch.randn(VOCAB, DIM)
-    labels = torch.randint(VOCAB, (4, 16))
-    labels[2:], labels[0, :2] = IGNORE_INDEX, IGNORE_INDEX
-    weights = torch.rand(4, 16)
+    """126 of 256 tokens, rounded up to a multiple of 4; the outputs are of all tokens all the same."""
+    hidden, weight = torch.randn(8, 32, DIM), torch.randn(VOCAB, DIM)
+    labels = torch.randint(VOCAB, (8, 32))
+    labels[4:], labels[0, :2] = IGNORE_INDEX, IGNORE_INDEX
+    weights = torch.rand(8, 32)
     leaves = [t.double().requires_grad_() for t in (hidden, weight)]
     losses = F.cross_entropy((leaves[0] @ leaves[1].t()).flatten(0, 1), labels.flatten(), reduction="none")
     expected = torch.autograd.grad((losses * weights.flatten()).sum(), leaves)
@@ -155,16 +155,16 @@ def test_ignored_tokens_are_not_computed_where_the_host_has_the_labels(
 
     monkeypatch.setattr(operators, "statistics_and_gradient_", record)
     if not labels_are_on_the_host:  # as on a GPU, where their number is not known to the host
-        monkeypatch.setattr(fused_linear.ValidRows, "of", lambda labels, _: ValidRows(labels.flatten(), 64, None))
+        monkeypatch.setattr(fused_linear.ValidRows, "of", lambda labels, _: ValidRows(labels.flatten(), 256, None))
     mine = [t.requires_grad_() for t in (hidden, weight)]
     found = fused_linear_cross_entropy(*mine, labels, token_weights=weights, return_outputs=True)
     for gradient, true in zip(torch.autograd.grad(found.loss, mine), expected, strict=True):
         torch.testing.assert_close(gradient.double(), true, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.token_losses.double(), losses.detach().view(4, 16), rtol=1e-5, atol=1e-6)
-    assert found.arg_max.shape == (4, 16) and bool((found.arg_max[2:] == IGNORE_INDEX).all())
+    torch.testing.assert_close(found.token_losses.double(), losses.detach().view(8, 32), rtol=1e-5, atol=1e-6)
+    assert found.arg_max.shape == (8, 32) and bool((found.arg_max[4:] == IGNORE_INDEX).all())
     logprobs = linear_logprobs(*mine, labels).logprobs
     torch.testing.assert_close(logprobs, -found.token_losses)
-    assert walked == ([32] if labels_are_on_the_host else [64])
+    assert walked == ([128] if labels_are_on_the_host else [256])
 
 
 @pytest.mark.parametrize(

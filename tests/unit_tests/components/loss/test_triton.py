@@ -9,7 +9,7 @@ from torchtitan.components.loss import IGNORE_INDEX, fused_linear_cross_entropy,
 
 pytest.importorskip("triton")
 from torchtitan.components.loss import softmax_gradient_triton
-from torchtitan.components.loss.terms import Terms
+from torchtitan.components.loss.terms import Coefficients, Terms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -61,9 +61,9 @@ def test_sharded_statistics_and_gradient(dtype: torch.dtype, start: int) -> None
     torch.testing.assert_close(statistics[:, is_valid], expected[:, is_valid], rtol=1e-5, atol=1e-5)
 
     row_max, row_sum = logits.float().amax(dim=1) + 1, logits.float().sub(logits.max()).exp().sum(dim=1) + 1
-    coefficients = softmax_gradient.Coefficients(factor=0.37 / row_sum, target=row_sum)
+    coefficients = Coefficients(factor=0.37 / row_sum, target=row_sum)
     softmax_gradient_triton.write_gradient_(logits, labels, row_max, coefficients, terms(logits, start))
-    coefficients = softmax_gradient.Coefficients(factor=0.37 / row_sum.cpu(), target=row_sum.cpu())
+    coefficients = Coefficients(factor=0.37 / row_sum.cpu(), target=row_sum.cpu())
     softmax_gradient.write_gradient_(on_cpu, cpu_labels, row_max.cpu(), coefficients, terms(logits, start))
     assert_one_rounding_apart(logits, on_cpu)
 
