@@ -12,11 +12,14 @@ from typing import Any
 import tokenizers
 
 from torchtitan.config.errors import TokenizerError
+from torchtitan.tools.logging import logger
 
 # Where tokenizer_config.json does not say: the names that tokenizers are published with.
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "[BOS]", "<|endoftext|>")
 EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[EOS]")
 
+MAX_CHARS_WITHOUT_TOKEN = 10_000
+MIN_SHARE_KEPT = 0.9
 PATH_ADVICE = "model.tokenizer_path takes a tokenizer.json or the folder that holds one"
 
 
@@ -27,6 +30,7 @@ class Tokenizer:
         self._backend = backend
         self.bos_id = bos_id
         self.eos_id = eos_id
+        self._has_tokens, self._num_chars = False, 0
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         """One more than the largest id: what a model's vocabulary must hold."""
 
@@ -37,8 +41,44 @@ class Tokenizer:
         """On several threads, and without Python's lock, so that a training step beside it goes on."""
         bos = [self.bos_id] if add_bos and self.bos_id is not None else []
         eos = [self.eos_id] if add_eos and self.eos_id is not None else []
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [bos + encoding.ids + eos for encoding in encodings]
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:
+            raise self._explain(texts, error) from None
+        encoded = [encoding.ids for encoding in encodings]
+        if not self._has_tokens:
+            self._check(texts, encoded)
+        return [bos + ids + eos for ids in encoded]
+
+    def _check(self, texts: Sequence[str], encoded: Sequence[list[int]]) -> None:
+        """Of the first texts: that there are tokens at all, and that little is dropped without a word."""
+        self._num_chars += sum(map(len, texts))
+        if not any(encoded):
+            if self._num_chars > MAX_CHARS_WITHOUT_TOKEN:
+                raise TokenizerError(
+                    f"no token comes of {self._num_chars:,} characters, such as {texts[0][:40]!r}: the tokenizer is one"
+                    " of other text"
+                )
+            return
+        self._has_tokens = True
+        num_chars = sum(len("".join(text.split())) for text in texts)
+        kept = sum(len("".join(self.decode(ids, skip_special_tokens=False).split())) for ids in encoded)
+        if kept < MIN_SHARE_KEPT * num_chars:
+            logger.warning(
+                f"The tokenizer drops what it does not know: {kept:,} of {num_chars:,} characters of the first"
+                " documents become tokens"
+            )
+
+    def _explain(self, texts: Sequence[str], error: Exception) -> TokenizerError:
+        for text in texts:
+            try:
+                self._backend.encode(text, add_special_tokens=False)
+            except Exception as of_text:
+                return TokenizerError(
+                    f"the tokenizer cannot encode the document that begins {text[:60]!r}: {of_text}; it has no token"
+                    " for what it does not know"
+                )
+        return TokenizerError(f"the tokenizer fails: {error}")
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -63,12 +103,23 @@ def build_tokenizer(path: str | Path) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
-    config = _read_config(file.with_name("tokenizer_config.json"))
-    return Tokenizer(
-        backend,
-        bos_id=_find_special_token(backend, file, config, "bos_token", BOS_NAMES),
-        eos_id=_find_special_token(backend, file, config, "eos_token", EOS_NAMES),
-    )
+    config = {
+        **_read_config(file.with_name("special_tokens_map.json")),
+        **_read_config(file.with_name("tokenizer_config.json")),
+    }
+    ids = _read_config(file.with_name("generation_config.json"))
+    for key in ("bos_token", "eos_token"):
+        index = ids.get(f"{key}_id")
+        index = index[0] if isinstance(index, list) and index else index
+        if key not in config and isinstance(index, int) and (token := backend.id_to_token(index)) is not None:
+            config[key] = token
+    eos_id = _find_special_token(backend, file, config, "eos_token", EOS_NAMES)
+    if eos_id is None:
+        logger.warning(
+            f"{file} has no end token, so documents run together and the model never learns to stop; name one as"
+            " eos_token in a tokenizer_config.json beside it"
+        )
+    return Tokenizer(backend, bos_id=_find_special_token(backend, file, config, "bos_token", BOS_NAMES), eos_id=eos_id)
 
 
 def find_tokenizer_file(path: Path) -> Path:

@@ -16,6 +16,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.runner import Runner
 from torchtitan.components.tokenizer import Tokenizer
+from torchtitan.config.errors import DatasetError
 from torchtitan.config.sections import Training, Validation
 from torchtitan.distributed.context_parallel import ContextSharder
 from torchtitan.distributed.mesh import Mesh
@@ -61,7 +62,9 @@ class Validator:
             for module in part.modules():  # what backward would have freed
                 if isinstance(module, FSDPModule):
                     module.reshard()
-        return total / max(count, 1), n_tokens
+        if count == 0:
+            raise DatasetError("the validation data holds no token to predict: a document has two tokens at least")
+        return total / count, n_tokens
 
     def _sum_and_count(self, batch: Batch) -> Tensor:
         batch = self.mark_documents(batch)

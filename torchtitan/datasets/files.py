@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 from torchtitan.config.errors import DatasetError
 from torchtitan.datasets.source import BadRows, Text, get_text
+from torchtitan.tools.logging import logger
 
 TEXT_PIECE_BYTES = 64 * 2**10
 """A longer text counts as several documents: one big file can then be shuffled, and feed many ranks."""
@@ -30,6 +31,8 @@ CHECKED_BYTES = 64 * 2**20
 CUT_SEARCH_BYTES = 4096
 UNPACKED_BYTES = 64 * 2**10
 COMPARED_FILES = 1000
+CHECKED_TEXTS = 256
+MAX_REPLACED = 0.01
 MAX_STREAMS = 2**16
 MAX_UNPACKED = 128
 """Files that are open at once, by all ranks together; also how many ranks can read without reading the same."""
@@ -180,8 +183,29 @@ class TextFiles(_PiecedFiles):
         # Neither lines nor words: between two characters. Only UTF-8's continuation bytes are 0b10xxxxxx.
         return at + next((i for i, byte in enumerate(ahead[1:]) if byte & 0xC0 != 0x80), len(ahead) - 1)
 
+    def check(self) -> None:
+        step = -(-len(self._files) // CHECKED_TEXTS)
+        for path in self._files[::step]:
+            with path.open("rb") as file:
+                data = file.read(TEXT_PIECE_BYTES)
+            if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise DatasetError(f"{path} is UTF-16, and text is read as UTF-8; convert it: iconv -f UTF-16 -t UTF-8")
+            self._check_bytes(path, data)
+            text = data.decode(errors="replace")
+            if (replaced := text.count("\ufffd") - data.count("\ufffd".encode())) > MAX_REPLACED * len(text):
+                logger.warning(
+                    f"{path}: {100 * replaced / len(text):.0f}% of its characters are not UTF-8 and become U+FFFD; if"
+                    " it is Latin-1, convert it: iconv -f LATIN1 -t UTF-8"
+                )
+                return
+
+    def _check_bytes(self, path: Path, data: bytes) -> None:
+        if b"\0" in data:
+            raise DatasetError(f"{path} is no text: it holds bytes of 0; convert it to UTF-8, or take it out")
+
     def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[str]:
-        _, _, data = self._read_piece(shard, part, num_parts)
+        path, _, data = self._read_piece(shard, part, num_parts)
+        self._check_bytes(path, data)
         if text := data.decode("utf-8-sig", errors="replace"):
             yield text
 
@@ -279,9 +303,10 @@ class CompressedJsonLinesFiles(Files):
                     line = unpacked.readline()
                 except (OSError, EOFError, zlib.error) as error:
                     place, problem = f"{self._files[shard]}, after line {number}", " ".join(str(error).split())
-                    raise DatasetError(
-                        f"{place}: cannot be unpacked: {problem}; the file is damaged or not whole: get it anew"
-                    ) from error
+                    advice = "the file is damaged or not whole: get it anew"
+                    if "too much memory" in problem:
+                        advice = "its window is too long (zstd --long): pack it anew without"
+                    raise DatasetError(f"{place}: cannot be unpacked: {problem}; {advice}") from error
                 if not line:
                     return
                 number += 1

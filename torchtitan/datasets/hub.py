@@ -7,7 +7,7 @@ means the same in every version of `datasets`. The package is imported when a da
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from torchtitan.config.errors import UnreachableDataError
+from torchtitan.config.errors import DatasetError, UnreachableDataError
 from torchtitan.datasets.source import BadRows, Text, get_text
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ class HuggingFaceStream:
                 f"{self.name} cannot be opened: {_one_line(error)}; check the network,"
                 " or give a local file or folder as dataset_path"
             ) from error
+        if isinstance(dataset, dict):  # DatasetDict and IterableDatasetDict
+            raise DatasetError(f"{self.name} is several datasets, {', '.join(dataset)}; load one of them: split=...")
         if hasattr(dataset, "to_iterable_dataset"):
             dataset = dataset.to_iterable_dataset(num_shards=max(1, min(MAP_STYLE_SHARDS, len(dataset))))
         return dataset

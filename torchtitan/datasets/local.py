@@ -1,8 +1,9 @@
 """From a file or a folder on this machine to the source of its kind: which files are read, and as what."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from stat import S_ISREG
 
 from torchtitan.config.errors import DatasetError
 from torchtitan.datasets.files import (
@@ -17,6 +18,7 @@ from torchtitan.datasets.parquet import ParquetFiles
 from torchtitan.datasets.source import Text
 from torchtitan.tools.logging import logger
 
+POINTER_BYTES = 1024
 _OF_ROWS = (ParquetFiles, JsonLinesFiles, CompressedJsonLinesFiles)
 KNOWN = (
     f"text ({', '.join(TextFiles.suffixes)}), JSON lines ({', '.join(JsonLinesFiles.suffixes)}, also with .gz or .zst)"
@@ -53,6 +55,12 @@ def _look(path: str | Path, text: Text) -> Files:
     kinds = {
         kind: [file for file in found if file.name.lower().endswith(kind.suffixes)] for kind in (*_OF_ROWS, TextFiles)
     }
+    if any(file.suffix == ".arrow" for file in found) and any(file.name == "state.json" for file in found):
+        raise DatasetError(
+            f"{root} was written by save_to_disk of Hugging Face datasets, whose Arrow files are not read; write"
+            f' Parquet instead: datasets.load_from_disk("{root}").to_parquet("data.parquet"), of one split'
+        )
+    _leave_out(root, [file for file in found if not any(file in files for files in kinds.values())])
     # A file named by hand may have no suffix at all; in a folder that would be a LICENSE or a Makefile.
     if not root.suffix and found == [root]:
         kinds[TextFiles] = found
@@ -72,6 +80,9 @@ def _look(path: str | Path, text: Text) -> Files:
     files = [file for file in kinds[kind] if file.stat().st_size > 0]
     if not files:
         raise DatasetError(f"{root} is empty: there is no byte in {count_files(kinds[kind])} of {kind.kind}")
+    for file in files:
+        if file.stat().st_size < POINTER_BYTES and file.read_bytes().startswith(b"version https://git-lfs"):
+            raise DatasetError(f"{file} is a pointer of Git LFS, not the data; fetch it: git lfs pull")
     return kind(files, root=root, text=text)
 
 
@@ -89,21 +100,46 @@ def _find_files(root: Path) -> list[Path]:
         names = [path.name for path in root.iterdir()]  # the walk would pass over a folder that may not be read
     except OSError as error:
         raise DatasetError(f"{root} cannot be read: {error.strerror}; check its permissions") from None
-    files = sorted(path for path in walk_files(root) if path.is_file())
+    files: dict[tuple[int, int], Path] = {}
+    twice: list[Path] = []
+    for path in sorted(walk_files(root, on_error=_refuse)):
+        try:
+            found = path.stat()
+        except OSError as error:
+            what = "is a link to nothing" if path.is_symlink() else f"cannot be read ({error.strerror})"
+            raise DatasetError(f"{path} {what}; mend it or remove it") from None
+        if S_ISREG(found.st_mode) and files.setdefault((found.st_dev, found.st_ino), path) != path:
+            twice.append(path)
+    if twice:
+        first = files[twice[0].stat().st_dev, twice[0].stat().st_ino]
+        logger.info(f"{root}: left out: {count_files(twice)} that links lead to twice ({twice[0]} is {first})")
     if not files and names and all(map(_is_hidden, names)):
         raise DatasetError(f"{root} holds hidden files only ({names[0]}), which are passed over; rename them")
     if not files:
         raise DatasetError(f"{root} is an empty folder; dataset_path takes {KNOWN}")
-    return files
+    return list(files.values())
 
 
-def walk_files(root: Path) -> Iterator[Path]:
+def _refuse(error: OSError) -> None:
+    raise DatasetError(f"{error.filename} cannot be read: {error.strerror}; check its permissions") from None
+
+
+def _leave_out(root: Path, files: Sequence[Path]) -> None:
+    """Say which files are of no known kind."""
+    if files and files != [root]:
+        kinds = sorted({"".join(file.suffixes[-2:]) or file.name for file in files})
+        more = ", ..." if len(kinds) > 8 else ""
+        told = f"{count_files(files)} of kinds that are not read ({', '.join(kinds[:8])}{more})"
+        logger.info(f"{root}: left out: {told}")
+
+
+def walk_files(root: Path, on_error: Callable[[OSError], None] | None = None) -> Iterator[Path]:
     """What is in a folder and its subfolders, hidden ones left out. Links are followed, but never round in a loop.
 
-    A folder that may not be read is passed over.
+    A folder that may not be read is passed over, but for what `on_error` makes of it.
     """
     visited = set(root.resolve().parents)
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=on_error):
         real_folder = Path(folder).resolve()
         if real_folder in visited:
             subfolders.clear()

@@ -184,3 +184,46 @@ def test_shipped_file_is_what_the_script_writes():
     shipped = json.loads((SHIPPED / "tokenizer.json").read_text())
     for key in made.keys() - {"model"}:
         assert made[key] == shipped[key]
+
+
+def make_word_level(folder: Path, **files: object) -> Path:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "end": 2}))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_begin_and_end_are_also_looked_for_where_others_write_them(tmp_path, caplog):
+    path = make_word_level(
+        tmp_path, special_tokens_map={"eos_token": "end"}, generation_config={"bos_token_id": [1, 0]}
+    )
+    tokenizer = build_tokenizer(path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert caplog.messages == []
+    (tmp_path / "special_tokens_map.json").unlink()
+    assert build_tokenizer(path).eos_id is None
+    assert caplog.messages[0].startswith(f"{path}/tokenizer.json has no end token, so documents run together")
+
+
+def test_a_document_that_cannot_be_encoded_is_named(tmp_path):
+    with pytest.raises(
+        TokenizerError, match=r"cannot encode the document that begins 'b who': .*; it has no token for"
+    ):
+        build_tokenizer(make_word_level(tmp_path)).encode_batch(["a b", "b who"], add_bos=True, add_eos=True)
+
+
+def test_a_tokenizer_of_which_no_token_comes_or_few_is_told(tmp_path, caplog):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 1}, merges=[]))  # drops all else
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = build_tokenizer(tmp_path)
+    with pytest.raises(TokenizerError, match="no token comes of 12,000 characters, such as 'xyzxyz"):
+        for _ in range(4):
+            tokenizer.encode_batch(["xyz" * 1000], add_bos=True, add_eos=True)
+    caplog.clear()
+    for _ in range(2):
+        assert build_tokenizer(tmp_path).encode("a cat", add_bos=True, add_eos=True) == [0, 0]
+    assert caplog.messages[-1] == (
+        "The tokenizer drops what it does not know: 2 of 4 characters of the first documents become tokens"
+    )

@@ -50,6 +50,12 @@ def test_streams_cover_the_shards_without_overlap(sequences, num_streams):
     assert all(streams)
 
 
+def test_several_datasets_are_named():
+    several = {"train": make_iterable(), "test": make_iterable()}
+    with pytest.raises(DatasetError, match=r"mine is several datasets, train, test; load one of them: split="):
+        HuggingFaceStream(lambda: several, name="mine", text="text")
+
+
 def test_wrong_rows_are_named():
     with pytest.raises(DatasetError, match="mine, row 1 of shard 0 has no field 'body' \\(it has 'text', 'id'\\)"):
         read_all(HuggingFaceStream(make_iterable, name="mine", text="body"))

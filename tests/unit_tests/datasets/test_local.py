@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from torchtitan.config.errors import DatasetError
-from torchtitan.datasets.files import CompressedJsonLinesFiles, JsonLinesFiles, TextFiles
+from torchtitan.datasets.files import TEXT_PIECE_BYTES, CompressedJsonLinesFiles, JsonLinesFiles, TextFiles
 from torchtitan.datasets.local import open_path
 from torchtitan.datasets.parquet import ParquetFiles
 from torchtitan.datasets.source import Source
@@ -244,8 +244,11 @@ def test_links_are_followed_and_no_folder_is_read_twice(tmp_path):
     write_rows(data / "deep" / "b.jsonl", [{"text": "b"}])
     (folder / "to_data").symlink_to(data)
     (folder / "to_file.jsonl").symlink_to(write_rows(tmp_path / "c.jsonl", [{"text": "c"}]))
-    (folder / "to_nothing.jsonl").symlink_to(tmp_path / "nothing")
     assert read_all(open_path(folder, "text")) == ["a", "b", "c"]
+    (folder / "to_nothing.jsonl").symlink_to(tmp_path / "nothing")
+    with pytest.raises(DatasetError, match="to_nothing.jsonl is a link to nothing; mend it or remove it"):
+        open_path(folder, "text")
+    (folder / "to_nothing.jsonl").unlink()
     (data / "deep" / "back").symlink_to(folder)
     (data / "deep" / "self").symlink_to(".")
     (folder / "to_data_again").symlink_to(data)
@@ -255,6 +258,62 @@ def test_links_are_followed_and_no_folder_is_read_twice(tmp_path):
     (data / "deep" / "up").symlink_to(data)  # which would bring in what is beside the root
     (data / "deep" / "back").unlink()
     assert read_all(open_path(root, "text")) == ["b"]
+
+
+def test_nothing_is_left_out_in_silence(tmp_path, caplog):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    (folder / "b.txt").symlink_to(folder / "a.txt")
+    for name in ("c.csv", "d.jsonl.bz2", "LICENSE"):
+        (folder / name).write_text("x")
+    assert read_all(open_path(folder, "text")) == ["a"]
+    assert caplog.messages == [
+        f"{folder}: left out: 1 file that links lead to twice ({folder}/b.txt is {folder}/a.txt)",
+        f"{folder}: left out: 3 files of kinds that are not read (.csv, .jsonl.bz2, LICENSE)",
+    ]
+
+    def error() -> str:
+        with pytest.raises(DatasetError) as caught:
+            open_path(folder, "text")
+        return str(caught.value)
+
+    (folder / "a.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert error() == f"{folder}/a.txt is a pointer of Git LFS, not the data; fetch it: git lfs pull"
+    (folder / "a.txt").write_text("a b", encoding="utf-16")
+    assert error().startswith(f"{folder}/a.txt is UTF-16, and text is read as UTF-8; convert it: iconv")
+    (folder / "a.txt").write_bytes(b"a\0b")
+    assert error() == f"{folder}/a.txt is no text: it holds bytes of 0; convert it to UTF-8, or take it out"
+    (folder / "a.txt").write_bytes(b"a" * TEXT_PIECE_BYTES + b"\n\0")
+    with pytest.raises(DatasetError, match="holds bytes of 0"):
+        read_all(open_path(folder, "text"))
+    caplog.clear()
+    (folder / "a.txt").write_text("é et ça", encoding="latin-1")
+    open_path(folder, "text")
+    assert caplog.messages[-1].startswith(f"{folder}/a.txt: 29% of its characters are not UTF-8 and become U+FFFD")
+    for name in ("data.arrow", "state.json"):
+        (folder / name).write_text("{}")
+    assert error().startswith(f"{folder} was written by save_to_disk of Hugging Face datasets")
+
+
+def test_a_folder_that_cannot_be_opened_is_an_error(tmp_path, monkeypatch):
+    def walk(root, *, followlinks, onerror):
+        onerror(PermissionError(13, "Permission denied", f"{root}/closed"))
+
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr("torchtitan.datasets.local.os.walk", walk)
+    with pytest.raises(DatasetError, match="closed cannot be read: Permission denied; check its permissions"):
+        open_path(tmp_path, "text")
+
+
+def test_a_long_window_of_zstandard_is_no_damage(tmp_path):
+    pytest.importorskip("pyarrow")
+    line = b'{"text": "a"}\n'
+    window = 21 << 3  # 2 GiB
+    block = (len(line) << 3 | 1).to_bytes(3, "little") + line
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\0" + bytes([window]) + block)
+    with pytest.raises(DatasetError, match=r"its window is too long \(zstd --long\): pack it anew without"):
+        open_path(tmp_path, "text")
 
 
 def test_larger_of_rows_and_text_is_the_data(tmp_path, caplog):
