@@ -142,7 +142,6 @@ class Trainer:
                 optimizer has made the weights so (they are not saved).
             SystemExit: with EXIT_PREEMPTED, after SIGTERM and a save.
         """
-        self.guard.heed_sigterm()
         config, steps, rank = self.config, self.config.training.steps, utils.get_world().rank
         if self.checkpointer.load():
             self._report_seed()
@@ -159,21 +158,23 @@ class Trainer:
                 self.gc.run(self.step)
                 self.metrics.start_step(self.step)
                 stop = self.train_step(batches)
+                if self.step == first_step:
+                    self.guard.heed_sigterm()
                 last_step = self.step == steps
                 if stop or last_step or self.checkpointer.is_due(self.step):
-                    stop |= self.guard.check_last(self.step)
+                    self.guard.check_last(self.step)
                     self.guard.check_weights(self.parameters(), self.step)  # what is not finite must not be saved
                 self.checkpointer.maybe_save(self.step, last_step=last_step)
+                if stop:
+                    self._stop()
                 self.validator.maybe_validate(self.step)
                 profile_step()
                 if self.step == first_step:
                     self._set_timeouts(config.comm.train_timeout_seconds)
-                if stop:
-                    self._stop()
         logger.info(f"Training completed; to see it: {get_report_command(config.job.dump_folder)}")
 
     def train_step(self, batches: Iterator[Batch]) -> bool:
-        """One optimizer step; returns whether some rank was asked to stop (known one step late)."""
+        """One optimizer step; returns whether some rank had been asked to stop when it began."""
         microbatches = [next(batches) for _ in range(self.num_microbatches)]
         # on the CPU, where the batches are, and by one rank of those that read the same sequences
         num_local_tokens = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in microbatches]).sum()
@@ -182,6 +183,7 @@ class Trainer:
             .float()
             .to(self.device, non_blocking=True)
         )
+        self.guard.note_stop(stop)
         scale = 1 / num_valid_tokens.clamp(min=1)
 
         loss = self.memory.run(partial(self._forward_backward, microbatches, scale), self.runner.model_parts)
@@ -195,7 +197,7 @@ class Trainer:
         self.n_tokens_seen += sum(batch.tokens.numel() for batch in microbatches) * self.parallel_dims.dp
         if self.metrics.should_log(self.step):
             self._log(loss, grad_norm, lr, share=num_local_tokens.to(self.device) * scale)
-        return self.guard.check_previous(stop, self.step)
+        return self.guard.check_previous(self.step)
 
     def _forward_backward(self, microbatches: list[Batch], scale: Tensor) -> Tensor:
         """This rank's share of the loss; the gradients are those of these microbatches alone."""

@@ -31,6 +31,7 @@ from tests.integration_tests.lives import (
     checkpoints,
     errors,
     last_step,
+    read_lines,
     read_records,
     read_steps,
     train,
@@ -38,6 +39,7 @@ from tests.integration_tests.lives import (
 )
 from tests.processes import find_worker, is_running, wait_until
 from torchtitan.checkpoint.folder import CheckpointFolder
+from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
 from torchtitan.components.dataloader import Batch
 from torchtitan.config.errors import EXIT_MISTAKE
 from torchtitan.distributed import utils
@@ -154,6 +156,46 @@ def test_sigterm_finishes_the_step_and_saves_it(tmp_path, undisturbed, mode):
     assert f"Training starts at step {last + 1}" in life.output()
     assert_as_undisturbed(life.folder, undisturbed)
     assert all(len(lives) == 1 for lives in read_records(life.folder).values())  # nothing was trained twice
+
+
+def test_sigterm_is_answered_after_one_more_step_and_before_a_validation(tmp_path):
+    options = f"{SAVING} --validation.enabled --validation.freq 5 --validation.steps 1 --validation.seq_len 32"
+    options += f" --validation.dataset_path {REPO}/LICENSE"
+    life = Life(tmp_path / "run", options, hook=ask_to_stop_in_step_9)
+    assert life.wait() == [EXIT_PREEMPTED], life.last_words()
+    assert "Stopped by SIGTERM after step 10; it is saved" in life.output()
+    assert [line["step"] for line in read_lines(life.folder) if "grad_norm" not in line] == [1, 5]
+
+
+def ask_to_stop_in_step_9() -> None:
+    train_step = Trainer.train_step
+
+    def then_ask(trainer: Trainer, batches: Iterator[Batch]) -> bool:
+        stop = train_step(trainer, batches)
+        if trainer.step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stop
+
+    Trainer.train_step = then_ask
+
+
+@pytest.mark.parametrize("moment", ["start", "conversion"])
+def test_sigterm_ends_at_once_what_has_nothing_to_lose(tmp_path, moment):
+    options = "--training.steps 2 --checkpoint.enable_checkpoint --checkpoint.last_save_in_hf"
+    hook = {"start": ask_to_stop_at_the_start, "conversion": ask_to_stop_in_the_conversion}[moment]
+    life = Life(tmp_path / "run", options, hook=hook)
+    assert life.wait() == [-signal.SIGTERM], life.last_words()
+    assert checkpoints(life.folder) == ([] if moment == "start" else ["step-2"])
+    life = train(life.folder, options)
+    assert HuggingFaceFormat.is_at(life.folder / "checkpoint/step-2")
+
+
+def ask_to_stop_at_the_start() -> None:
+    Trainer.train_step = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ask_to_stop_in_the_conversion() -> None:
+    HuggingFaceFormat.rewrite = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_sigterm_to_one_rank_stops_all_at_the_same_step(tmp_path, undisturbed_pair):

@@ -5,6 +5,7 @@ A save that fails on any rank is given up by all of them, with one message, and 
 
 import secrets
 import shutil
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -109,6 +110,7 @@ class CheckpointManager:
             raise UnsavedError(f"the last checkpoint, of step {step}, could not be saved in {self._folder.path}")
         if self._config.last_save_in_hf:
             assert self._hugging_face is not None
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is saved, and a start makes up for a conversion
             self._hugging_face.rewrite(self._folder, step, self._ranks)
 
     def _write(self, step: int, state: dict[str, Any], writer: Writer | None = None) -> None:

@@ -1,7 +1,7 @@
 """What ends a run between two steps: a request to stop, and numbers that are not finite.
 
-All ranks learn of it together, from flags on the device that the host reads one step late, so that it never waits for
-work that it has just queued.
+All ranks learn of it together, from flags on the device that the host reads when they are long there, so that it never
+waits for work that it has just queued.
 """
 
 import math
@@ -23,9 +23,11 @@ class RunGuard:
         self.stop_requested = torch.tensor(False)
         """On the CPU: whether this rank was asked to stop."""
         self._all_finite = torch.ones((), dtype=torch.bool, device=device)
-        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._finite: _Later | None = None
+        self._stop: _Later | None = None
 
     def heed_sigterm(self) -> None:
+        """Not before a step is done: until then SIGTERM ends the process at once, and there is nothing to save."""
         signal.signal(signal.SIGTERM, self._request_stop)
 
     def must_skip(self, grad_norm: Tensor) -> Tensor:
@@ -33,31 +35,26 @@ class RunGuard:
         self._all_finite &= torch.isfinite(grad_norm)
         return ~self._all_finite
 
-    def check_previous(self, stop: Tensor, step: int) -> bool:
-        """Whether to stop, by what was so at the end of the step before; `stop` is the ranks' sum for this `step`.
+    def note_stop(self, stop: Tensor) -> None:
+        """`stop` is the ranks' sum of stop_requested, from the beginning of this step."""
+        self._stop = _Later(stop)
+
+    def check_previous(self, step: int) -> bool:
+        """Whether to stop after this `step`; waits for no more than the end of the one before.
 
         Raises:
-            NonFiniteError: the optimizer has left that step out.
+            NonFiniteError: the optimizer has left out the step before.
         """
-        should_stop = self.check_last(step - 1)
-        flags = torch.stack([self._all_finite.to(stop), stop])
-        copy = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=flags.is_cuda)
-        copy.copy_(flags, non_blocking=True)
-        self._pending = copy, torch.cuda.current_stream().record_event() if flags.is_cuda else None
-        return should_stop
+        self.check_last(step - 1)
+        self._finite = _Later(self._all_finite)
+        assert self._stop is not None
+        return bool(self._stop.read())
 
-    def check_last(self, step: int) -> bool:
-        """As check_previous, but of the last step, which is waited for."""
-        if self._pending is None:
-            return False
-        copy, event = self._pending
-        self._pending = None
-        if event is not None:
-            event.synchronize()
-        all_finite, stop = copy.tolist()
-        if not all_finite:
+    def check_last(self, step: int) -> None:
+        """Raise NonFiniteError if the optimizer has left out the last step, which is waited for."""
+        finite, self._finite = self._finite, None
+        if finite is not None and not finite.read():
             raise NonFiniteError(step, "the gradient norm is inf or nan; the weights are left as they were before")
-        return bool(stop)
 
     def check_weights(self, parameters: Iterable[Tensor], step: int) -> None:
         """Finite gradients too can ruin the weights, by a learning rate that is far too high.
@@ -70,3 +67,17 @@ class RunGuard:
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
         self.stop_requested.fill_(True)
+
+
+class _Later:
+    """A number on the device, which the host may read when the device has come to this point."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._copy = torch.empty((), dtype=value.dtype, pin_memory=value.is_cuda)
+        self._copy.copy_(value, non_blocking=True)
+        self._event = torch.cuda.current_stream().record_event() if value.is_cuda else None
+
+    def read(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy.item()
