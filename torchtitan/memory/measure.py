@@ -22,9 +22,10 @@ from torchtitan.components.optimizer import get_weight_dtype
 from torchtitan.config.block_modes import BLOCK_MODES, BlockMode
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.sections import Float8
 from torchtitan.distributed.activation_checkpoint import set_block_modes
 from torchtitan.distributed.mesh import Mesh, build_mesh
-from torchtitan.memory.trace import MemoryTrace, with_gpu_kernels
+from torchtitan.memory.trace import Float8Linear, MemoryTrace, with_gpu_kernels
 from torchtitan.protocols.model import Decoder, TiedOutputHead
 from torchtitan.protocols.sequences import Sequences
 from torchtitan.protocols.train_spec import get_run_args, get_train_spec
@@ -157,6 +158,8 @@ def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh) -> Decoder:
         model.to(get_param_dtype(config))  # as FSDP gathers the weights
         model.init_buffers("meta")  # these it does not cast
     block = model.layers["0"]
+    if "float8" in config.model.converters and dims.tp == 1:  # split layers are counted as they are without float8
+        _apply_float8(block, config.float8)
     block.forward = with_gpu_kernels(block.forward)  # type: ignore[method-assign]
     logger.disabled = True  # it would tell how the model is divided
     try:
@@ -172,6 +175,14 @@ def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh) -> Decoder:
     finally:
         logger.disabled = False
     return model
+
+
+def _apply_float8(block: nn.Module, config: Float8) -> None:
+    """As distributed/float8.py chooses the layers, without the package that it needs."""
+    for name, module in block.named_modules(prefix="layers.0"):
+        fits = type(module) is nn.Linear and not any(size % 16 for size in module.weight.shape)
+        if fits and not any(text in name for text in config.filter_fqns):
+            module.__class__ = Float8Linear
 
 
 def get_param_dtype(config: JobConfig) -> torch.dtype:

@@ -144,6 +144,7 @@ def _kernels() -> frozenset[Any]:
             aten.mm,
             aten.bmm,
             aten.addmm,
+            aten._scaled_mm,
             aten._scaled_dot_product_flash_attention,
             aten._scaled_dot_product_flash_attention_backward,
             torch.ops.torchtitan.context_attention,
@@ -192,3 +193,39 @@ class _RMSNormKernel(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight, _ = ctx.saved_tensors
         return torch.addcmul(x, grad, weight), torch.empty_like(weight)
+
+
+class Float8Linear(torch.nn.Linear):
+    """As much memory as torchao's layer takes, which is another package; the values are of no interest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Float8Products.apply(x, self.weight.to(x.dtype))
+
+
+class _Float8Products(torch.autograd.Function):
+    """Keeps what it is given, not its casts: to recompute those is cheap, and compiled code does the same by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(_cast(x.flatten(0, -2)), _cast(weight).t(), x.dtype).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad8, x8 = _cast(grad.flatten(0, -2)), _cast(x.flatten(0, -2))
+        d_x = _product(grad8, _column_major(_cast(weight)), x.dtype).view_as(x)
+        return d_x, _product(grad8.t().contiguous(), _column_major(x8), weight.dtype)
+
+
+def _cast(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float8_e4m3fn)
+
+
+def _column_major(matrix: Tensor) -> Tensor:
+    return matrix.t().contiguous().t()
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    scale = torch.empty((), device=a.device)
+    return torch._scaled_mm(a, b, scale, scale, out_dtype=dtype)
