@@ -48,7 +48,7 @@ from torchtitan.distributed.mesh import build_mesh
 from torchtitan.memory import explain_out_of_memory, is_out_of_memory, plan_memory
 from torchtitan.protocols.custom_import import maybe_import_custom
 from torchtitan.protocols.model import Loss
-from torchtitan.protocols.train_spec import check_vocab_size, get_run_args, get_train_spec, validate_run
+from torchtitan.protocols.train_spec import check_vocab_size, find_family, get_run_args, validate_run
 from torchtitan.tools.gc import GarbageCollection
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.packages import is_liger_installed
@@ -98,15 +98,14 @@ class Trainer:
         self.shard_context = ContextSharder(self.mesh["cp"])
 
         # batches to gradients
-        self.model_code = get_train_spec(config.model.name).load()
+        self.model_code = find_family(config.model).load()
         self.model_args = get_run_args(config.model, max_seq_len=config.max_seq_len)
-        logger.info(f"Building {config.model.name} {config.model.flavor} with {self.model_args}")
+        logger.info(f"Building {config.model.title} with {self.model_args}")
         self.float8 = config.float8 if "float8" in config.model.converters else None
         self.loss = self._build_loss()
         self.memory = plan_memory(config, world=utils.get_world(), mesh=self.mesh, device=self.device)
         self.runner = self._build_runner()
-        num_params = self.model_args.num_params()
-        logger.info(f"Model {config.model.name} {config.model.flavor} size: {num_params:,} total parameters")
+        logger.info(f"Model {config.model.title} size: {self.model_args.num_params():,} total parameters")
 
         # gradients to weights
         self.optimizer = build_optimizer(self.runner.model_parts, config.optimizer, float8=self.float8)
@@ -332,6 +331,7 @@ class Trainer:
             options=lambda: to_toml(self.get_options_in_force()),
             is_restart=utils.get_world().restart_count > 0,
             adapter=self.model_code.state_dict_adapter(self.model_args),
+            hf_folder=self.config.model.hf_folder,
             tokenizer_path=self.config.model.tokenizer_path,
             bos_id=self.tokenizer.bos_id,
             eos_id=self.tokenizer.eos_id,

@@ -66,6 +66,8 @@ class Row:
         return Run(str(self), self.dims.world_size, batch_size, options)
 
 
+QWEN3 = "--model.name tiny_qwen3"
+ONE_QWEN3 = Row(ParallelDims(), QWEN3)
 ONE_PROCESS, TWO_RANKS = Row(ParallelDims()), Row(ParallelDims(dp_shard=2))
 ONE_PROCESS_MASKED = Row(ParallelDims(), MASKED)
 
@@ -114,6 +116,21 @@ ROWS = [
     *(Row(dims, f"{FUSED} {MASKED}") for dims in (ParallelDims(cp=2), ParallelDims(tp=2, cp=2))),
     Row(ParallelDims(pp=2), f"{SCHEDULE} 1F1B {MASKED}"),
     Row(ParallelDims(dp_shard=2, tp=2), f"{MASKED} --training.compile {RECOMPUTE} selective"),
+    # a second family, whose output is tied to the embedding
+    *(
+        Row(dims, f"{QWEN3} {loss}", 2)
+        for dims, loss in product(
+            (
+                ParallelDims(),
+                ParallelDims(dp_shard=2),
+                ParallelDims(tp=2),
+                ParallelDims(cp=2),
+                ParallelDims(tp=2, dp_shard=2),
+            ),
+            ("", FUSED),
+        )
+    ),
+    Row(ParallelDims(dp_shard=2), f"{QWEN3} {LIGER} {RESHARD} always", 2, steps=2),
 ]
 
 
@@ -122,7 +139,8 @@ def results(request: pytest.FixtureRequest) -> dict[str, Result]:
     """The runs of all selected rows, and of one process, by name."""
     items = [item for item in request.session.items if item.path == request.path]
     selected = [item.callspec.params["row"] for item in items if "row" in item.fixturenames]
-    runs = [row.to_run() for row in dict.fromkeys([ONE_PROCESS, ONE_PROCESS_MASKED, TWO_RANKS, *selected])]
+    references = [ONE_PROCESS, ONE_PROCESS_MASKED, ONE_QWEN3, TWO_RANKS]
+    runs = [row.to_run() for row in dict.fromkeys([*references, *selected])]
     results: dict[str, Result] = {}
     for _, group in groupby(sorted(runs, key=lambda run: run.world_size), key=lambda run: run.world_size):
         results |= train_all(list(group))
@@ -131,7 +149,7 @@ def results(request: pytest.FixtureRequest) -> dict[str, Result]:
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_every_step_equals_that_of_one_process(row: Row, results: dict[str, Result]) -> None:
-    reference = ONE_PROCESS_MASKED if MASKED in row.options else ONE_PROCESS
+    reference = ONE_PROCESS_MASKED if MASKED in row.options else ONE_QWEN3 if QWEN3 in row.options else ONE_PROCESS
     expected, steps = results[str(reference)], results[str(row)]
     for result in (expected, steps):
         if isinstance(result, Exception):

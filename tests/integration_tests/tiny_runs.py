@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -93,7 +94,7 @@ class GlobalBatches:
     seed: int
 
     def __iter__(self) -> Iterator[Batch]:
-        for step in range(STEPS):
+        for step in count():
             batch = global_batch(step)
             for rows in torch.arange(GLOBAL_BATCH).view(-1, self.dp_world_size, self.batch_size)[:, self.dp_rank]:
                 yield Batch(batch.tokens[rows], batch.labels[rows])

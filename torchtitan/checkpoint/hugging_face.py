@@ -31,16 +31,19 @@ from torchtitan.checkpoint.storage import (
     sync,
 )
 from torchtitan.checkpoint.write import save_alone
-from torchtitan.config.errors import CheckpointError, ConfigError
+from torchtitan.config.errors import CheckpointError
 from torchtitan.config.schema import either
 from torchtitan.protocols.model import StateDictAdapter
-from torchtitan.protocols.train_spec import ModelCode, find_hf_family
+from torchtitan.protocols.train_spec import read_hf_model, read_json
 from torchtitan.tools.logging import logger
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 BYTES_PER_FILE = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+LENGTH = "max_position_embeddings"
+KEPT_KEYS = ("bos_token_id", "eos_token_id", LENGTH)
+DESCRIPTION = ("config.json", "generation_config.json")
 DTYPES = ("F64", "F32", "F16", "BF16")
 
 Box = tuple[Sequence[int], tuple[int, ...], tuple[int, ...]]
@@ -59,6 +62,7 @@ class HuggingFaceFormat:
         self._adapter = adapter
         self._tokenizer_path = tokenizer_path
         self._token_ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+        self._description: dict[str, bytes] = {}
 
     @staticmethod
     def is_at(path: Path) -> bool:
@@ -128,7 +132,10 @@ class HuggingFaceFormat:
 
     def _write_config(self, source: Path, target: Path, dtype: torch.dtype) -> None:
         """What lies beside the weights."""
-        config = {**self._adapter.to_hf_config(), **self._token_ids, **_read_token_ids(source)}
+        own, kept = self._adapter.to_hf_config(), _read_kept(source)
+        config = {**own, **self._token_ids, **kept}
+        if LENGTH in kept:
+            config[LENGTH] = max(own[LENGTH], kept[LENGTH])
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
         _write_json(target / "config.json", config)
         _copy_files(("generation_config.json",), source, target)
@@ -201,48 +208,25 @@ class HuggingFaceFormat:
             raise CheckpointError(f"{path} holds {unknown[0]}{more}, which has no place in this model")
 
     def check_config(self, path: Path) -> None:
-        """Raise CheckpointError where the folder's config.json, if it has one, describes another model."""
+        """Raise CheckpointError where the folder's config.json, if it has one, describes another model.
+
+        What it says beside the shape is from now on said of the checkpoints of this run: see note_description.
+        """
         file = path / "config.json"
         if not file.exists():
             return  # the shapes of the weights still have to fit
-        code, args = read_model(file)
-        adapter = code.state_dict_adapter(args)
+        spec, args = read_hf_model(file)
+        adapter = spec.load().state_dict_adapter(args)
         theirs = adapter.to_hf_config() if adapter is not None else {}
         for key, ours in self._adapter.to_hf_config().items():
-            if theirs.get(key) != ours and key != "max_position_embeddings":  # which weights do not depend on
+            if theirs.get(key) != ours and key != LENGTH:  # which weights do not depend on
                 raise CheckpointError(f"{file}: {key} is {theirs.get(key)!r}, and {ours!r} in this model")
+        self._description = {name: (path / name).read_bytes() for name in DESCRIPTION if (path / name).is_file()}
 
-
-def read_model(file: Path) -> tuple[ModelCode, Any]:
-    """The family that a config.json names, and the ModelArgs that it describes.
-
-    Raises:
-        CheckpointError: there is no such family, or its model lacks what is described.
-    """
-    config = read_json(file)
-    try:
-        if "quantization_config" in config:
-            raise CheckpointError("quantized weights are not supported; get the model in bfloat16 or float32")
-        spec = find_hf_family(config.get("model_type"))
-        assert spec.args_from_hf_config is not None, "a family with a hf_model_type reads its config.json"
-        return spec.load(), spec.args_from_hf_config(config)
-    except ConfigError as error:
-        raise CheckpointError(f"{file}: {str(error).removeprefix('config.json: ')}") from error
-    except KeyError as error:
-        raise CheckpointError(f"{file} has no {error}, which the model needs") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} describes no model: {error}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a .json file; raises CheckpointError where there is none."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} cannot be read: expected a JSON object, got {json.dumps(content)[:40]}")
-    return content
+    def note_description(self, path: Path) -> None:
+        """Beside a checkpoint of ours, what the folder that check_config saw says of the model: exports keep it."""
+        for name, content in self._description.items():
+            (path / name).write_bytes(content)
 
 
 def _divide(num_bytes: Mapping[str, int]) -> list[list[str]]:
@@ -296,10 +280,13 @@ def _read_rows(whole: Any, rows: Tensor, box: Box) -> Tensor:
     return part if bool((order.diff() == 1).all()) else part[order.argsort()]
 
 
-def _read_token_ids(source: Path) -> dict[str, Any]:
-    """Those that the config.json of a checkpoint from Hugging Face's format names: a model may end at several."""
+def _read_kept(source: Path) -> dict[str, Any]:
+    """What an export keeps of the config.json beside a checkpoint that began from Hugging Face's format.
+
+    A model may end a text at several tokens, and be made for longer texts than it was trained on here.
+    """
     config = read_json(source / "config.json") if (source / "config.json").is_file() else {}
-    return {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+    return {key: config[key] for key in KEPT_KEYS if key in config}
 
 
 def _copy_files(names: Iterable[str], source: Path, target: Path) -> None:
@@ -313,4 +300,4 @@ def _write_json(file: Path, content: Mapping[str, Any] | Iterable[Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-__all__ = ["HuggingFaceFormat", "read_json", "read_model"]
+__all__ = ["HuggingFaceFormat"]

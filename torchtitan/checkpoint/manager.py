@@ -123,6 +123,8 @@ class CheckpointManager:
             if self._ranks.is_first:
                 self._folder.note_options(path, self._options())
                 self._folder.note_excluded(path, self._config.exclude_from_loading)
+                if self._hugging_face is not None:
+                    self._hugging_face.note_description(path)
                 self._folder.publish(path, step)
         except Exception as error:
             failure = reason(error)
@@ -160,6 +162,7 @@ def build_checkpoint_manager(
     options: Callable[[], str] = lambda: "",
     is_restart: bool = False,
     adapter: StateDictAdapter | None = None,
+    hf_folder: str | None = None,
     tokenizer_path: str | None = None,
     bos_id: int | None = None,
     eos_id: int | None = None,
@@ -172,7 +175,7 @@ def build_checkpoint_manager(
         steps: training.steps.
         options: all of the run, as TOML; each checkpoint holds them.
         is_restart: torchrun has started these processes again; load_step was for the first ones.
-        adapter, tokenizer_path, bos_id, eos_id: for Hugging Face's format.
+        adapter, hf_folder, tokenizer_path, bos_id, eos_id: for Hugging Face's format.
 
     Raises:
         CheckpointError: the folder of checkpoints cannot be written, or the model has no Hugging Face format and one
@@ -195,6 +198,8 @@ def build_checkpoint_manager(
     if adapter is not None:
         tokenizer = Path(tokenizer_path) if tokenizer_path is not None else None
         hugging_face = HuggingFaceFormat(adapter, tokenizer_path=tokenizer, bos_id=bos_id, eos_id=eos_id)
+        if hf_folder is not None:
+            hugging_face.check_config(Path(hf_folder))
     states = {
         "lr_scheduler": lr_scheduler,
         "dataloader": dataloader,

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan.checkpoint.folder import OPTIONS, CheckpointFolder
-from torchtitan.checkpoint.hugging_face import HuggingFaceFormat, read_json, read_model
+from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
 from torchtitan.checkpoint.storage import check_weights, load_alone, read_metadata
 from torchtitan.checkpoint.upstream import ROPE
 from torchtitan.components.tokenizer import Tokenizer, build_tokenizer
@@ -23,7 +23,7 @@ from torchtitan.config.schema import either
 from torchtitan.distributed.tensor_parallel import apply_tp
 from torchtitan.protocols.custom_import import maybe_import_custom
 from torchtitan.protocols.model import Decoder, StateDictAdapter
-from torchtitan.protocols.train_spec import ModelArgs, ModelCode, get_run_args, get_train_spec
+from torchtitan.protocols.train_spec import ModelArgs, ModelCode, find_family, get_run_args, read_hf_model, read_json
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _find_config(path: Path) -> Path:
 
 
 def _read_hf_config(path: Path, file: Path, *, in_hf: bool) -> PretrainedModel:
-    code, args = read_model(file)
+    spec, args = read_hf_model(file)
     generation = file.with_name("generation_config.json")
     eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
     eos = read_json(file).get("eos_token_id") if eos is None else eos
@@ -157,10 +157,18 @@ def _read_hf_config(path: Path, file: Path, *, in_hf: bool) -> PretrainedModel:
         path,
         in_hf,
         args,
-        code,
-        tokenizer_path=file.parent,
+        spec.load(),
+        tokenizer_path=_get_tokenizer_beside(file.parent),
         eos_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
     )
+
+
+def _get_tokenizer_beside(path: Path) -> Path:
+    """That of the folder; of a run's checkpoint, which holds none, the run's."""
+    options = path / OPTIONS
+    if (path / "tokenizer.json").exists() or not options.is_file():
+        return path
+    return Path(ConfigManager().parse_args(["--job.config_file", str(options)], warn=False).model.tokenizer_path)
 
 
 def _read_run_config(path: Path, file: Path, *, in_hf: bool, custom_import: str) -> PretrainedModel:
@@ -171,8 +179,8 @@ def _read_run_config(path: Path, file: Path, *, in_hf: bool, custom_import: str)
             f" --custom_import {config.experimental.custom_import}"
         )
     maybe_import_custom(config.experimental.custom_import)
-    spec = get_train_spec(config.model.name)
-    if config.model.flavor not in spec.flavors:
+    spec = find_family(config.model)
+    if config.model.hf_folder is None and config.model.flavor not in spec.flavors:
         raise ConfigError(f"{file}: model.flavor={config.model.flavor!r} is none of {', '.join(spec.flavors)}")
     args = get_run_args(config.model, max_seq_len=config.training.seq_len)
     return PretrainedModel(path, in_hf, args, spec.load(), tokenizer_path=Path(config.model.tokenizer_path))

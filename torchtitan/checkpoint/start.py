@@ -75,6 +75,8 @@ class Start:
 
     def _load_run(self, step: int) -> None:
         path, is_complete = self.folder.of(step), step >= self.steps
+        if self.hugging_face is not None:
+            self.ranks.together(partial(self.hugging_face.check_config, path))
         try:
             if is_complete and self.ranks.ask_first(lambda: _holds_weights_only(path)):
                 # Nothing is left to train, so the weights are not needed either.

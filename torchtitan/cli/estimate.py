@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     estimate = memory.estimate(block_modes)
     training = config.training
     print(
-        f"{config.model.name} {config.model.flavor} on {launch.world_size} GPU{'s' * (launch.world_size > 1)},"
+        f"{config.model.title} on {launch.world_size} GPU{'s' * (launch.world_size > 1)},"
         f" {training.local_batch_size} x {training.seq_len} tokens on each data-parallel rank"
     )
     print(f"{describe(estimate)}; {describe_block_modes(block_modes)}\n\n{to_table(estimate)}")

@@ -94,6 +94,11 @@ def resolve(argv: Sequence[str]) -> tuple[JobConfig, list[str]]:
     for setting in used.values():
         section, field = setting.name.split(".")
         setattr(getattr(config, section), field, setting.value)
+    if config.model.hf_folder is not None:
+        if "model.tokenizer_path" not in used:
+            config.model.tokenizer_path = config.model.hf_folder
+        if config.checkpoint.initial_load_in_hf and config.checkpoint.initial_load_path is None:
+            config.checkpoint.initial_load_path = config.model.hf_folder
     config.model.tokenizer_path = _find_tokenizer(config.model.tokenizer_path)
     return config, [setting.name for setting in foreign if is_worth_a_warning(setting.name, setting.value)]
 

@@ -166,7 +166,10 @@ def _about_checkpoint(config: JobConfig, world_size: int) -> Iterator[str]:
     if checkpoint.last_save_in_hf and not checkpoint.last_save_model_only:
         yield "checkpoint.last_save_in_hf saves weights only; set checkpoint.last_save_model_only=true as well"
     if checkpoint.initial_load_in_hf and checkpoint.initial_load_path is None:
-        yield "checkpoint.initial_load_in_hf says how to read checkpoint.initial_load_path, which is not set"
+        yield (
+            "checkpoint.initial_load_in_hf says how to read checkpoint.initial_load_path, which is not set;"
+            " name the folder there, or by model.hf_folder"
+        )
     if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
         yield "checkpoint.initial_load_in_hf loads weights only; set checkpoint.initial_load_model_only=true as well"
     asked_for = {
@@ -371,7 +374,7 @@ def _show(config: JobConfig, name: str) -> str:
 
 
 def _named(config: JobConfig) -> str:
-    return f"{config.model.name} {config.model.flavor}"
+    return config.model.title
 
 
 def _divisors(number: int) -> list[int]:

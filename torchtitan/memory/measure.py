@@ -28,7 +28,7 @@ from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.memory.trace import Float8Linear, MemoryTrace, with_gpu_kernels
 from torchtitan.protocols.model import Decoder, TiedOutputHead
 from torchtitan.protocols.sequences import Sequences
-from torchtitan.protocols.train_spec import get_run_args, get_train_spec
+from torchtitan.protocols.train_spec import find_family, get_run_args
 from torchtitan.tools.logging import logger
 
 
@@ -149,7 +149,7 @@ class _NothingToShard(ParallelDims):
 
 def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh) -> Decoder:
     """The model with one block, on the meta device, as this run divides it."""
-    code = get_train_spec(config.model.name).load()
+    code = find_family(config.model).load()
     with torch.device("meta"):
         model = code.model_cls(_get_args(config))
     for name in list(model.layers)[1:]:

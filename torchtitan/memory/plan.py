@@ -124,7 +124,7 @@ def plan_memory(config: JobConfig, *, world: World, mesh: Mesh, device: torch.de
     try:
         model = MemoryModel(config, world_size=world.size, mesh=mesh)
     except Exception as error:  # a model from outside may use what the meta device lacks: no reason not to train
-        cannot = f"The peak memory cannot be estimated for {config.model.name}: {error}"
+        cannot = f"The peak memory cannot be estimated for {config.model.title}: {error}"
         if options.mode == "auto":
             raise ConfigError(f"{cannot}; use another activation_checkpoint.mode than auto") from error
         logger.warning(cannot)
@@ -201,7 +201,7 @@ def _explain_misfit(config: JobConfig, peak: int, budget: int, capacity: int, wo
     share = config.activation_checkpoint.memory_share
     needed_share = math.ceil(100 * (share + (peak - budget) / capacity)) / 100
     lines = [
-        f"activation_checkpoint.mode=auto: {config.model.name} {config.model.flavor} does not fit, however much is"
+        f"activation_checkpoint.mode=auto: {config.model.title} does not fit, however much is"
         f" recomputed: {(peak - budget) / GIB:.1f} GiB are missing of the {peak / GIB:.1f} that it needs, where"
         f" activation_checkpoint.memory_share={share} of {capacity / GIB:.1f} GiB and other processes"
         f" leave {budget / GIB:.1f}"

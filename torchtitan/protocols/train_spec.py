@@ -8,6 +8,7 @@ A family outside this package registers itself from the module that experimental
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torchtitan
 from torchtitan.config.block_modes import BlockMode
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.errors import ConfigError, TokenizerError
+from torchtitan.config.errors import CheckpointError, ConfigError, TokenizerError
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import meant_or_known
 from torchtitan.config.sections import Model, Parallelism, Training
@@ -27,6 +28,9 @@ from torchtitan.tools.packages import is_installed
 
 if TYPE_CHECKING:
     from torchtitan.protocols.model import Decoder, Loss, StateDictAdapter
+
+
+HF_CONFIG = "config.json"
 
 
 class ModelArgs(Protocol):
@@ -127,20 +131,66 @@ def get_train_spec(name: str) -> TrainSpec:
     return spec
 
 
+def find_family(model: Model) -> TrainSpec:
+    """The family of the model that is asked for."""
+    if model.hf_folder is not None:
+        return read_hf_model(Path(model.hf_folder, HF_CONFIG))[0]
+    return get_train_spec(model.name)
+
+
 def get_run_args(model: Model, *, max_seq_len: int) -> Any:
-    """The ModelArgs of the flavour that is asked for, with what the run's options decide."""
-    flavor = get_train_spec(model.name).flavors[model.flavor]
-    return flavor.for_run(model, max_seq_len=max_seq_len)
+    """The ModelArgs of the model that is asked for, with what the run's options decide."""
+    if model.hf_folder is not None:
+        args = read_hf_model(Path(model.hf_folder, HF_CONFIG))[1]
+    else:
+        args = get_train_spec(model.name).flavors[model.flavor]
+    return args.for_run(model, max_seq_len=max_seq_len)
+
+
+def read_hf_model(file: Path) -> tuple[TrainSpec, Any]:
+    """The family that a config.json names, and the ModelArgs that it describes.
+
+    Raises:
+        CheckpointError: there is no such family, or its model lacks what is described.
+    """
+    config = read_json(file)
+    try:
+        if config.get("quantization_config") is not None:
+            raise CheckpointError("quantized weights are not supported; get the model in bfloat16 or float32")
+        spec = find_hf_family(config.get("model_type"))
+        assert spec.args_from_hf_config is not None, "a family with a hf_model_type reads its config.json"
+        return spec, spec.args_from_hf_config(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {str(error).removeprefix('config.json: ')}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{file} has no {error}, which the model needs") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} describes no model: {error}") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a .json file; raises CheckpointError where there is none."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} cannot be read: expected a JSON object, got {json.dumps(content)[:40]}")
+    return content
 
 
 def find_hf_family(model_type: object) -> TrainSpec:
     """The family of a config.json's model_type; ConfigError if there is none."""
-    families = {spec.hf_model_type: spec for spec in map(get_train_spec, get_model_names())}
-    families.pop(None, None)
+    families = _get_hf_families()
     if not isinstance(model_type, str) or model_type not in families:
         known = " or ".join(map(repr, families))
         raise ConfigError(f"model_type is {model_type!r}; the families of this package have {known}")
     return families[model_type]
+
+
+def _get_hf_families() -> dict[str, TrainSpec]:
+    specs = map(get_train_spec, get_model_names())
+    return {spec.hf_model_type: spec for spec in specs if spec.hf_model_type is not None}
 
 
 def find_model(config: JobConfig) -> ModelArgs | None:
@@ -150,6 +200,8 @@ def find_model(config: JobConfig) -> ModelArgs | None:
         ConfigError: there is no such family or flavour.
     """
     model = config.model
+    if model.hf_folder is not None:
+        return _find_hf_model(Path(model.hf_folder), may_come=bool(config.experimental.custom_import))
     if config.experimental.custom_import and model.name not in get_model_names():
         return None
     flavors = get_train_spec(model.name).flavors
@@ -157,6 +209,16 @@ def find_model(config: JobConfig) -> ModelArgs | None:
         hint = about_unknown_name("model.flavor", model.flavor) or meant_or_known(model.flavor, flavors)
         raise ConfigError(f"model.flavor={model.flavor} is unknown; {hint}")
     return flavors[model.flavor]
+
+
+def _find_hf_model(folder: Path, *, may_come: bool) -> ModelArgs | None:
+    file = folder / HF_CONFIG
+    if not file.is_file():
+        raise ConfigError(f"model.hf_folder={folder} holds no {HF_CONFIG}; it takes the folder of a Hugging Face model")
+    if may_come and read_json(file).get("model_type") not in _get_hf_families():
+        return None
+    args: ModelArgs = read_hf_model(file)[1]
+    return args
 
 
 def validate_run(
@@ -195,6 +257,6 @@ def check_vocab_size(config: JobConfig, vocab_size: int) -> None:
     if model and vocab_size > model.vocab_size:
         raise TokenizerError(
             f"model.tokenizer_path={config.model.tokenizer_path} makes token ids up to {vocab_size - 1}, and"
-            f" {config.model.name} {config.model.flavor} has a vocabulary of {model.vocab_size}; use a smaller"
+            f" {config.model.title} has a vocabulary of {model.vocab_size}; use a smaller"
             " tokenizer or a model.flavor with a larger vocabulary"
         )

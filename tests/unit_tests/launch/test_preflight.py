@@ -5,13 +5,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from torchtitan.config.errors import ConfigError
+from torchtitan.config.manager import resolve
 from torchtitan.launch.environment import describe_upstream_variables
 from torchtitan.launch.preflight import check, get_vocab_size
+from torchtitan.models.llama3 import hf_config, llama3_flavors
+from torchtitan.protocols.train_spec import get_run_args
 
 ROOT = Path(__file__).parents[3]
 DATASET_ADVICE = "it takes a file or a folder on this machine, of text, JSON lines or Parquet"
@@ -304,3 +308,48 @@ def test_help_is_shown_and_nothing_is_checked(capsys):
         check(["--help", "--training.seqlen"], nproc=1)
     assert left.value.code == 0
     assert "--training.seq_len" in capsys.readouterr().out
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A model of Hugging Face's, but for its weights."""
+    folder = write_tokenizer(tmp_path / "model", 100)
+    (folder / "config.json").write_text(json.dumps(hf_config.write(replace(llama3_flavors["3.2-1B"], vocab_size=100))))
+    return folder
+
+
+def test_a_model_by_its_folder_brings_its_shape_tokenizer_and_weights(model_folder, tmp_path):
+    options = ["--model.hf_folder", str(model_folder), "--job.dump_folder", str(tmp_path / "out")]
+    check(options, nproc=2)
+    config = resolve([*options, "--checkpoint.initial_load_in_hf"])[0]
+    assert (config.model.tokenizer_path, config.checkpoint.initial_load_path) == (str(model_folder),) * 2
+    args = get_run_args(config.model, max_seq_len=77)
+    assert (args.dim, args.rope_scaling.factor, args.tie_embeddings, args.max_seq_len) == (2048, 32.0, True, 77)
+    named = resolve([*options, "--model.tokenizer_path", "other", "--checkpoint.initial_load_path", "another"])[0]
+    assert (named.model.tokenizer_path, named.checkpoint.initial_load_path) == ("other", "another")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quantization_config": {"bits": 4}}, "config.json: quantized weights are not supported"),
+        ({"attention_bias": True}, "config.json: attention_bias is True; LlamaForCausalLM here has False"),
+        (
+            {"rope_scaling": {"rope_type": "yarn"}},
+            "config.json: rope_type is 'yarn'; LlamaForCausalLM here has 'default'",
+        ),
+        ({"model_type": "mistral"}, "config.json: model_type is 'mistral'; the families of this package have 'llama'"),
+        ({"vocab_size": 99}, "model has a vocabulary of 99"),
+        ({"num_key_value_heads": 1}, "does not divide n_heads=32 and n_kv_heads=1"),
+    ],
+)
+def test_what_a_folder_describes_is_checked(model_folder, refused, change, message):
+    file = model_folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    options = ["--model.hf_folder", str(model_folder), "--parallelism.tensor_parallel_degree", "2"]
+    assert message in refused(*options, nproc=2)
+
+
+def test_a_folder_without_a_model_is_named(refused, tmp_path):
+    given = f"model.hf_folder={tmp_path / 'none'}"
+    assert f"{given} holds no config.json" in refused("--model.hf_folder", str(tmp_path / "none"))

@@ -21,6 +21,10 @@ class Model:
     flavor: str = "debugmodel"
     """Size of the model: a key of the family's flavours."""
 
+    hf_folder: FilePath | None = None
+    """Folder of a Hugging Face model: its config.json takes the place of name and flavor, its tokenizer and weights are
+    taken unless tokenizer_path and checkpoint.initial_load_path name others."""
+
     tokenizer_path: FilePath = "./torchtitan/assets/tokenizer"
     """A tokenizer.json or its folder, in the working directory or else beside the package."""
 
@@ -32,6 +36,11 @@ class Model:
 
     converters: list[str] = field(default_factory=list)
     """What changes the model's layers before it is divided: float8, or nothing."""
+
+    @property
+    def title(self) -> str:
+        """Which model it is, for messages."""
+        return self.hf_folder or f"{self.name} {self.flavor}"
 
 
 @dataclass
