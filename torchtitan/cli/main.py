@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": Command("torchtitan.cli.convert", "weights to and from Hugging Face's format"),
     "estimate": Command("torchtitan.cli.estimate", "how much GPU memory a run needs, by part"),
     "tokenizer": Command("torchtitan.cli.tokenizer", "train a tokenizer on texts"),
+    "tokenize": Command("torchtitan.cli.tokenize", "tokenise a dataset once, into files of token ids"),
     "config": Command("torchtitan.config.manager", "print the resolved configuration; with --help, the options"),
     "compare": Command("torchtitan.cli.compare", "train twice, or read two runs, and compare them"),
     "report": Command("torchtitan.cli.report", "draw runs: one HTML file of curves, options and events"),

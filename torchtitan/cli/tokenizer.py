@@ -40,7 +40,12 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--output {args.output}: {error.strerror}")
     try:
         source = open_dataset(args.dataset, args.dataset_path)
-        documents = [document for shard in range(len(source)) for document in source.read(shard, 0, 1)]
+        documents = [
+            document
+            for shard in range(len(source))
+            for document in source.read(shard, 0, 1)
+            if isinstance(document, str)
+        ]
     except ConfigError as error:
         raise SystemExit(error.report()) from None
     print(f"{source.name}: {len(documents)} documents")

@@ -4,8 +4,10 @@ Begin and end tokens are added here and only here: the file's own post-processor
 too, is not asked to. Text never turns into them: `<|end_of_text|>` inside a document is plain text.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,18 @@ class Tokenizer:
         self._has_tokens, self._num_chars = False, 0
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         """One more than the largest id: what a model's vocabulary must hold."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the ids that it gives for a text in which each of its tokens occurs; takes 0.2 s for 60,000 ids."""
+        every_token = self.decode(range(self.vocab_size))
+        special = [[] if index is None else [index] for index in (self.bos_id, self.eos_id)]
+        try:
+            ids = self._backend.encode(every_token, add_special_tokens=False).ids
+        except Exception:  # one that does not know its own tokens, joined
+            ids = [0]
+        ids = special[0] + ids + special[1]
+        return hashlib.sha256(json.dumps([self.vocab_size, ids]).encode()).hexdigest()[:16]
 
     def encode(self, text: str, *, add_bos: bool, add_eos: bool) -> list[int]:
         return self.encode_batch([text], add_bos=add_bos, add_eos=add_eos)[0]

@@ -4,7 +4,8 @@
 |---|---|
 | registry.py | the datasets by name; register_dataset |
 | source.py | what a dataset offers: shards of documents |
-| local.py, files.py | a path on this machine to its files; text, JSON lines and Parquet |
+| local.py | a path on this machine to its files |
+| files.py, parquet.py, tokens.py | text and JSON lines; Parquet; token ids |
 | hub.py | whatever Hugging Face `datasets` loads or streams |
 | documents.py | dealt to streams, shuffled, endless, resumable |
 | packing.py | tokenised, joined, cut into sequences |

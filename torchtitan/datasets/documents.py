@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchtitan.config.errors import DatasetError
-from torchtitan.datasets.source import Source
+from torchtitan.datasets.source import Document, Source
 from torchtitan.tools.logging import logger
 
 WINDOW_CHARS = 8 * 2**20
@@ -26,6 +26,7 @@ WINDOW_DOCUMENTS = 16384
 ALL_WINDOWS_CHARS = 64 * 2**20
 """Of all streams together: one rank may have to fill them all before its first batch."""
 MIN_WINDOW_CHARS = 64 * 2**10
+CHARS_OF_TOKEN = 4  # about
 MAX_UNEVENNESS = 1.25
 """No stream gets over a quarter more shards than the mean, so a quarter of an epoch is read twice at most before the
 last of it is read once."""
@@ -94,7 +95,7 @@ class DocumentStreams:
     dealing: Dealing = Dealing()
     _of_epochs: dict[int, NDArray[np.int64]] = field(default_factory=dict, compare=False)
 
-    def read(self, stream: int, start: Position) -> Iterator[tuple[Position, str]]:
+    def read(self, stream: int, start: Position) -> Iterator[tuple[Position, Document]]:
         """Documents of a stream from `start` on, each with its position."""
         while True:
             num_read = 0
@@ -113,7 +114,7 @@ class DocumentStreams:
     def _has_documents(self) -> bool:
         return any(True for shard in range(len(self.source)) for _ in self.source.read(shard, 0, 1))
 
-    def _read_epoch(self, stream: int, start: Position) -> Iterator[tuple[Position, str]]:
+    def _read_epoch(self, stream: int, start: Position) -> Iterator[tuple[Position, Document]]:
         index = start.index
         for shard, row, window in self._read_windows(stream, start):
             order = np.random.default_rng([self.seed, start.epoch, shard, row]).permutation(len(window)).tolist()
@@ -121,13 +122,13 @@ class DocumentStreams:
                 yield Position(start.epoch, shard, row, i), window[order[i]]
             index = 0
 
-    def _read_windows(self, stream: int, start: Position) -> Iterator[tuple[int, int, list[str]]]:
+    def _read_windows(self, stream: int, start: Position) -> Iterator[tuple[int, int, list[Document]]]:
         """Windows from a place on, each with the place where it begins."""
         parts = self._deal(start.epoch)
         if len(parts) < self.dealing.streams:  # other streams get none in each epoch
             stream = (stream + start.epoch) % self.dealing.streams
         parts = parts[stream :: self.dealing.streams]
-        window: list[str] = []
+        window: list[Document] = []
         num_chars = 0
         begin = (start.shard, start.row)
         for s in range(start.shard, len(parts)):
@@ -136,7 +137,7 @@ class DocumentStreams:
             documents = self.source.read(shard, part, self.dealing.parts)
             for r, document in enumerate(islice(documents, skip, None), start=skip):
                 window.append(document)
-                num_chars += len(document)
+                num_chars += len(document) * (1 if isinstance(document, str) else CHARS_OF_TOKEN)
                 if num_chars >= self.dealing.window_chars or len(window) >= WINDOW_DOCUMENTS:
                     yield *begin, window
                     window, num_chars, begin = [], 0, (s, r + 1)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 from torchtitan.config.errors import DatasetError
-from torchtitan.datasets.source import BadRows, Text, get_text
+from torchtitan.datasets.source import BadRows, Document, Text, get_text
 from torchtitan.tools.logging import logger
 
 TEXT_PIECE_BYTES = 64 * 2**10
@@ -82,7 +82,7 @@ class Files:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[str]:
+    def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[Document]:
         raise NotImplementedError
 
     @property

@@ -16,13 +16,15 @@ from torchtitan.datasets.files import (
 )
 from torchtitan.datasets.parquet import ParquetFiles
 from torchtitan.datasets.source import Text
+from torchtitan.datasets.tokens import META, TokenFiles
 from torchtitan.tools.logging import logger
 
 POINTER_BYTES = 1024
-_OF_ROWS = (ParquetFiles, JsonLinesFiles, CompressedJsonLinesFiles)
+_BESIDE = (".idx", META)
+_OF_ROWS = (ParquetFiles, JsonLinesFiles, CompressedJsonLinesFiles, TokenFiles)
 KNOWN = (
     f"text ({', '.join(TextFiles.suffixes)}), JSON lines ({', '.join(JsonLinesFiles.suffixes)}, also with .gz or .zst)"
-    " or Parquet (.parquet)"
+    " Parquet (.parquet) or token ids (.npy, .bin)"
 )
 
 
@@ -60,7 +62,10 @@ def _look(path: str | Path, text: Text) -> Files:
             f"{root} was written by save_to_disk of Hugging Face datasets, whose Arrow files are not read; write"
             f' Parquet instead: datasets.load_from_disk("{root}").to_parquet("data.parquet"), of one split'
         )
-    _leave_out(root, [file for file in found if not any(file in files for files in kinds.values())])
+    _leave_out(
+        root,
+        [file for file in found if not file.name.endswith(_BESIDE) and not any(file in of for of in kinds.values())],
+    )
     # A file named by hand may have no suffix at all; in a folder that would be a LICENSE or a Makefile.
     if not root.suffix and found == [root]:
         kinds[TextFiles] = found

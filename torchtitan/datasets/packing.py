@@ -13,12 +13,14 @@ one's first. So every token of the stream but the very first is the label of exa
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from torchtitan.config.errors import DatasetError
 from torchtitan.datasets.documents import Position
+from torchtitan.datasets.source import Document
 
 GROUP_CHARS = 2**18
 GROUP_DOCUMENTS = 64
@@ -29,6 +31,8 @@ Tokens = NDArray[np.int32]
 
 class Encoder(Protocol):
     """What turns texts into token ids: components/tokenizer.py."""
+
+    vocab_size: int
 
     def encode_batch(self, texts: Sequence[str], *, add_bos: bool, add_eos: bool) -> list[list[int]]: ...
 
@@ -52,7 +56,7 @@ class Cursor:
 class Packer:
     """The sequences of one stream of documents, from a cursor on; `fill` has its documents tokenised."""
 
-    def __init__(self, documents: Iterator[tuple[Position, str]], start: Cursor) -> None:
+    def __init__(self, documents: Iterator[tuple[Position, Document]], start: Cursor) -> None:
         """`documents` begins with the one that `start` names."""
         self.cursor = start
         """Where the next sequence begins."""
@@ -68,9 +72,9 @@ class Packer:
     def num_tokens(self) -> int:
         return len(self._tokens) - self._consumed
 
-    def read(self, num_chars: int, num_documents: int) -> list[tuple[Position, str]]:
+    def read(self, num_chars: int, num_documents: int) -> list[tuple[Position, Document]]:
         """The next documents, about as many as that, and at least one before the end."""
-        documents: list[tuple[Position, str]] = []
+        documents: list[tuple[Position, Document]] = []
         for position, text in self._documents:
             documents.append((position, text))
             num_chars -= len(text)
@@ -105,13 +109,23 @@ def fill(wanted: Mapping[Packer, int], tokenizer: Encoder) -> None:
     while lacking := [packer for packer, n in wanted.items() if packer.num_tokens < n and not packer.ended]:
         chars, documents = GROUP_CHARS // len(lacking), max(1, GROUP_DOCUMENTS // len(lacking))
         group = [(packer, *document) for packer in lacking for document in packer.read(chars, documents)]
-        encoded = tokenizer.encode_batch([text for *_, text in group], add_bos=True, add_eos=True)
-        for (packer, position, _), ids in zip(group, encoded, strict=True):
-            packer.add(position, ids)
+        texts = [document for *_, document in group if isinstance(document, str)]
+        encoded = iter(tokenizer.encode_batch(texts, add_bos=True, add_eos=True))
+        for packer, position, document in group:
+            packer.add(position, next(encoded) if isinstance(document, str) else _check(document, tokenizer.vocab_size))
+
+
+def _check(ids: NDArray[Any], vocab_size: int) -> list[int]:
+    if not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise DatasetError(
+            f"the data holds the token id {ids.max()}, and the tokenizer has {vocab_size} ids: it was tokenised with"
+            " another, or is of another type; set model.tokenizer_path to the one that made it"
+        )
+    return ids.tolist()
 
 
 def pack(
-    documents: Iterator[tuple[Position, str]], tokenizer: Encoder, *, seq_len: int, start: Cursor
+    documents: Iterator[tuple[Position, Document]], tokenizer: Encoder, *, seq_len: int, start: Cursor
 ) -> Iterator[tuple[Tokens, Cursor]]:
     """Sequences (seq_len + 1,) of documents that begin with that of `start`, each with the cursor behind it.
 

@@ -10,10 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from numpy.typing import NDArray
+
 from torchtitan.config.errors import DatasetError
 from torchtitan.tools.logging import logger
 
 MAX_BAD_ROWS = 100
+
+Document = str | NDArray[Any]
+"""A text, or its token ids, begin and end tokens among them."""
 
 Text = str | Callable[[Mapping[str, Any]], str]
 """Where a row's text is: the name of a field, or a function of the row."""
@@ -41,7 +46,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Number of shards, at least 1."""
 
-    def read(self, shard: int, part: int, num_parts: int) -> Iterator[str]:
+    def read(self, shard: int, part: int, num_parts: int) -> Iterator[Document]:
         """The documents of a part of a shard; each document is in one part, or a part of it in each of several.
 
         Raises DatasetError, which names the place, where one cannot be read.

@@ -139,7 +139,7 @@ class Training:
     """Name of a registered dataset (python_stdlib, c4, ...); with dataset_path, how to read that path."""
 
     dataset_path: FilePath | None = None
-    """Local file or folder to read instead: text, JSON lines or Parquet."""
+    """Local file or folder to read instead: text, JSON lines, Parquet or token ids."""
 
     datasets: list[str] = field(default_factory=list)
     """A mixture instead, of NAME=WEIGHT: registered datasets, or paths that are read as `dataset` says."""
