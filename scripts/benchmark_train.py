@@ -31,8 +31,9 @@ import torch.distributed as dist
 from benchmark_origin import get_origin
 
 from torchtitan.config import ConfigManager
+from torchtitan.config.errors import ConfigError
 from torchtitan.distributed.utils import get_world
-from torchtitan.models.llama3.flavors import llama3_flavors
+from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.device import get_peak_flops
 from torchtitan.tools.logging import init_logger
 from torchtitan.train import Trainer
@@ -45,7 +46,7 @@ def measure(name: str, options: list[str], batch: int, args: argparse.Namespace)
     """One configuration at one batch size; None where it runs out of memory. Several processes end with that."""
     config = ConfigManager().parse_args(
         [
-            *("--model.flavor", args.flavor, "--training.seq_len", str(args.seq_len)),
+            *("--model.name", args.model, "--model.flavor", args.flavor, "--training.seq_len", str(args.seq_len)),
             *("--training.local_batch_size", str(batch), "--training.steps", "100000"),
             *("--metrics.log_freq", "100000", "--training.seed", str(args.seed)),
             *("--job.dump_folder", str(args.out / "runs")),
@@ -79,6 +80,9 @@ def measure(name: str, options: list[str], batch: int, args: argparse.Namespace)
         if world.size > 1:
             print(f"{name:24}{batch:6}  out of memory on rank {world.rank}", flush=True)
             os._exit(1)  # at once: to end a process group one waits for the others
+        return None
+    except ConfigError as error:  # activation_checkpoint.mode=auto says before the first step that it will not fit
+        print(str(error).partition("\n")[0], flush=True)
         return None
     finally:
         if trainer is not None:
@@ -182,7 +186,8 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 def main() -> None:
     world = get_world()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flavor", default="1B", choices=list(llama3_flavors))
+    parser.add_argument("--model", default="llama3", help="a family")
+    parser.add_argument("--flavor", default="1B", help="of the family")
     parser.add_argument("--seq_len", type=int, default=4096)
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, help="name, then options of the run")
@@ -200,6 +205,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: expected 1 or more")
+    if args.flavor not in (known := list(get_train_spec(args.model).flavors)):
+        parser.error(f"--flavor {args.flavor}: {args.model} has {', '.join(known)}")
     if args.largest and len(args.batches) < 2:
         parser.error("--largest needs two --batches to draw a line through")
     init_logger()
@@ -221,7 +228,7 @@ def main() -> None:
         rows += mine
     if world.rank == 0 and rows:
         (args.out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        title = f"{args.flavor}, {args.seq_len} tokens a sequence, {world.size} x {rows[0]['device']}"
+        title = f"{args.model} {args.flavor}, {args.seq_len} tokens a sequence, {world.size} x {rows[0]['device']}"
         plot(rows, args.out / "benchmark_train.png", title)
 
 

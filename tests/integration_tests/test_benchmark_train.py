@@ -44,7 +44,7 @@ def test_out_of_memory_on_one_rank_ends_it_at_once(
 
     monkeypatch.setattr(script, "Trainer", run_out)
     monkeypatch.setattr(script.os, "_exit", sys.exit)
-    args = Namespace(flavor="debugmodel", seq_len=32, seed=0, out=tmp_path, compile=False)
+    args = Namespace(model="llama3", flavor="debugmodel", seq_len=32, seed=0, out=tmp_path, compile=False)
     with pytest.raises(SystemExit):
         script.measure("standard", [], 4, args)
     assert capsys.readouterr().out.endswith("out of memory on rank 1\n")

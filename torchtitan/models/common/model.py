@@ -166,17 +166,15 @@ class Transformer(Decoder):
     def weight_initializers(self) -> dict[str, Initializer]:
         """How each parameter starts, by its name.
 
-        | tok_embeddings          | N(0, 1); as output, where that is tied to it                         |
+        | tok_embeddings          | N(0, 1); N(0, 0.02) where the output is tied to it                   |
         | wq, wk, wv, w1          | N(0, 0.02)                                                           |
         | wo, w2, w3              | N(0, 0.02 / sqrt(2 * (layer + 1))): deeper layers add less           |
         | norms                   | 1                                                                    |
         | output                  | N(0, D ** -0.5) cut at three deviations: logits start near N(0, 1)   |
         """
-        std = self.args.dim**-0.5
-        as_output = _truncated_normal(std, cut=3 * std)
         table: dict[str, Initializer] = {}
         if self.tok_embeddings is not None:
-            table["tok_embeddings.weight"] = as_output if self.args.tie_embeddings else _normal(1.0)
+            table["tok_embeddings.weight"] = _normal(0.02 if self.args.tie_embeddings else 1.0)
         for name in self.layers:
             depth_std = 0.02 / math.sqrt(2 * (int(name) + 1))
             table |= {f"layers.{name}.attention.{w}.weight": _truncated_normal(0.02) for w in ("wq", "wk", "wv")}
@@ -189,7 +187,8 @@ class Transformer(Decoder):
         if self.norm is not None:
             table["norm.weight"] = _ones
         if self.output is not None and not self.args.tie_embeddings:
-            table["output.weight"] = as_output
+            std = self.args.dim**-0.5
+            table["output.weight"] = _truncated_normal(std, cut=3 * std)
         return table
 
 
