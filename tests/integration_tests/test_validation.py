@@ -19,6 +19,7 @@ from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.models.common.model import Transformer
 
 SEQ_LEN = 32
+PROMPTS, NEW_TOKENS = ["def", "import_numpy_as"], 4
 LAYOUTS = {
     "one process": ("--validation.local_batch_size 4", 1),
     "fused": ("--validation.local_batch_size 4 --liger_kernel.enable_fused_linear_cross_entropy", 1),
@@ -62,7 +63,10 @@ def validating(folder: Path) -> str:
     """Options for a run in `folder`."""
     data = folder.with_name("validation.jsonl")
     data.write_text(json.dumps({"text": validation_text()}))
-    return f"--validation.enabled --validation.dataset_path {data} --validation.seq_len {SEQ_LEN} --validation.freq 2"
+    return (
+        f"--validation.enabled --validation.dataset_path {data} --validation.seq_len {SEQ_LEN} --validation.freq 2"
+        f" --validation.prompts {','.join(PROMPTS)} --validation.max_new_tokens {NEW_TOKENS}"
+    )
 
 
 def read_validation(folder: Path) -> dict[int, float]:
@@ -88,6 +92,27 @@ def batch_losses(checkpoint: Path, token_ids: list[int]) -> list[torch.Tensor]:
     return [torch.cat(losses[:4]), torch.cat(losses[4:])]
 
 
+def read_texts(folder: Path, step: int) -> list[tuple[str, str]]:
+    events = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [(e["prompt"], e["text"]) for e in events if e["event"] == "text" and e["step"] == step]
+
+
+@torch.no_grad()
+def continue_prompts(checkpoint: Path) -> list[tuple[str, str]]:
+    """What a plain model with the weights of a checkpoint puts after each prompt, token by token."""
+    tokenizer, model, texts = build_tokenizer(str(TOKENIZER)), Transformer(TINY), []
+    model.load_state_dict(load_weights(checkpoint))
+    model.init_buffers("cpu")
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt, add_bos=True, add_eos=False)
+        begin = len(ids)
+        for _ in range(NEW_TOKENS):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        new = ids[begin:]
+        texts.append((prompt, tokenizer.decode(new[: new.index(1)] if 1 in new else new)))
+    return texts
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mean_over_all_tokens_and_no_trace_in_the_training(tmp_path, token_ids, layout):
     options, world_size = LAYOUTS[layout]
@@ -100,6 +125,7 @@ def test_mean_over_all_tokens_and_no_trace_in_the_training(tmp_path, token_ids, 
         assert (len(full), len(short)) == (4 * SEQ_LEN, len(token_ids) - 1 - 4 * SEQ_LEN)
         assert 0 < len(short) < 8
         assert losses[step] == pytest.approx(torch.cat([full, short]).mean().item(), rel=1e-6)
+        assert read_texts(folder, step) == continue_prompts(folder / f"checkpoint/step-{step}")
         mean_of_means = torch.stack([full.mean(), short.mean()]).mean().item()
         assert losses[step] != pytest.approx(mean_of_means, rel=1e-4)
 
@@ -160,3 +186,7 @@ def test_loss_is_in_the_log_in_tensorboard_and_in_the_json_lines(tmp_path):
     for step, loss in losses.items():
         assert math.isfinite(loss)
         assert f"validate step: {step:2}  loss: {loss:7.4f}" in life.output()
+        for prompt, text in read_texts(life.folder, step):
+            assert f"validate step: {step:2}  {prompt!r}  {text!r}" in life.output()
+    texts = EventAccumulator(str(folder)).Reload().Tags()["tensors"]
+    assert texts == [f"{prompt}/text_summary" for prompt in PROMPTS]

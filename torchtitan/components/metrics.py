@@ -36,6 +36,8 @@ class Sink(Protocol):
 
     def write(self, step: int, values: dict[str, float]) -> None: ...
 
+    def write_text(self, step: int, prompt: str, text: str) -> None: ...
+
     def close(self, *, failed: bool) -> None:
         """`failed`: the run did not reach its end."""
 
@@ -49,6 +51,9 @@ class JsonLines:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         append_line(self._path, {"step": step, "time": time.time(), **values}, what="The metrics")
+
+    def write_text(self, step: int, prompt: str, text: str) -> None:
+        pass  # history.jsonl has it
 
     def close(self, *, failed: bool) -> None:
         pass
@@ -71,6 +76,11 @@ class TensorBoard:
             if self._writer:
                 for name, value in values.items():
                     self._writer.add_scalar(name, value, step)
+
+    def write_text(self, step: int, prompt: str, text: str) -> None:
+        with self._ending_at_an_error():
+            if self._writer:
+                self._writer.add_text(prompt, text, step)
 
     def close(self, *, failed: bool) -> None:
         with self._ending_at_an_error():
@@ -99,6 +109,9 @@ class WeightsAndBiases:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
+
+    def write_text(self, step: int, prompt: str, text: str) -> None:
+        self._run.log({prompt: text}, step=step)
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -224,6 +237,13 @@ class MetricsProcessor:
         )
         values = {"validation_metrics/loss": loss, "validation_metrics/throughput(tps)": tps}
         self._write(step, values | _memory_values("validation_metrics/memory", memory))
+
+    def log_text(self, step: int, prompt: str, text: str) -> None:
+        """Say and write what the model puts after a prompt."""
+        self._say((f"validate step: {step:2}", _RED), (repr(prompt), _GREY), (repr(text), _GREEN))
+        for sink in self.sinks:
+            sink.write_text(step, prompt, text)
+        self.note("text", step, prompt=prompt, text=text)
 
     def note(self, event: str, step: int, **facts: object) -> None:
         """Write to the run's history what happened."""

@@ -17,7 +17,7 @@ from torchtitan.config.sections import Float8, Parallelism, Training
 from torchtitan.distributed.attention_kernels import report_kernel
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import Mesh
-from torchtitan.distributed.pipeline_parallel import build_pipeline
+from torchtitan.distributed.pipeline_parallel import LossSum, build_pipeline
 from torchtitan.protocols.model import Decoder, Loss
 from torchtitan.protocols.sequences import Sequences
 from torchtitan.protocols.train_spec import ModelArgs
@@ -38,8 +38,13 @@ class Runner(Protocol):
     ) -> Tensor:
         """Add to the gradients; returns this rank's share of the loss, detached (0 where another rank has it)."""
 
-    def eval_loss(self, tokens: Tensor, labels: Tensor, sequences: Sequences | None) -> Tensor:
-        """Sum of this rank's token losses, by the standard path, without gradients (0 where another rank has it)."""
+    def eval_loss(
+        self, tokens: Tensor, labels: Tensor, sequences: Sequences | None, *, loss_sum: LossSum | None = None
+    ) -> Tensor:
+        """Sum of this rank's token losses, by the standard path, without gradients (0 where another rank has it).
+
+        loss_sum: called instead with the logits (B, S, V) and labels, or some sequences' at a time; its results add up.
+        """
 
 
 class EagerRunner:
@@ -61,8 +66,10 @@ class EagerRunner:
         return loss.detach()
 
     @torch.no_grad()
-    def eval_loss(self, tokens: Tensor, labels: Tensor, sequences: Sequences | None) -> Tensor:
-        return self._eval_loss_sum(self._model(tokens, sequences=sequences), labels)
+    def eval_loss(
+        self, tokens: Tensor, labels: Tensor, sequences: Sequences | None, *, loss_sum: LossSum | None = None
+    ) -> Tensor:
+        return (loss_sum or self._eval_loss_sum)(self._model(tokens, sequences=sequences), labels)
 
 
 def build_runner(

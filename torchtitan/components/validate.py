@@ -4,7 +4,8 @@ Sums and counts are added up over batches and ranks and divided once, so batches
 little. Every validation reads the same batches. The logits are made in full here (the standard path).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torchtitan.components.dataloader import Batch, build_validation_dataloader
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.runner import Runner
+from torchtitan.components.samples import Sampler, build_sampler
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DatasetError
 from torchtitan.config.sections import Training, Validation
@@ -38,17 +40,29 @@ class Validator:
     """True on one rank of those that work on the same sequences."""
     counts_loss: bool
     """True on one of the tensor-parallel ranks, which all have the same loss."""
+    sampler: Sampler | None = None
 
     def maybe_validate(self, step: int) -> None:
         if self.validation.enabled and (step == 1 or step % self.validation.freq == 0):
-            with self.metrics.validating():
+            with self.metrics.validating(), self._evaluating():
                 loss, n_tokens = self.validate()
                 self.metrics.log_validation(step, loss=loss, n_tokens=n_tokens)
+                for prompt, text in self.sampler() if self.sampler else ():
+                    self.metrics.log_text(step, prompt, text)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        for part in self.runner.model_parts:
+            part.eval()
+        yield
+        for part in self.runner.model_parts:
+            part.train()
+            for module in part.modules():  # what backward would have freed
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def validate(self) -> tuple[float, int]:
         """The mean loss over the whole set and all ranks, and the number of tokens that this data rank read."""
-        for part in self.runner.model_parts:
-            part.eval()
         sum_and_count = torch.zeros(2, dtype=torch.float64, device=self.device)
         n_tokens = 0
         for i, batch in enumerate(self.batches):
@@ -57,11 +71,6 @@ class Validator:
             n_tokens += batch.tokens.numel()
             sum_and_count += self._sum_and_count(batch)
         total, count = sum_over_world_(sum_and_count).tolist()
-        for part in self.runner.model_parts:
-            part.train()
-            for module in part.modules():  # what backward would have freed
-                if isinstance(module, FSDPModule):
-                    module.reshard()
         if count == 0:
             raise DatasetError("the validation data holds no token to predict: a document has two tokens at least")
         return total / count, n_tokens
@@ -85,15 +94,30 @@ def build_validator(
     mesh: Mesh,
     device: torch.device,
 ) -> Validator:
-    """A validator of this rank's share of the set. Raises DatasetError: it is missing, empty or in no known format."""
+    """A validator of this rank's share of the set.
+
+    Raises:
+        DatasetError: it is missing, empty or in no known format.
+        ConfigError: a prompt does not fit into the model's context.
+    """
     batches: Iterable[Batch] = []
+    sampler: Sampler | None = None
     if validation.enabled:
         rank, size = mesh["dp"].get_local_rank(), mesh["dp"].size()
         batches = build_validation_dataloader(
             validation, tokenizer, training=training, dp_rank=rank, dp_world_size=size
         )
+        sampler = build_sampler(
+            validation,
+            tokenizer=tokenizer,
+            runner=runner,
+            shard_context=shard_context,
+            mesh=mesh,
+            device=device,
+            context=max(training.seq_len, validation.seq_len),
+        )
     counts_tokens = mesh.is_first("pp", "cp", "tp")  # one rank of those that read the same sequences
     counts_loss = mesh.is_first("tp")  # whose ranks all have the same loss
     return Validator(
-        validation, batches, runner, metrics, mark_documents, shard_context, device, counts_tokens, counts_loss
+        validation, batches, runner, metrics, mark_documents, shard_context, device, counts_tokens, counts_loss, sampler
     )

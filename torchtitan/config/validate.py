@@ -63,6 +63,7 @@ def validate(
         *_about_async_tensor_parallel(config, num_gpus),
         *_about_checkpoint(config, world_size),
         *_about_length(config),
+        *_about_prompts(config),
         *_about_mixture(config),
         *(_about_heads(config, model) if model else ()),
         *(_about_pipeline(config, model) if model else ()),
@@ -230,6 +231,11 @@ def _about_length(config: JobConfig) -> Iterator[str]:
                 f" {_show(config, 'parallelism.context_parallel_degree')} and"
                 f" {_show(config, 'parallelism.tensor_parallel_degree')} need; use {_multiples_near(seq_len, chunks)}"
             )
+
+
+def _about_prompts(config: JobConfig) -> Iterator[str]:
+    if config.validation.prompts and not config.validation.enabled:
+        yield "validation.prompts are continued at validations, and there are none; set validation.enabled"
 
 
 def _about_heads(config: JobConfig, model: ModelShape) -> Iterator[str]:

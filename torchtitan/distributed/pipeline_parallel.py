@@ -138,7 +138,9 @@ class PipelineRunner:
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=tokens.device)
 
     @torch.no_grad()
-    def eval_loss(self, tokens: Tensor, labels: Tensor, sequences: Sequences | None) -> Tensor:
+    def eval_loss(
+        self, tokens: Tensor, labels: Tensor, sequences: Sequences | None, *, loss_sum: LossSum | None = None
+    ) -> Tensor:
         """Sum of the token losses on the rank of the last stage, 0 on the others; any batch size and length.
 
         Each microbatch passes through all stages before a rank turns to the next. All ranks so send and receive in
@@ -157,7 +159,7 @@ class PipelineRunner:
                     dist.recv(x, group=stage.group, group_src=rank_of[stage.stage_index - 1])
                 x = stage.submod(x, sequences=part)
                 if stage.is_last:
-                    total += self._loss.sum(x, targets)
+                    total = total + (loss_sum or self._loss.sum)(x, targets)
                 elif rank_of[stage.stage_index + 1] != stage.group_rank:
                     dist.send(x.contiguous(), group=stage.group, group_dst=rank_of[stage.stage_index + 1])
         return total

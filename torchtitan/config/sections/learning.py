@@ -221,3 +221,9 @@ class Validation:
 
     steps: PositiveIntOrAuto = -1
     """Batches per validation and data-parallel rank; -1 reads the whole set."""
+
+    prompts: list[str] = field(default_factory=list)
+    """Texts that each validation continues, greedily, in the log, TensorBoard and the report."""
+
+    max_new_tokens: PositiveInt = 32
+    """Tokens that follow each prompt, at most; each costs about a forward pass of a short batch."""
