@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torchtitan.checkpoint.storage import reason, sync
 from torchtitan.config.errors import CheckpointError
 from torchtitan.tools.logging import logger
+from torchtitan.tools.owner import read_owner
 
 OPTIONS = "config.toml"
 """In a checkpoint: all options of its run."""
@@ -24,11 +26,18 @@ _REPLACED = "replaced"
 
 
 class CheckpointFolder:
-    """The checkpoints of a run. `run` tells what this run is writing from what a killed one left."""
+    """The checkpoints of a run. `run` tells what this run is writing from what a killed one left.
 
-    def __init__(self, path: Path, run: str):
+    From create() on nothing is replaced or removed where another run has taken over `outputs`, a run's output folder,
+    nor a checkpoint that was not there then and that this run has not written.
+    """
+
+    def __init__(self, path: Path, run: str, *, outputs: Path | None = None):
         self.path = path
         self._run = run
+        self._outputs = outputs
+        self._owner: dict[str, Any] | None = None
+        self._known: set[int] = set()
         self._can_sync = True
 
     def create(self) -> None:
@@ -43,6 +52,8 @@ class CheckpointFolder:
             whole = replaced.with_suffix("")
             if not whole.exists():  # killed before the new one had its name
                 replaced.rename(whole)
+        self._known = {*self.steps()}
+        self._owner = read_owner(self._outputs) if self._outputs is not None else None
 
     def of(self, step: int) -> Path:
         return self.path / f"step-{step}"
@@ -79,13 +90,20 @@ class CheckpointFolder:
         return file.read_text().split() if file.exists() else []
 
     def publish(self, source: Path, step: int) -> None:
-        """Make `source` the checkpoint of `step`, now that it is written."""
+        """Make `source` the checkpoint of `step`, now that it is written.
+
+        Raises CheckpointError where that is not this run's to do.
+        """
+        self._check_owner()
+        if step not in self._known and self.of(step).exists():
+            raise CheckpointError(f"{self.of(step)} is another run's: it was not there when this one started")
         for file in source.iterdir():
             if file.suffix != ".distcp":  # which the rank that wrote it has synced
                 sync(file)
         self._sync_folder(source)
         replaced = self._set_aside(self.of(step), _REPLACED) if self.of(step).exists() else None
         source.rename(self.of(step))
+        self._known.add(step)
         self._sync_folder(self.path)
         if replaced is not None:
             self.remove([replaced])
@@ -93,9 +111,10 @@ class CheckpointFolder:
     def tidy(self, num_kept: int, *, up_to: int) -> None:
         """Remove what keep_latest says, and leftovers. Where that fails, it is left for the next time."""
         try:
+            self._check_owner()
             self.keep_latest(num_kept, up_to=up_to)
             self.remove(self.leftovers())
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             logger.warning(f"Old checkpoints in {self.path} could not be removed: {reason(error)}")
 
     def keep_latest(self, num_kept: int, *, up_to: int) -> None:
@@ -112,6 +131,10 @@ class CheckpointFolder:
                 with suppress(OSError):
                     path.unlink()
             shutil.rmtree(path, ignore_errors=True)
+
+    def _check_owner(self) -> None:
+        if self._outputs is not None and read_owner(self._outputs) != self._owner:
+            raise CheckpointError(f"{self._outputs} is another run's now")
 
     def _sync_folder(self, path: Path) -> None:
         """Not every file system can, CIFS for one: the files are synced and a rename is whole or not all the same."""

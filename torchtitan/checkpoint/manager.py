@@ -188,7 +188,7 @@ def build_checkpoint_manager(
         )
     ranks = Ranks()
     run = ranks.ask_first(lambda: secrets.token_hex(4)) if checkpoint.enable_checkpoint else ""
-    folder = CheckpointFolder(Path(dump_folder) / checkpoint.folder, run=run)
+    folder = CheckpointFolder(Path(dump_folder) / checkpoint.folder, run=run, outputs=Path(dump_folder))
     if checkpoint.enable_checkpoint and not checkpoint.load_only:
         ranks.ask_first(folder.create)
     background = None

@@ -26,6 +26,7 @@ from torchtitan.config.sections import Comm
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.tools.device import get_device_type
 from torchtitan.tools.logging import logger
+from torchtitan.tools.owner import own_folder
 
 _PATIENCE_S = 5.0
 
@@ -76,8 +77,13 @@ def check_gpus() -> None:
 def init_distributed(
     comm: Comm, *, dump_folder: str, enable_cpu_offload: bool = False, device_type: str | None = None
 ) -> torch.device:
-    """Start the process group, and return this process's device: its GPU where there are any."""
+    """Start the process group, and return this process's device: its GPU where there are any.
+
+    The first rank owns the output folder from here on; ConfigError where another run does.
+    """
     world = get_world()
+    if dump_folder and world.rank == 0:
+        own_folder(Path(dump_folder), job=os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", ""))
     device_type = device_type or get_device_type()
     device = torch.device(device_type, world.local_rank) if device_type == "cuda" else torch.device(device_type)
     if device_type == "cuda":

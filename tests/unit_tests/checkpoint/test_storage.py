@@ -58,6 +58,7 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path,
     for path in (checkpoints.of(3), checkpoints.incomplete(3)):
         path.mkdir()
         (path / "file").write_text(path.name)
+    checkpoints.create()
     rename = Path.rename
 
     def killed(self: Path, target: Path) -> Path:
@@ -75,6 +76,18 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path,
     assert after.steps() == [3]
     assert (after.of(3) / "file").read_text() == "step-3"
     assert after.leftovers() == [checkpoints.incomplete(3)]
+
+
+def test_what_another_run_has_is_neither_replaced_nor_removed(tmp_path, caplog):
+    run = build_run(tmp_path, keep_latest_k=1)
+    run.train(2)
+    (folder(run) / "step-4").mkdir()  # of a run that started meanwhile
+    run.train(4)
+    assert "step 4 failed" in caplog.text and "step-4 is another run's: it was not there when this" in caplog.text
+    (tmp_path / ".owner.json").write_text('{"host": "elsewhere", "process": 1}')
+    run.train(6)
+    assert f"step 6 failed: {tmp_path} is another run's now" in caplog.text
+    assert names(run) == ["step-2", "step-4"]
 
 
 def test_an_old_checkpoint_that_was_moved_to_other_storage_is_only_unlinked(tmp_path):
