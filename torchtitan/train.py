@@ -340,7 +340,7 @@ class Trainer:
 
 def main(argv: list[str]) -> int:
     """Train as the arguments say; the exit status."""
-    init_logger()
+    init_logger(warnings_only=not utils.tells_all())
     end_with_launcher()
     config: JobConfig | None = None
     trainer: Trainer | None = None

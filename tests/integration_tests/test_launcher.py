@@ -29,7 +29,7 @@ from pathlib import Path
 from torchtitan.tools.terminal import send_progress
 
 rank = os.environ["RANK"]
-names = ("WORLD_SIZE", "OMP_NUM_THREADS", "TORCHTITAN_PROGRESS_RANK", "TORCHTITAN_NUM_GPUS")
+names = ("WORLD_SIZE", "OMP_NUM_THREADS", *(f"TORCHTITAN_{n}" for n in ("PROGRESS_RANK", "NUM_GPUS", "LOG_RANK")))
 seen = {name: os.environ.get(name) for name in names}
 Path(f"worker{rank}.json").write_text(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], **seen}))
 mode = os.environ["WORKER_MODE"]
@@ -131,6 +131,8 @@ def test_workers_get_the_options_and_nothing_of_the_launchers(repo: Path) -> Non
     # not a terminal: the output has neither a progress line nor any escape sequence
     assert worker(repo, 0)["TORCHTITAN_PROGRESS_RANK"] is None
     assert worker(repo, 0)["TORCHTITAN_NUM_GPUS"] == "0"
+    assert worker(repo, 0)["TORCHTITAN_LOG_RANK"] == "1"
+    assert not (repo / "outputs/worker_logs").exists()
     assert result.stdout == "[rank1]:hello from 1\n"
 
 
@@ -260,6 +262,8 @@ def test_several_machines_meet_at_the_rendezvous(repo: Path, way: str) -> None:
     started = [subprocess.Popen(each, cwd=repo, env=environment(repo, "succeed")) for each in commands]
     assert [process.wait(timeout=100) for process in started] == [0, 0]
     assert [worker(repo, rank)["WORLD_SIZE"] for rank in (0, 1)] == ["2", "2"]
+    logs = (repo / "outputs/worker_logs" / socket.gethostname()).glob("*/attempt_0/0/stdout.log")
+    assert sorted(log.read_text() for log in logs) == ["hello from 0\n", "hello from 1\n"]
 
 
 def test_slurm_starts_every_machine_at_the_first_one(repo: Path) -> None:

@@ -54,7 +54,7 @@ def test_weights_that_do_not_fit_are_answered_with_what_would_free_memory(
 
     monkeypatch.setattr(train, "Trainer", build)
     monkeypatch.setattr(train, "end_with_launcher", lambda: None)
-    monkeypatch.setattr(train, "init_logger", lambda: None)  # whose handler would keep the log from the test
+    monkeypatch.setattr(train, "init_logger", lambda **_: None)  # whose handler would keep the log from the test
     assert train.main([*OPTIONS, "--training.local_batch_size", "8"]) == 1
     message = caplog.messages[-1]
     assert message.startswith(
@@ -69,7 +69,7 @@ def test_a_machine_s_memory_that_does_not_suffice_is_one_message(
 ) -> None:
     monkeypatch.setattr(train, "Trainer", lambda config: torch.empty(1 << 60))
     monkeypatch.setattr(train, "end_with_launcher", lambda: None)
-    monkeypatch.setattr(train, "init_logger", lambda: None)
+    monkeypatch.setattr(train, "init_logger", lambda **_: None)
     assert train.main(OPTIONS) == 1
     assert caplog.messages[-1].startswith("OutOfMemoryError: the machine's memory does not suffice: ")
     assert "training.local_batch_size" in caplog.messages[-1]

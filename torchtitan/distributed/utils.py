@@ -64,6 +64,14 @@ def get_progress_rank() -> int | None:
     return None if rank is None else int(rank)
 
 
+def tells_all() -> bool:
+    """Whether this rank logs more than warnings: the first one, and those that LOG_RANK names besides each machine's
+    first.
+    """
+    world, shown = get_world(), os.environ.get("TORCHTITAN_LOG_RANK", "").split(",")
+    return world.rank == 0 or (world.local_rank > 0 and str(world.local_rank) in shown)
+
+
 def check_gpus() -> None:
     """Raise ConfigError where this machine has GPUs, by the launcher's count, and torch cannot use them."""
     num_gpus = int(os.environ.get("TORCHTITAN_NUM_GPUS", "0"))

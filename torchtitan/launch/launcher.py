@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fewest = int(launcher.nnodes.partition(":")[0])
         if getattr(launcher, "dry_run", False):
             return _dry_run(options, getattr(launcher, "nproc", launcher.nproc_per_node * fewest), num_gpus)
-        preflight.check(options, nproc=launcher.nproc_per_node, nnodes=fewest, num_gpus=num_gpus)
+        outputs = preflight.check(options, nproc=launcher.nproc_per_node, nnodes=fewest, num_gpus=num_gpus)
         raise_all([ConfigError(problem) for problem in _about_flags(launcher, max_files=raise_file_limit())])
         if line := describe_upstream_variables():
             print(line, file=sys.stderr)
@@ -98,7 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ["TORCHTITAN_PROGRESS_RANK"] = launcher.local_ranks_filter.partition(",")[0]
         if num_gpus is not None:  # for the workers, whose torch may be unable to use them
             os.environ["TORCHTITAN_NUM_GPUS"] = str(num_gpus)
+        os.environ["TORCHTITAN_LOG_RANK"] = launcher.local_ranks_filter
         with tempfile.TemporaryDirectory(prefix="torchtitan_", ignore_cleanup_errors=True) as log_dir:
+            if launcher.nnodes not in ("1", "1:1"):  # what others show is not on this screen, and is wanted later
+                log_dir = str(outputs / "worker_logs" / socket.gethostname())
             flags = {name: value for name, value in vars(launcher).items() if name not in _OWN_FLAGS}
             return run_workers({"log_dir": log_dir, **flags}, options)
     except ConfigError as error:

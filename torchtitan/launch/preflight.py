@@ -25,10 +25,10 @@ from torchtitan.protocols.train_spec import check_vocab_size, validate_run
 from torchtitan.tools.packages import is_installed, is_liger_installed
 
 
-def check(options: Sequence[str], *, nproc: int, nnodes: int = 1, num_gpus: int | None = None) -> None:
+def check(options: Sequence[str], *, nproc: int, nnodes: int = 1, num_gpus: int | None = None) -> Path:
     """Raise ConfigError with everything that is wrong with a run's options or with what they point to.
 
-    Creates the run's output folder, to know that it can be written. `--help` among the options prints and raises
+    Creates the run's output folder, to know that it can be written, and returns it. `--help` among the options prints and raises
     SystemExit.
 
     Args:
@@ -49,7 +49,9 @@ def check(options: Sequence[str], *, nproc: int, nnodes: int = 1, num_gpus: int 
             *find_what_is_missing(config),
         ]
     )
-    check_writable(Path(config.job.dump_folder), given=f"job.dump_folder={Path(config.job.dump_folder)}")
+    outputs = Path(config.job.dump_folder)
+    check_writable(outputs, given=f"job.dump_folder={outputs}")
+    return outputs
 
 
 def find_what_is_missing(config: JobConfig) -> list[ConfigError]:

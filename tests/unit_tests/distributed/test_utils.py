@@ -27,6 +27,7 @@ from torchtitan.distributed.utils import (
     init_distributed,
     set_determinism,
     set_pg_timeouts,
+    tells_all,
 )
 
 
@@ -157,6 +158,21 @@ def test_gpus_that_torch_cannot_use_stop_the_run(monkeypatch: pytest.MonkeyPatch
         check_gpus()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     check_gpus()
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "log_rank", "tells"),
+    [(0, 0, None, True), (1, 1, None, False), (8, 0, "0,3", False), (11, 3, "0,3", True), (0, 0, "3", True)],
+)
+def test_one_rank_of_all_tells_what_is_no_warning(
+    rank: int, local_rank: int, log_rank: str | None, tells: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.delenv("TORCHTITAN_LOG_RANK", raising=False)
+    if log_rank is not None:
+        monkeypatch.setenv("TORCHTITAN_LOG_RANK", log_rank)
+    assert tells_all() is tells
 
 
 @pytest.mark.parametrize("status", [0, 3])
