@@ -29,12 +29,13 @@ class Mesh:
     def __init__(self, root: DeviceMesh):
         self.device_type = root.device_type
         self._axes = {axis: root[axis] for axis in AXES}
-        self._axes["dp"] = root["dp_replicate", "dp_shard"]._flatten("dp")
-        self._axes["dp_shard_cp"] = root["dp_shard", "cp"]._flatten("dp_shard_cp")
+        self._axes["dp"] = _join(root, "dp_replicate", "dp_shard", name="dp")
+        self._axes["dp_shard_cp"] = shards = _join(root, "dp_shard", "cp", name="dp_shard_cp")
+        assert shards.mesh_dim_names is not None
         with warnings.catch_warnings():
             # torch asks to keep flattened axes oneself, as is done above, but has no public way yet to pair one up.
             warnings.filterwarnings("ignore", message="Slicing a flattened dim")
-            self._axes["hsdp"] = root["dp_replicate", "dp_shard_cp"]
+            self._axes["hsdp"] = root["dp_replicate", shards.mesh_dim_names[0]]
 
     def __getitem__(self, axis: str) -> DeviceMesh:
         return self._axes[axis]
@@ -44,5 +45,13 @@ class Mesh:
         return all(self[axis].get_local_rank() == 0 for axis in axes)
 
     def get_groups(self) -> list[ProcessGroup]:
-        """The process group of each axis that this rank is in."""
-        return [mesh.get_group() for axis, mesh in self._axes.items() if axis != "hsdp"]
+        """The process groups that this rank is in; one may be that of several axes."""
+        return list({mesh.get_group(): None for axis, mesh in self._axes.items() if axis != "hsdp"})
+
+
+def _join(root: DeviceMesh, first: str, second: str, *, name: str) -> DeviceMesh:
+    """Two axes as one; where one of them has a single rank, the other one, which needs no communicator of its own."""
+    for axis, other in ((first, second), (second, first)):
+        if root[other].size() == 1:
+            return root[axis]
+    return root[first, second]._flatten(name)

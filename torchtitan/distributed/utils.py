@@ -213,7 +213,8 @@ def dist_max(value: Tensor, axis: DeviceMesh) -> Tensor:
 
 def _all_reduce(value: Tensor, op: dist.ReduceOp.RedOpType, axis: DeviceMesh) -> Tensor:
     result = value.detach().clone()
-    dist.all_reduce(result, op, axis.get_group())
+    if axis.size() > 1:  # NCCL would make a communicator of one rank
+        dist.all_reduce(result, op, axis.get_group())
     return result
 
 

@@ -28,8 +28,8 @@ from torchtitan.tools.packages import is_installed, is_liger_installed
 def check(options: Sequence[str], *, nproc: int, nnodes: int = 1, num_gpus: int | None = None) -> Path:
     """Raise ConfigError with everything that is wrong with a run's options or with what they point to.
 
-    Creates the run's output folder, to know that it can be written, and returns it. `--help` among the options prints and raises
-    SystemExit.
+    Creates the run's output folder, to know that it can be written, and returns it. `--help` among the options prints
+    and raises SystemExit.
 
     Args:
         nproc: processes on this machine, of which there are `nnodes`.
