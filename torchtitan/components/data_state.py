@@ -123,7 +123,7 @@ def _load_old(ranks: Mapping[int, Mapping[str, Any]], reading: Reading, fresh: P
         raise DataloaderStateError(f"the checkpoint holds the places of {len(ranks)} of {n} data ranks; {START_ANEW}")
     old = {rank: state["cursor"] for rank, state in ranks.items()}
     # It divided shards document by document where there were fewer than eight a rank, or one if they were expensive.
-    min_shards = 1 if source.max_parts == 1 and len(source) > source.max_streams else 8
+    min_shards = 1 if source.max_parts == 1 and source.max_streams <= 512 else 8
     if n == 1 or len(source) >= min_shards * n:
         dealing = Dealing(n, 1, WINDOW_CHARS)
         cursors = {r: Cursor(Position(epoch, shard, row, i), at) for r, (epoch, shard, row, _, i, at) in old.items()}

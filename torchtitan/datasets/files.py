@@ -34,7 +34,7 @@ COMPARED_FILES = 1000
 CHECKED_TEXTS = 256
 MAX_REPLACED = 0.01
 MAX_STREAMS = 2**16
-MAX_UNPACKED = 128
+MAX_UNPACKED = 512
 """Files that are open at once, by all ranks together; also how many ranks can read without reading the same."""
 
 

@@ -139,7 +139,7 @@ def _about_dataset(config: JobConfig, section: Literal["training", "validation"]
 
 
 def _about_dataset_path(given: str, path: Path) -> Iterator[ConfigError]:
-    advice = "it takes a file or a folder on this machine, of text, JSON lines or Parquet"
+    advice = "it takes a file or a folder on this machine, of text, JSON lines, Parquet or token ids"
     try:
         if not path.exists():
             yield DatasetError(f"{given} {_is_absent(path, Path.cwd())}; {advice}")

@@ -1,6 +1,7 @@
 """Order: each epoch every document once over all streams, shuffled by the seed; any place can be found again."""
 
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -156,3 +157,35 @@ def test_fewer_documents_than_streams_feed_all_of_them():
     documents = streams(Shards(2, max_parts=16), 8, infinite=True)
     for stream in range(8):
         assert {text for _, text in islice(documents.read(stream, BEGIN), 20)} == {"0-0", "0-1"}
+
+
+LAYOUTS = {
+    "one JSON lines file of 10 GB": Shards(*[0] * 9537, max_parts=1024),
+    "25,000 files of Parquet": Shards(*[0] * 25_000, max_parts=16, max_streams=512),
+    "1,024 compressed files": Shards(*[0] * 1024, max_streams=512),
+    "1,024 files of the hub": Shards(*[0] * 1024, max_streams=128),
+    "one compressed file": Shards(0, max_streams=512),
+}
+
+
+def simulate(source: Shards, ranks: int) -> list[str]:
+    """A row of the table: what the ranks of a run fetch over 12 steps, by the rule of sequences.py."""
+    steps, batch = 12, max(ranks, 64)
+    dealing = choose_dealing(source, batch)
+    n, share = dealing.streams, batch // ranks
+    counts: list[dict[int, int]] = [{} for _ in range(ranks)]
+    for step in range(steps):
+        wanted = sorted((j % n, j // n) for j in range(step * batch, (step + 1) * batch))
+        for rank, count in enumerate(counts):
+            for stream, number in wanted[rank * share : (rank + 1) * share]:
+                count[stream] = number + 1  # what comes before is passed over
+    fetched = sum(sum(count.values()) for count in counts) / (steps * batch)
+    most = max(map(len, counts))
+    return [f"{ranks:,}", f"{n:,}", f"{fetched:.1f}", str(most), f"{most * dealing.window_chars / 2**20:.1f} MiB"]
+
+
+def test_the_table_of_the_documentation_is_what_the_ranks_fetch():
+    rows = [(name, n) for name in LAYOUTS for n in (8, 96, 768, 1025, 4096)]
+    lines = [f"| {name} | {' | '.join(simulate(LAYOUTS[name], n))} |" for name, n in rows]
+    page = Path("docs/datasets.md").read_text()
+    assert "\n".join(lines) in page

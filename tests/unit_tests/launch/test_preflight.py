@@ -18,7 +18,7 @@ from torchtitan.models.llama3 import hf_config, llama3_flavors
 from torchtitan.protocols.train_spec import get_run_args
 
 ROOT = Path(__file__).parents[3]
-DATASET_ADVICE = "it takes a file or a folder on this machine, of text, JSON lines or Parquet"
+DATASET_ADVICE = "it takes a file or a folder on this machine, of text, JSON lines, Parquet or token ids"
 
 
 def write_tokenizer(folder: Path, num_tokens: int, num_added: int = 0) -> Path:
