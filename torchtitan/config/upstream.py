@@ -213,7 +213,9 @@ UPSTREAM_VALUES: Mapping[str, Mapping[str, UpstreamValue]] = {
 }
 
 _FAMILIES = ("deepseek_v3", "flux", "gpt_oss", "llama3_ft", "llama4")
-_MASKED = UpstreamValue(instead="the flavour without _flex or _varlen has the same weights, and other masks")
+_MASKED = UpstreamValue(
+    instead="use the flavour without _flex or _varlen, which has the same weights, and training.document_mask"
+)
 UPSTREAM_NAMES: Mapping[str, Mapping[str, UpstreamValue]] = {
     "model.name": {
         name: UpstreamValue(instead="an own family can be registered, by docs/extending.md") for name in _FAMILIES

@@ -63,9 +63,9 @@ def test_upstreams_four_files_are_valid_and_keep_their_values(tmp_path, version)
 REFUSED = {
     "pp_custom_csv": "parallelism.pipeline_parallel_schedule",
     "cpu_offload+opt_in_bwd": "clipped by their global norm",
-    "fsdp+flex_attn": "the flavour without",
-    "fsdp+flex_attn+per_op_sac": "the flavour without",
-    "fsdp+varlen_attn": "the flavour without",
+    "fsdp+flex_attn": "training.document_mask",
+    "fsdp+flex_attn+per_op_sac": "training.document_mask",
+    "fsdp+varlen_attn": "training.document_mask",
     "custom_args_module": "experimental.custom_import",
     "memory_budget": "use auto",
     "fake_backend": "scripts/estimate_memory.py",
