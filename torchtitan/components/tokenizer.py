@@ -23,6 +23,17 @@ EOS_NAMES = ("<|end_of_text|>", "</s>", "<eos>", "<|endoftext|>", "[EOS]")
 MAX_CHARS_WITHOUT_TOKEN = 10_000
 MIN_SHARE_KEPT = 0.9
 PATH_ADVICE = "model.tokenizer_path takes a tokenizer.json or the folder that holds one"
+PUBLISHERS = {"Llama-": "meta-llama", "Qwen": "Qwen"}
+"""Who publishes the models whose names begin so."""
+
+
+def get_download_advice(folder: Path, *files: str) -> str:
+    """How to get a published model's files, or all of them, into a folder of its name; empty for another name."""
+    publisher = next((name for begin, name in PUBLISHERS.items() if folder.name.startswith(begin)), None)
+    if publisher is None:
+        return ""
+    words = ["hf download", f"{publisher}/{folder.name}", *files, "--local-dir", str(folder)]
+    return f"; to get it: {' '.join(words)} (some ask to accept a licence first, then: hf auth login)"
 
 
 class Tokenizer:

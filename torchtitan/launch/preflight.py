@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from torchtitan.components.tokenizer import PATH_ADVICE, find_tokenizer_file
+from torchtitan.components.tokenizer import PATH_ADVICE, find_tokenizer_file, get_download_advice
 from torchtitan.config.errors import CheckpointError, ConfigError, DatasetError, TokenizerError, raise_all
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.manager import REPOSITORY, ConfigManager
@@ -100,7 +100,8 @@ def _about_tokenizer(config: JobConfig) -> Iterator[ConfigError]:
         if path.exists():
             check_vocab_size(config, get_vocab_size(find_tokenizer_file(path)))
         else:
-            yield TokenizerError(f"{path} {_is_absent(path, Path.cwd(), REPOSITORY)}; {PATH_ADVICE}")
+            how = get_download_advice(path, "tokenizer.json", "tokenizer_config.json")
+            yield TokenizerError(f"{path} {_is_absent(path, Path.cwd(), REPOSITORY)}; {PATH_ADVICE}{how}")
     except TokenizerError as error:
         yield error
     except OSError as error:
@@ -167,6 +168,8 @@ def _about_initial_checkpoint(config: JobConfig) -> Iterator[ConfigError]:
     given = f"checkpoint.initial_load_path={path}"
     try:
         if path is not None and not Path(path).exists():
-            yield CheckpointError(f"{given} {_is_absent(Path(path), Path.cwd())}; it takes the folder of a checkpoint")
+            how = get_download_advice(Path(path)) if checkpoint.initial_load_in_hf else ""
+            where = _is_absent(Path(path), Path.cwd())
+            yield CheckpointError(f"{given} {where}; it takes the folder of a checkpoint{how}")
     except OSError as error:
         yield CheckpointError(f"{given} cannot be read: {error.strerror}")

@@ -366,3 +366,19 @@ def test_the_script_takes_the_options_of_a_run(
     monkeypatch.setenv("CONFIG_FILE", "torchtitan/models/llama3/train_configs/llama3_1b.toml")
     assert main([]) == 0
     assert capsys.readouterr().out.startswith("llama3 1B on 2 GPUs, 4 x 4096 tokens")
+
+
+def test_the_file_that_is_written_has_the_most_sequences_that_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--training.seq_len", "64", "--model.tokenizer_path", "tests/assets/tokenizer", "--gib", "0.5"]
+    assert main([*options, "--write", str(tmp_path / "fits.toml")]) == 0
+    config = ConfigManager().parse_args(["--job.config_file", str(tmp_path / "fits.toml")])
+    batch_size, budget = config.training.local_batch_size, config.activation_checkpoint.memory_share * 0.5 * GIB
+    peaks = []
+    for size in (batch_size, batch_size + 1):
+        config.training.local_batch_size = size
+        peaks.append(estimate_memory(config, world_size=1).peak)
+    assert peaks[0] <= budget < peaks[1]
+    assert main([*options, "--gib", "0.01", "--write", str(tmp_path / "none.toml")]) == 1
+    assert "does not fit into 0.0 GiB" in capsys.readouterr().err and not (tmp_path / "none.toml").exists()
