@@ -28,9 +28,23 @@ REPO = Path(__file__).parents[2]
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 
 _FOLDERS = ("torchtitan", "scripts", "tests", "docs", ".ci", ".github")
-_NOT_OURS = {"bash", "cd", "cp", "export", "git", "head", "ls", "mkdir", "nvidia-smi", "pip", "pre-commit", "sbatch"}
-_NOT_OURS |= {"source", "squeue", "tail", "tensorboard", "./scripts/test.sh", ".ci/run"}
-_OTHERS_FLAGS = {"--help", "--ipc", "--nnodes", "--nproc_per_node", "--shm-size"}
+_NOT_OURS = {
+    "bash",
+    "cd",
+    "cp",
+    "export",
+    "git",
+    "head",
+    "hf",
+    "ls",
+    "mkdir",
+    "nvidia-smi",
+    "pip",
+    "pre-commit",
+    "sbatch",
+}
+_NOT_OURS |= {"source", "squeue", "tail", "hf", "tensorboard", "./scripts/test.sh", ".ci/run"}
+_OTHERS_FLAGS = {"--help", "--local-dir", "--ipc", "--nnodes", "--nproc_per_node", "--shm-size"}
 _SUFFIXES = (".py", ".sh", ".md", ".slurm", ".toml", ".yml")
 _MADE_BY_RUNS = {"config.toml"}
 _FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w.-]*")
