@@ -203,7 +203,10 @@ def ingredients(page: Page) -> dict[str, object]:
     checkpoints = sorted(set(re.findall(r"outputs/checkpoint/step-\d+", words)))
     if _LLAMA.search(words):
         checkpoints.append("outputs/checkpoint/step-10")
-    return {"files": page.files() | {"my_texts/a.txt": TEXT}, "checkpoints": checkpoints}
+    step = {"step": 1, "loss_metrics/global_avg_loss": 8.0, "grad_norm": 1.0, "throughput(tps)": 1000.0}
+    metrics = json.dumps(step | {"memory/max_reserved(GiB)": 1.0}) + "\n"
+    files = {"my_texts/a.txt": TEXT, "outputs/metrics.jsonl": metrics}
+    return {"files": page.files() | files, "checkpoints": checkpoints}
 
 
 @pytest.mark.parametrize("step", [step for steps in STEPS.values() for step in steps], ids=str)

@@ -9,7 +9,9 @@ the loss, which is when the host waits for the device. Every place gets the same
     memory/max_active(GiB), memory/max_reserved(GiB), ...         peaks since the last log; on a CPU resident memory
 """
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,15 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.terminal import send_progress
 
 _PROGRESS_INTERVAL_S = 0.2
+
+WAITING_PCT = 5
+"""Of a step's time: where it waits longer for data, the log says so, once."""
+
+SLOWER_PCT = 20
+"""Below the median of so many log lines before: where a GPU is slower, the log says so, once."""
+
+FEWEST_SPEEDS = 5
+"""Log lines that a median is worth something of."""
 
 _RED, _GREEN, _YELLOW, _BLUE, _MAGENTA, _CYAN, _GREY = (f"\x1b[{code}m" for code in (31, 32, 33, 34, 35, 36, 90))
 _RESET = "\x1b[0m"
@@ -139,6 +150,8 @@ class MetricsProcessor:
         self._validation_start: float | None = None
         self._last_progress = 0.0
         self._status = "starting"
+        self._speeds: deque[float] = deque(maxlen=100)
+        self._warned: set[int] = set()
         self._step = 0
         self._start_interval()
 
@@ -211,6 +224,7 @@ class MetricsProcessor:
         if mfu is not None:
             values["mfu(%)"] = mfu
         self._write(step, values)
+        self._maybe_warn(tps, values["time_metrics/data_loading(%)"])
         self._start_interval()
 
     @contextmanager
@@ -257,6 +271,22 @@ class MetricsProcessor:
             send_progress("")
         for sink in self.sinks:
             sink.close(failed=failed)
+
+    def _maybe_warn(self, tps: float, data_pct: float) -> None:
+        """Once each: of steps that wait for data, and of a GPU that got slower. The first interval starts things up."""
+        usual = statistics.median(self._speeds) if len(self._speeds) >= FEWEST_SPEEDS else 0.0
+        slow = self.memory.name != "CPU" and tps < (1 - SLOWER_PCT / 100) * usual
+        found = {
+            f"The steps wait for data: {data_pct:.0f}% of the time since the last line. More cores for each process, a"
+            " faster disk, or larger files help": bool(self._speeds) and data_pct > WAITING_PCT,
+            f"{tps:,.0f} tokens/s is {100 * (1 - tps / max(usual, 1)):.0f}% below the median of this run: another"
+            " process on the GPU, its temperature or clocks, or a slow rank (see metrics.save_for_all_ranks)": slow,
+        }
+        for kind, (text, is_so) in enumerate(found.items()):
+            if is_so and kind not in self._warned:
+                self._warned.add(kind)
+                logger.warning(text)
+        self._speeds.append(tps)
 
     def _start_interval(self) -> None:
         """Forget what was gathered for the last log."""

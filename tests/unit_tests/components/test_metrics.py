@@ -187,6 +187,29 @@ def test_logs_at_step_1_and_every_log_freq_steps(build: Build) -> None:
     assert [step for step in range(1, 13) if metrics.should_log(step)] == [1, 4, 8, 12]
 
 
+def test_waiting_for_data_and_a_slower_gpu_are_told_once(
+    build: Build, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(metrics: MetricsProcessor, steps: list[tuple[float, float]]) -> list[str]:
+        caplog.clear()
+        for step, (seconds, waited) in enumerate(steps, start=1):
+            metrics.start_step(step)
+            metrics.count_tokens(1000)
+            metrics.record_data_loading(waited)
+            clock.now += seconds
+            log(metrics, step)
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    even = [(10.0, 0.4)] * 6
+    assert run(build(), [(10.0, 5.0), *even]) == []  # the first interval starts things up
+    (waits,) = run(build(), [*even, (10.0, 0.6), (10.0, 0.7)])
+    assert waits.startswith("The steps wait for data: 6% of the time")
+    assert run(build(), [*even, (12.0, 0.0)]) == []
+    (slow,) = run(build(), [*even, (13.0, 0.0), (14.0, 0.0)])
+    assert slow.startswith("77 tokens/s is 23% below the median of this run")
+    assert run(build("CPU"), [*even, (20.0, 0.0)]) == []
+
+
 def test_values_are_those_since_the_last_log(build: Build, clock: Clock, sink: Recorder) -> None:
     metrics = build(non_data_parallel_degree=4)
     for step in (1, 2, 3):
