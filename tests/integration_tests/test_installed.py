@@ -68,6 +68,7 @@ def test_every_command_works_without_the_checkout(site: Path, tmp_path: Path) ->
     commands = {
         "config": ["--job.config_file", "llama3_1b"],
         "tokenizer": ["--dataset_path", str(texts), "--vocab_size", "300", "--output", "mine"],
+        "tokenize": ["--dataset_path", str(texts), "--tokenizer_path", "mine", "--output", "tokens"],
         "estimate": ["--job.config_file", "llama3_8b_one_gpu"],
         "generate": ["--checkpoint", step, "--prompt", "def", "--max_new_tokens", "2"],
         "convert": ["to_hf", step, "converted"],
