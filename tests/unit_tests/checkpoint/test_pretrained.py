@@ -207,3 +207,14 @@ def test_ranks_that_cannot_share_the_heads_are_refused():
         ConfigError, match="3 processes cannot share n_kv_heads=8 and n_heads=32 .*; start 1, 2, 4 or 8"
     ):
         check_divisible(args, 3)
+
+
+def test_a_run_that_began_from_hugging_face_keeps_its_context_and_its_own_tokenizer(tmp_path):
+    """Its checkpoints hold the config.json that it began from, and no tokenizer."""
+    path = save_run(tmp_path)
+    begun_from = hf_folder(tmp_path / "hf", max_position_embeddings=4096, eos_token_id=[1, 7])
+    (tmp_path / "config.toml").rename(path / "config.toml")
+    shutil.copy(begun_from / "config.json", path)
+    found = find_pretrained(path)
+    assert (found.args.max_seq_len, found.eos_ids, found.tokenizer_path) == (4096, {1, 7}, TOKENIZER)
+    found.check_weights()
