@@ -37,6 +37,9 @@ if mode == f"mute{rank}":
     sys.exit(3)
 print(f"hello from {rank}", flush=True)
 if mode == f"fail{rank}":
+    others = [Path(f"worker{other}.json") for other in range(int(os.environ["WORLD_SIZE"]))]
+    while not all(file.exists() and file.stat().st_size for file in others):  # they are stopped when this one ends
+        time.sleep(0.01)
     print("ConfigError: the worker's own words", file=sys.stderr)
     sys.exit(3)
 if mode == f"mistake{rank}":
