@@ -36,6 +36,8 @@ mode = os.environ["WORKER_MODE"]
 if mode == f"mute{rank}":
     sys.exit(3)
 print(f"hello from {rank}", flush=True)
+while mode == f"fail{rank}" and len(list(Path().glob("worker*.json"))) < int(os.environ["WORLD_SIZE"]):
+    time.sleep(0.01)  # or the others are stopped before they have left their file
 if mode == f"fail{rank}":
     others = [Path(f"worker{other}.json") for other in range(int(os.environ["WORLD_SIZE"]))]
     while not all(file.exists() and file.stat().st_size for file in others):  # they are stopped when this one ends
