@@ -94,8 +94,8 @@ class CheckpointWriter:
                 num_bytes = stream.tell()
         except Exception as error:
             raise _first_os_error(error) or error from None
-        content = zlib.compress(pickle.dumps(table), 1)
-        return WrittenFile(Digest(file.name, num_bytes, hashlib.sha256(content).digest()), content)
+        digest, content = pack_table(table)
+        return WrittenFile(Digest(file.name, num_bytes, digest), content)
 
     def write_metadata(self, path: Path, files: Sequence[Digest], tables: Sequence[bytes] | None) -> bool:
         digests = [file.table for file in files]
@@ -119,6 +119,12 @@ class CheckpointWriter:
         return _archive(value, self._room[key] - needed)
 
 
+def pack_table(table: Sequence[tuple[Any, ...]]) -> tuple[bytes, bytes]:
+    """Its digest, and the table as it is sent."""
+    content = zlib.compress(pickle.dumps(table), 1)
+    return hashlib.sha256(content).digest(), content
+
+
 def make_metadata(names: Sequence[str], tables: Sequence[Sequence[tuple[Any, ...]]]) -> Metadata:
     """What lies where in the ranks' files. Tensors that are divided alike share their list of shards, also in a pickle.
 
@@ -128,15 +134,18 @@ def make_metadata(names: Sequence[str], tables: Sequence[Sequence[tuple[Any, ...
     boxes: dict[str, list[tuple[Any, Any]]] = {}
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
+    # one object for what is equal: pickled once
+    keys: dict[str, str] = {}
     sizes: dict[tuple[int, ...], torch.Size] = {}
     for name, table in zip(names, tables, strict=True):
         for row in table:
             *shard, offset, length = row
+            key = keys.setdefault(shard[0], shard[0])
             if len(shard) == 1:
-                index = MetadataIndex(shard[0])
-                described[shard[0]] = BytesStorageMetadata()
+                index = MetadataIndex(key)
+                described[key] = BytesStorageMetadata()
             else:
-                key, dtype, size, corner, extent = shard
+                _, dtype, size, corner, extent = shard
                 kinds.setdefault(key, (dtype, size))
                 others = boxes.setdefault(key, [])
                 index = MetadataIndex(key, sizes.setdefault(corner, torch.Size(corner)), len(others))
@@ -219,4 +228,4 @@ def _first_os_error(error: BaseException) -> OSError | None:
     return None
 
 
-__all__ = ["CheckpointWriter", "Digest", "Writer", "WrittenFile", "make_metadata", "save", "save_alone"]
+__all__ = ["CheckpointWriter", "Digest", "Writer", "WrittenFile", "make_metadata", "pack_table", "save", "save_alone"]
