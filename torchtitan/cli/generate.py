@@ -25,7 +25,7 @@ from torchtitan.checkpoint import Ranks, check_divisible, find_pretrained
 from torchtitan.components.generation import Sampling, TextStream, generate, get_num_new_tokens
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import Comm
-from torchtitan.distributed.utils import end_process, get_world, init_distributed
+from torchtitan.distributed.utils import get_world, init_distributed
 from torchtitan.protocols.model import Decoder
 from torchtitan.tools.device import get_device_type
 
@@ -139,12 +139,7 @@ def show(text: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """The exit status; of several processes, each ends here."""
-    status = _main(argv)
-    return status if get_world().size == 1 else end_process(status)
-
-
-def _main(argv: list[str]) -> int:
+    """The exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 lacks some characters
     try:

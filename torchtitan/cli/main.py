@@ -65,4 +65,10 @@ def help_text() -> str:
 
 def run() -> None:
     """What the installed program calls."""
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if "torch" in sys.modules:
+        from torchtitan.distributed.utils import end_process, get_world
+
+        if get_world().size > 1:  # of `torchrun -m torchtitan generate`
+            end_process(status)
+    sys.exit(status)
