@@ -29,7 +29,7 @@ from torchtitan.checkpoint.manager import CheckpointManager, build_checkpoint_ma
 from torchtitan.components.dataloader import Batch, build_dataloader
 from torchtitan.components.document_mask import build_document_marker
 from torchtitan.components.history import get_environment, get_report_command
-from torchtitan.components.loss import IGNORE_INDEX, build_loss
+from torchtitan.components.loss import IGNORE_INDEX, ZLoss, build_loss
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.metrics import MetricsProcessor, build_metrics
 from torchtitan.components.optimizer import build_optimizer, get_weight_dtype
@@ -102,6 +102,7 @@ class Trainer:
         self.model_args = get_run_args(config.model, max_seq_len=config.max_seq_len)
         logger.info(f"Building {config.model.title} with {self.model_args}")
         self.float8 = config.float8 if "float8" in config.model.converters else None
+        self.z_loss = ZLoss(config.training.z_loss)
         self.loss = self._build_loss()
         self.memory = plan_memory(config, world=utils.get_world(), mesh=self.mesh, device=self.device)
         self.runner = self._build_runner()
@@ -145,8 +146,7 @@ class Trainer:
         if self.checkpointer.load():
             self._report_seed()
         self.save_options()
-        batches = self.batches()
-        first_step = self.step + 1
+        batches, first_step = self.batches(), self.step + 1
         nothing_left = f"Nothing is left to train: step {self.step} is done, of training.steps={steps}"
         logger.info(f"Training starts at step {first_step}" if first_step <= steps else nothing_left)
         with maybe_profile(
@@ -184,7 +184,6 @@ class Trainer:
         )
         self.guard.note_stop(stop)
         scale = 1 / num_valid_tokens.clamp(min=1)
-
         loss = self.memory.run(partial(self._forward_backward, microbatches, scale), self.runner.model_parts)
         grad_norm = utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         lr = self.lr_scheduler.lr
@@ -195,12 +194,13 @@ class Trainer:
 
         self.n_tokens_seen += sum(batch.tokens.numel() for batch in microbatches) * self.parallel_dims.dp
         if self.metrics.should_log(self.step):
-            self._log(loss, grad_norm, lr, share=num_local_tokens.to(self.device) * scale)
+            self._log(loss, grad_norm, lr, num_local_tokens.to(self.device), scale)
         return self.guard.check_previous(self.step)
 
     def _forward_backward(self, microbatches: list[Batch], scale: Tensor) -> Tensor:
         """This rank's share of the loss; the gradients are those of these microbatches alone."""
         self.optimizer.zero_grad()
+        self.z_loss.reset()
         loss = torch.zeros((), device=self.device)
         for batch in microbatches:
             reduce_over_copies(self.runner.model_parts, now=batch is microbatches[-1])
@@ -231,19 +231,18 @@ class Trainer:
             self.metrics.count_tokens(batch.tokens.numel())
             yield batch
 
-    def _log(self, loss: Tensor, grad_norm: Tensor, lr: float, *, share: Tensor) -> None:
-        """Log a step. `share` is this data rank's part of the global batch's valid tokens."""
+    def _log(self, loss: Tensor, grad_norm: Tensor, lr: float, num_local_tokens: Tensor, scale: Tensor) -> None:
         # context ranks hold parts of the same sequences; a pipeline's loss is on its last stage
         local_loss = utils.dist_sum(utils.dist_sum(loss, self.mesh["cp"]), self.mesh["pp"])
-        loss_avg = utils.dist_sum(local_loss, self.mesh["dp"]).item()
-        loss_max = utils.dist_max(local_loss / share.clamp(min=1e-12), self.mesh["dp"]).item()
-        norm = grad_norm.item()
+        loss_avg, norm = utils.dist_sum(local_loss, self.mesh["dp"]).item(), grad_norm.item()
+        loss_max = utils.dist_max(local_loss / (num_local_tokens * scale).clamp(min=1e-12), self.mesh["dp"]).item()
         if not math.isfinite(loss_avg) or not math.isfinite(norm):
             found = f"the loss is {loss_avg} and the gradient norm {norm}"
             raise NonFiniteError(self.step, f"{found}; the weights are left as they were before")
-        losses = {"loss_avg": loss_avg, "loss_max": loss_max}
-        by_source = self.dataloader.get_tokens_by_source()
-        self.metrics.log(self.step, by_source, **losses, grad_norm=norm, lr=lr, n_tokens_seen=self.n_tokens_seen)
+        values = {"loss_avg": loss_avg, "loss_max": loss_max, "grad_norm": norm, "lr": lr}
+        if self.z_loss.coefficient:  # which all tensor-parallel ranks have alike
+            values["z_loss"] = utils.sum_over_world_(self.z_loss.sum * scale * self.mesh.is_first("tp")).item()
+        self.metrics.log(self.step, self.dataloader.get_tokens_by_source(), n_tokens_seen=self.n_tokens_seen, **values)
 
     def get_options_in_force(self) -> JobConfig:
         """The options, with the seed of the data's order, which may have been drawn, or come with a checkpoint."""
@@ -276,6 +275,7 @@ class Trainer:
             device_type=self.device.type,
             tensor_parallel=self.parallel_dims.tp > 1,
             compile=self.config.training.compile,
+            z_loss=self.z_loss,
         )
 
     def _build_runner(self) -> Runner:

@@ -1,7 +1,8 @@
 """Any layout trains as one process does: the loss and the gradient norm of every step, in float32, by the real trainer.
 
 The global batches are the same in every layout, and their labels are ignored unevenly over ranks and microbatches.
-All runs of one number of processes share their processes, so that the suite costs three starts.
+Rows of Llama with two microbatches train with z-loss. All runs of one number of processes share their processes, so
+that the suite costs three starts.
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from torchtitan.config.sections import Model
 from torchtitan.distributed.init_weights import init_parameters
 
 TOLERANCE = 1e-5
+Z_LOSS = 0.01
 FUSED = "--liger_kernel.enable_fused_linear_cross_entropy"
 LIGER = f"{FUSED} --liger_kernel.implementation liger"
 OFFLOAD = "--training.enable_cpu_offload"
@@ -59,10 +61,15 @@ class Row:
         options = [word.rpartition(".")[2] for word in self.options.replace(FUSED, "fused").split()]
         return "-".join([*degrees, *options, f"accumulation{self.accumulation}"])
 
+    @property
+    def has_z_loss(self) -> bool:
+        return self.accumulation == 2 and QWEN3 not in self.options
+
     def to_run(self) -> Run:
         degrees = " ".join(f"--parallelism.{name} {getattr(self.dims, axis)}" for axis, name in DEGREES.items())
         batch_size = GLOBAL_BATCH // self.dims.dp // self.accumulation
-        options = f"{degrees} {self.options} --training.steps {self.steps}"
+        z_loss = f"--training.z_loss {Z_LOSS}" if self.has_z_loss else ""
+        options = f"{degrees} {self.options} {z_loss} --training.steps {self.steps}"
         return Run(str(self), self.dims.world_size, batch_size, options)
 
 
@@ -70,6 +77,7 @@ QWEN3 = "--model.name tiny_qwen3"
 ONE_QWEN3 = Row(ParallelDims(), QWEN3)
 ONE_PROCESS, TWO_RANKS = Row(ParallelDims()), Row(ParallelDims(dp_shard=2))
 ONE_PROCESS_MASKED = Row(ParallelDims(), MASKED)
+WITH_Z_LOSS = Row(ParallelDims(), f"--training.z_loss {Z_LOSS}")
 
 # With both losses and accumulation.
 LAYOUTS = [
@@ -139,7 +147,7 @@ def results(request: pytest.FixtureRequest) -> dict[str, Result]:
     """The runs of all selected rows, and of one process, by name."""
     items = [item for item in request.session.items if item.path == request.path]
     selected = [item.callspec.params["row"] for item in items if "row" in item.fixturenames]
-    references = [ONE_PROCESS, ONE_PROCESS_MASKED, ONE_QWEN3, TWO_RANKS]
+    references = [ONE_PROCESS, ONE_PROCESS_MASKED, ONE_QWEN3, WITH_Z_LOSS, TWO_RANKS]
     runs = [row.to_run() for row in dict.fromkeys([*references, *selected])]
     results: dict[str, Result] = {}
     for _, group in groupby(sorted(runs, key=lambda run: run.world_size), key=lambda run: run.world_size):
@@ -149,14 +157,15 @@ def results(request: pytest.FixtureRequest) -> dict[str, Result]:
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_every_step_equals_that_of_one_process(row: Row, results: dict[str, Result]) -> None:
-    reference = ONE_PROCESS_MASKED if MASKED in row.options else ONE_QWEN3 if QWEN3 in row.options else ONE_PROCESS
+    one_process = WITH_Z_LOSS if row.has_z_loss else ONE_PROCESS
+    reference = ONE_PROCESS_MASKED if MASKED in row.options else ONE_QWEN3 if QWEN3 in row.options else one_process
     expected, steps = results[str(reference)], results[str(row)]
     for result in (expected, steps):
         if isinstance(result, Exception):
             raise result
     assert (len(steps), len(expected)) == (row.steps, STEPS)
     for number, (step, reference) in enumerate(zip(steps, expected, strict=False), start=1):
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "z_loss"):
             value, correct = getattr(step, name), getattr(reference, name)
             assert value == pytest.approx(correct, rel=TOLERANCE, abs=0), f"{name} of step {number}"
 
@@ -172,7 +181,9 @@ def test_the_largest_loss_is_that_of_one_data_rank(results: dict[str, Result]) -
 
 def test_the_first_step_of_one_process_is_that_of_plain_torch(results: dict[str, Result]) -> None:
     tokens, labels, _ = global_batch(0)
-    assert get_first_step(results[str(ONE_PROCESS)]) == pytest.approx(plain_step([(tokens, labels)]), rel=TOLERANCE)
+    for row, z_loss in ((ONE_PROCESS, 0.0), (WITH_Z_LOSS, Z_LOSS)):
+        expected = plain_step([(tokens, labels)], z_loss=z_loss)
+        assert get_first_step(results[str(row)]) == pytest.approx(expected, rel=TOLERANCE)
 
 
 def test_documents_train_as_if_each_were_alone(results: dict[str, Result]) -> None:
@@ -186,20 +197,21 @@ def test_documents_train_as_if_each_were_alone(results: dict[str, Result]) -> No
     assert get_first_step(results[str(ONE_PROCESS_MASKED)]) == pytest.approx(plain_step(alone), rel=TOLERANCE)
 
 
-def get_first_step(result: Result) -> tuple[float, float]:
+def get_first_step(result: Result) -> tuple[float, float, float]:
     assert isinstance(result, list)
-    return result[0].loss, result[0].grad_norm
+    return result[0].loss, result[0].grad_norm, result[0].z_loss
 
 
-def plain_step(batches: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """The loss and the gradient norm over all batches (tokens, labels), by torch alone."""
+def plain_step(batches: list[tuple[Tensor, Tensor]], *, z_loss: float = 0.0) -> tuple[float, float, float]:
+    """The loss, the gradient norm and the z-loss over all batches (tokens, labels), by torch alone."""
     model = AttentiveTransformer(ODD.for_run(Model(), max_seq_len=SEQ_LEN))
     init_parameters(model, SEED, "cpu")
     num_valid = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in batches)
-    total = 0.0
+    total = z_total = 0.0
     for tokens, labels in batches:
         logits, targets = model(tokens).flatten(0, 1), labels.flatten()
         loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum") / num_valid
-        loss.backward()
-        total += loss.item()
-    return total, torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm().item()
+        z_part = z_loss * logits.logsumexp(dim=1)[targets != IGNORE_INDEX].square().sum() / num_valid
+        (loss + z_part).backward()
+        total, z_total = total + loss.item(), z_total + z_part.item()
+    return total, torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm().item(), z_total

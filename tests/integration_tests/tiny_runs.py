@@ -63,6 +63,7 @@ class Step:
     grad_norm: float
     max_loss: float
     """The largest mean over one data rank's tokens."""
+    z_loss: float = 0.0
 
 
 def global_batch(step: int) -> Batch:
@@ -163,7 +164,10 @@ def serve_store() -> dist.TCPStore:
 
 def _to_step(line: str) -> Step:
     values = json.loads(line)
-    return Step(values["loss_metrics/global_avg_loss"], values["grad_norm"], values["loss_metrics/global_max_loss"])
+    losses = {
+        name: values.get(f"loss_metrics/{name}", 0.0) for name in ("global_avg_loss", "global_max_loss", "z_loss")
+    }
+    return Step(losses["global_avg_loss"], values["grad_norm"], losses["global_max_loss"], losses["z_loss"])
 
 
 def _work(rank: int, runs: Sequence[Run], folder: str, ports: Sequence[int], on_gpus: bool) -> None:

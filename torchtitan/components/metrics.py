@@ -186,6 +186,7 @@ class MetricsProcessor:
         loss_max: float,
         grad_norm: float,
         lr: float,
+        z_loss: float | None = None,
         n_tokens_seen: int,
     ) -> None:
         """Say and write everything about the steps since the last log. n_tokens_of: by dataset, of a mixture."""
@@ -210,6 +211,7 @@ class MetricsProcessor:
         values = {
             "loss_metrics/global_avg_loss": loss_avg,
             "loss_metrics/global_max_loss": loss_max,
+            **({} if z_loss is None else {"loss_metrics/z_loss": z_loss}),
             "grad_norm": grad_norm,
             "throughput(tps)": tps,
             "tflops": flops / 1e12,

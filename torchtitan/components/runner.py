@@ -127,6 +127,7 @@ def build_runner(
             vocab_size=model_args.vocab_size,
             parallelize=parallelize,
             loss_sum=loss.sum,
+            eval_loss_sum=CrossEntropyLoss(compile=training.compile).sum,
             mesh=mesh,
             parallelism=parallelism,
             training=training,

@@ -48,6 +48,7 @@ def build_pipeline(
     vocab_size: int,
     parallelize: Callable[[Decoder], None],
     loss_sum: LossSum,
+    eval_loss_sum: LossSum,
     mesh: Mesh,
     parallelism: Parallelism,
     training: Training,
@@ -97,7 +98,9 @@ def build_pipeline(
         loss_fn=loss,
         scale_grads=False,
     )
-    return PipelineRunner(stages, schedule, loss, boundary=boundary, microbatch_size=microbatch_size)
+    return PipelineRunner(
+        stages, schedule, loss, eval_loss_sum=eval_loss_sum, boundary=boundary, microbatch_size=microbatch_size
+    )
 
 
 class PipelineRunner:
@@ -109,6 +112,7 @@ class PipelineRunner:
         schedule: PipelineScheduleSingle | PipelineScheduleMulti,
         loss: "_ScaledLoss",
         *,
+        eval_loss_sum: LossSum,
         boundary: "_Boundary",
         microbatch_size: int,
     ) -> None:
@@ -116,6 +120,7 @@ class PipelineRunner:
         self._stages = stages
         self._schedule = schedule
         self._loss = loss
+        self._eval_loss_sum = eval_loss_sum
         self._boundary = boundary
         self._microbatch_size = microbatch_size
         self._has_first = any(stage.is_first for stage in stages)
@@ -159,7 +164,7 @@ class PipelineRunner:
                     dist.recv(x, group=stage.group, group_src=rank_of[stage.stage_index - 1])
                 x = stage.submod(x, sequences=part)
                 if stage.is_last:
-                    total = total + (loss_sum or self._loss.sum)(x, targets)
+                    total = total + (loss_sum or self._eval_loss_sum)(x, targets)
                 elif rank_of[stage.stage_index + 1] != stage.group_rank:
                     dist.send(x.contiguous(), group=stage.group, group_dst=rank_of[stage.stage_index + 1])
         return total

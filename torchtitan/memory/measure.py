@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchtitan.components.loss import CrossEntropyLoss, cross_entropy_sum
+from torchtitan.components.loss import CrossEntropyLoss, ZLoss, cross_entropy_sum
 from torchtitan.components.loss.chunking import liger_chunk_mem_const, liger_chunk_rows, plan_chunks, rows_in_budget
 from torchtitan.components.optimizer import get_weight_dtype
 from torchtitan.config.block_modes import BLOCK_MODES, BlockMode
@@ -222,7 +222,8 @@ def _measure_loss(
     labels = torch.empty(tokens_shape, dtype=torch.int64, device="meta")
     trace = MemoryTrace()
     with trace:
-        loss = CrossEntropyLoss()(hidden, model.output, labels, torch.empty((), device="meta"))
+        loss_fn = CrossEntropyLoss(z_loss=ZLoss(config.training.z_loss))
+        loss = loss_fn(hidden, model.output, labels, torch.empty((), device="meta"))
     forward_ends = trace.now
     with trace:
         loss.backward()

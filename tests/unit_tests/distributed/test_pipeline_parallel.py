@@ -163,6 +163,7 @@ def run_case(case: Case) -> dict[str, Tensor]:
             loss_parallel=case.loss_parallel,
         ),
         loss_sum=cross_entropy_sum,
+        eval_loss_sum=cross_entropy_sum,
         mesh=mesh,
         parallelism=parallelism,
         training=training,

@@ -4,6 +4,7 @@ import torch
 
 from torchtitan.components.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.components.loss.fused_linear import FusedLinearCrossEntropyLoss
+from torchtitan.components.loss.z_loss import ZLoss
 from torchtitan.config.errors import ConfigError, LigerNotInstalledError
 from torchtitan.config.sections import LigerKernel
 from torchtitan.protocols.model import Loss
@@ -17,6 +18,7 @@ def build_loss(
     device_type: str,
     tensor_parallel: bool,
     compile: bool,
+    z_loss: ZLoss | None = None,
 ) -> Loss:
     """The loss that a configuration means.
 
@@ -27,7 +29,7 @@ def build_loss(
     if not liger_kernel.enable_fused_linear_cross_entropy:
         if compile:
             logger.info("Compiling the loss function with torch.compile")
-        return CrossEntropyLoss(compile=compile)
+        return CrossEntropyLoss(compile=compile, z_loss=z_loss)
 
     budget_bytes = liger_kernel.logits_memory_budget_mib << 20
     accum_dtype = torch.float32 if liger_kernel.weight_grad_accum_dtype == "float32" else None
@@ -36,7 +38,7 @@ def build_loss(
         raise LigerNotInstalledError  # also where the in-tree loss stands in: nothing falls back in silence
     if _why_in_tree(liger_kernel.implementation, device_type=device_type, tensor_parallel=tensor_parallel):
         logger.info(said)
-        return FusedLinearCrossEntropyLoss(budget_bytes=budget_bytes, accum_dtype=accum_dtype)
+        return FusedLinearCrossEntropyLoss(budget_bytes=budget_bytes, accum_dtype=accum_dtype, z_loss=z_loss)
 
     if device_type != "cuda" and not _triton_interprets():
         raise ConfigError(
@@ -46,7 +48,7 @@ def build_loss(
     from torchtitan.components.loss.liger import LigerFusedLinearLoss
 
     logger.info(said)
-    return LigerFusedLinearLoss(budget_bytes=budget_bytes, accum_dtype=accum_dtype)
+    return LigerFusedLinearLoss(budget_bytes=budget_bytes, accum_dtype=accum_dtype, z_loss=z_loss)
 
 
 def describe_loss(liger_kernel: LigerKernel, *, device_type: str, tensor_parallel: bool) -> str:

@@ -16,10 +16,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from torchtitan.components.loss.vocab_shard import vocab_shard_of
+from torchtitan.components.loss.z_loss import ZLoss
 from torchtitan.protocols.model import OutputHead
 
 IGNORE_INDEX = -100
 """Label of a token that has no target (the value of torch.nn.functional.cross_entropy)."""
+
+Sums = tuple[Tensor, Tensor | None]
+"""Of the token losses, and what of it is the z-loss; None without one."""
 
 
 class CrossEntropyLoss:
@@ -28,8 +32,8 @@ class CrossEntropyLoss:
     Pipeline stages, which run the head themselves, call its `sum` on logits.
     """
 
-    def __init__(self, *, compile: bool = False) -> None:
-        self.sum = CrossEntropySum(compile=compile)
+    def __init__(self, *, compile: bool = False, z_loss: ZLoss | None = None) -> None:
+        self.sum = CrossEntropySum(compile=compile, z_loss=z_loss)
 
     def __call__(
         self,
@@ -44,16 +48,20 @@ class CrossEntropyLoss:
 class CrossEntropySum:
     """`cross_entropy_sum`, optionally compiled."""
 
-    def __init__(self, *, compile: bool = False) -> None:
-        self._whole: Callable[..., Tensor] = torch.compile(_whole_sum) if compile else _whole_sum
-        self._sharded: Callable[..., Tensor] = torch.compile(_sharded_sum) if compile else _sharded_sum
+    def __init__(self, *, compile: bool = False, z_loss: ZLoss | None = None) -> None:
+        self._whole: Callable[..., Sums] = torch.compile(_whole_sum) if compile else _whole_sum
+        self._sharded: Callable[..., Sums] = torch.compile(_sharded_sum) if compile else _sharded_sum
+        self._z_loss = z_loss or ZLoss()
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        coefficient = self._z_loss.coefficient
         if isinstance(logits, DTensor):
             shard = vocab_shard_of(logits, dim=-1)
             local = logits.to_local(grad_placements=logits.placements)
-            return self._sharded(local, labels, shard.start, logits.shape[-1], shard.group)
-        return self._whole(logits, labels)
+            total, z_sum = self._sharded(local, labels, shard.start, logits.shape[-1], shard.group, coefficient)
+        else:
+            total, z_sum = self._whole(logits, labels, coefficient)
+        return total if z_sum is None else self._z_loss.apart(total, z_sum)
 
 
 def cross_entropy_sum(
@@ -69,9 +77,10 @@ def get_loss_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _whole_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    x = logits.flatten(0, -2).to(get_loss_dtype(logits))
-    return F.cross_entropy(x, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+def _whole_sum(logits: Tensor, labels: Tensor, z_loss: float = 0.0) -> Sums:
+    x, labels = logits.flatten(0, -2).to(get_loss_dtype(logits)), labels.flatten()
+    loss = F.cross_entropy(x, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return _with_z_loss(loss, x.logsumexp(dim=1), labels, z_loss) if z_loss else (loss, None)
 
 
 def _sharded_sum(
@@ -80,7 +89,8 @@ def _sharded_sum(
     start: int,
     vocab_size: int,
     group: dist.ProcessGroup,
-) -> Tensor:
+    z_loss: float = 0.0,
+) -> Sums:
     x = logits.flatten(0, -2).to(get_loss_dtype(logits))  # (T, Vp)
     labels = labels.flatten()
     if x.shape[1] == 0:  # more ranks than rows: this one only takes part in the reductions
@@ -93,10 +103,17 @@ def _sharded_sum(
     target = torch.where(is_local, target, 0.0)
     sum_exp = (x - row_max.unsqueeze(1)).exp().sum(dim=1)
     sum_exp, target = _SumOverRanks.apply(torch.stack([sum_exp, target]), group).unbind(0)
-    losses = (row_max - target) + sum_exp.log()  # in another order a sure token's loss would be lost in rounding
+    log_sum = sum_exp.log()
+    losses = (row_max - target) + log_sum  # in another order a sure token's loss would be lost in rounding
     is_word = (labels >= 0) & (labels < vocab_size)
     losses = torch.where(is_word, losses, float("inf"))  # an error would need the host to wait
-    return torch.where(labels == IGNORE_INDEX, 0.0, losses).sum()
+    loss = torch.where(labels == IGNORE_INDEX, 0.0, losses).sum()
+    return _with_z_loss(loss, row_max + log_sum, labels, z_loss) if z_loss else (loss, None)
+
+
+def _with_z_loss(loss: Tensor, log_sum_exps: Tensor, labels: Tensor, z_loss: float) -> Sums:
+    z_sum = z_loss * torch.where(labels == IGNORE_INDEX, 0.0, log_sum_exps).square().sum()
+    return loss + z_sum, z_sum
 
 
 class _SumOverRanks(torch.autograd.Function):

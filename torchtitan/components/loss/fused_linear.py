@@ -39,6 +39,7 @@ from torchtitan.components.loss.softmax_gradient import ARG_MAX, cross_entropies
 from torchtitan.components.loss.terms import Terms
 from torchtitan.components.loss.valid_rows import ValidRows
 from torchtitan.components.loss.vocab_shard import VocabShard, gather_hidden_local_weight
+from torchtitan.components.loss.z_loss import ZLoss
 from torchtitan.protocols.model import OutputHead
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -47,8 +48,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class FusedLinearCrossEntropyLoss:
     """The in-tree loss behind the contract of all losses (`loss(hidden, head, labels, scale)`)."""
 
-    def __init__(self, *, budget_bytes: int, accum_dtype: torch.dtype | None = None) -> None:
-        self._loss = partial(_loss_of_local_rows, budget_bytes=budget_bytes, accum_dtype=accum_dtype)
+    def __init__(
+        self, *, budget_bytes: int, accum_dtype: torch.dtype | None = None, z_loss: ZLoss | None = None
+    ) -> None:
+        self._options = {"budget_bytes": budget_bytes, "accum_dtype": accum_dtype}
+        self._z_loss = z_loss or ZLoss()
 
     def __call__(
         self,
@@ -57,12 +61,16 @@ class FusedLinearCrossEntropyLoss:
         labels: Tensor,  # (B, S) int64
         scale: Tensor,  # () float32
     ) -> Tensor:
-        return head.with_weight(partial(self._loss, labels=labels, scale=scale), hidden)
+        return head.with_weight(partial(self._of_local_rows, labels=labels, scale=scale), hidden)
 
-
-def _loss_of_local_rows(hidden: Tensor, weight: Tensor, *, labels: Tensor, scale: Tensor, **options: Any) -> Tensor:
-    hidden, weight, shard = gather_hidden_local_weight(hidden, weight)
-    return fused_linear_cross_entropy(hidden, weight, labels, scale=scale, shard=shard, **options)
+    def _of_local_rows(self, hidden: Tensor, weight: Tensor, *, labels: Tensor, scale: Tensor) -> Tensor:
+        hidden, weight, shard = gather_hidden_local_weight(hidden, weight)
+        options: dict[str, Any] = {"scale": scale, "shard": shard, **self._options}
+        z_loss = self._z_loss.coefficient
+        if not z_loss:
+            return fused_linear_cross_entropy(hidden, weight, labels, **options)
+        found = fused_linear_cross_entropy(hidden, weight, labels, z_loss=z_loss, return_outputs=True, **options)
+        return self._z_loss.apart(found.loss, z_loss * found.log_sum_exps.square().sum(), scale)
 
 
 class LossOutputs(NamedTuple):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchtitan.components.loss.chunking import liger_chunk_mem_const, rows_in_budget
 from torchtitan.components.loss.cross_entropy import IGNORE_INDEX
 from torchtitan.components.loss.gradients import OneBackward
+from torchtitan.components.loss.z_loss import ZLoss
 from torchtitan.config.errors import LigerTooOldError
 from torchtitan.protocols.model import OutputHead
 
@@ -39,9 +40,12 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
         ImportError: liger-kernel is older than `MIN_VERSION`.
     """
 
-    def __init__(self, *, budget_bytes: int, accum_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, *, budget_bytes: int, accum_dtype: torch.dtype | None = None, z_loss: ZLoss | None = None
+    ) -> None:
         _check_version()  # first: an older one takes other arguments
         super().__init__(ignore_index=IGNORE_INDEX, reduction="mean", accum_dtype=accum_dtype)
+        self.z_loss = z_loss or ZLoss()
         self.budget_bytes = budget_bytes
 
     def forward(  # type: ignore[override]  # the contract of our losses, not Liger's argument order
@@ -66,15 +70,18 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
         labels = labels.masked_fill(is_no_word, IGNORE_INDEX)
         # Liger's mean over this call's tokens, times their share of the global batch: with one rank and one
         # microbatch the share is 1, and Liger then skips its extra pass over both gradients in backward.
-        share = (labels != IGNORE_INDEX).sum() * scale
+        num_valid = (labels != IGNORE_INDEX).sum()
+        share = num_valid * scale
         share = torch.where((share - 1).abs() < _ROUNDING, 1.0, share)
-        mean = liger_fused_linear_cross_entropy(
+        found = liger_fused_linear_cross_entropy(
             input=hidden,
             weight=weight,
             target=labels,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             accum_dtype=self.accum_dtype,
+            lse_square_scale=self.z_loss.coefficient,
+            return_z_loss=self.z_loss.coefficient > 0,
             chunk_mem_const=liger_chunk_mem_const(
                 num_tokens=hidden.shape[0],
                 dim=weight.shape[1],
@@ -84,7 +91,11 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
                 ),
             ),
         )
-        return OneBackward.apply(mean * share + torch.where(is_no_word, float("inf"), 0.0).sum())
+        mean, z_mean = (found.loss, found.z_loss) if self.z_loss.coefficient else (found, None)
+        loss = mean * share
+        if z_mean is not None:
+            loss = self.z_loss.apart(loss, z_mean * num_valid, scale)
+        return OneBackward.apply(loss + torch.where(is_no_word, float("inf"), 0.0).sum())
 
 
 def _check_version() -> None:

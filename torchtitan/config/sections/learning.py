@@ -165,6 +165,9 @@ class Training:
     max_norm: Annotated[float, Range(above=0, also=(math.inf,))] = 1.0
     """Gradients are clipped to this global 2-norm; inf leaves them as they are."""
 
+    z_loss: Annotated[float, Range(min=0)] = 0.0
+    """Add z_loss * log_sum_exp**2 of the logits to each token's loss, such as 1e-4; logged beside the cross entropy."""
+
     steps: PositiveInt = 10000
     """Optimizer steps of the run."""
 

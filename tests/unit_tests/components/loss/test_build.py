@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 
-from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, build_loss
+from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, ZLoss, build_loss
 from torchtitan.components.loss.liger import LigerFusedLinearLoss
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import LigerKernel
@@ -46,8 +46,9 @@ def test_without_the_flag_it_is_the_standard_loss(caplog):
     assert caplog.messages == ["Compiling the loss function with torch.compile"]
 
 
-def test_the_section_s_budget_and_dtype_reach_the_loss(monkeypatch):
+def test_budget_dtype_and_z_loss_reach_the_loss(monkeypatch):
     given: list[dict[str, object]] = []
+    z_loss = ZLoss(0.5)
     for name in ("build.FusedLinearCrossEntropyLoss", "liger.LigerFusedLinearLoss"):
         monkeypatch.setattr(f"torchtitan.components.loss.{name}", lambda **options: given.append(options))
     for implementation in ("native", "liger"):
@@ -57,8 +58,8 @@ def test_the_section_s_budget_and_dtype_reach_the_loss(monkeypatch):
             logits_memory_budget_mib=3,
             weight_grad_accum_dtype="float32",
         )
-        build_loss(section, device_type="cuda", tensor_parallel=False, compile=False)
-    assert given == 2 * [{"budget_bytes": 3 * 2**20, "accum_dtype": torch.float32}]
+        build_loss(section, device_type="cuda", tensor_parallel=False, compile=False, z_loss=z_loss)
+    assert given == 2 * [{"budget_bytes": 3 * 2**20, "accum_dtype": torch.float32, "z_loss": z_loss}]
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
