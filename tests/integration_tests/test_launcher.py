@@ -460,7 +460,7 @@ class TestEnvironment:
             repo / "venv_python",
             f"""
             case "$*" in
-                *"-m pip"*) echo "$@" >>"{repo}/pip.log"; exit "$(cat "{repo}/pip_status")" ;;
+                *"-m pip"*) echo "$@" >>"{repo}/pip.log"; cat "{repo}/pip_says"; exit "$(cat "{repo}/pip_status")" ;;
             esac
             exec "{sys.executable}" "$@"
             """,
@@ -476,6 +476,7 @@ class TestEnvironment:
             """,
         )
         (repo / "pip_status").write_text("0")
+        (repo / "pip_says").write_text("")
         return repo
 
     def set_up(self, repo: Path) -> tuple[int, list[str]]:
@@ -491,6 +492,52 @@ class TestEnvironment:
         for wanted in ("scripts/constraints.txt", "torch>=2.11", "liger-kernel>=0.8.5", "pytest>="):
             assert wanted in installs[0]
         assert self.set_up(bare) == (0, [])
+
+    def test_tells_what_is_fetched_and_leaves_the_rest_to_a_log(self, bare: Path) -> None:
+        names = [f"name{i}" for i in range(21)]
+        wheels = [f"  Downloading {name}-1.0-py3-none-any.whl (900.5 kB)" for name in names]
+        said = [f"Collecting {name}" for name in names] + ["  Downloading name0-1.0-py3-none-any.whl.metadata (9 MB)"]
+        said += ["Collecting torch", *wheels, "Downloading torch-2.13.0-cp311-cp311-linux.whl (532.1 MB)"]
+        (bare / "pip_says").write_text(
+            "\n".join([*said, f"Installing collected packages: {', '.join(names)}, torch\n"])
+        )
+        result = run(bare, "succeed", "--help")
+        lines = result.stderr.splitlines()
+        assert lines[0].startswith(f"Setting up {bare}/.venv with Python 3.")
+        assert lines[1].startswith("Fetching torch numpy tokenizers")
+        assert lines[1].endswith(f"pip's own words go to {bare}/.venv/pip.log")
+        assert lines[2:5] == [
+            "20 of 22 packages, 18 MB: name19",
+            "22 of 22 packages, 550 MB: torch",
+            "Installing 22 packages, of which 22 were fetched: 550 MB",
+        ]
+        assert (bare / ".venv/pip.log").read_text() == (bare / "pip_says").read_text()
+
+    @pytest.mark.parametrize(
+        ("said", "why"),
+        [
+            (
+                "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError'\nERROR: none found",
+                "the package index cannot be reached: no network, or a proxy is needed; set HTTPS_PROXY to your proxy,"
+                " or PIP_INDEX_URL to a mirror that this machine reaches",
+            ),
+            (
+                "SSLError('certificate verify failed') in HTTPSConnectionPool",
+                "the package index has a certificate that is not known here; set PIP_CERT to your proxy's",
+            ),
+            ("ERROR: [Errno 28] No space left on device", "the disk is full; make room, here or where TMPDIR is"),
+            ("ERROR: No matching distribution found for x", "ERROR: No matching distribution found for x; see the log"),
+        ],
+        ids=["no network", "certificate", "full disk", "other"],
+    )
+    def test_a_failure_is_one_line_with_what_to_do(self, bare: Path, said: str, why: str) -> None:
+        (bare / "pip_status").write_text("1")
+        (bare / "pip_says").write_text(said + "\n")
+        result = run(bare, "succeed", "--help")
+        assert result.returncode == 1
+        assert result.stderr.splitlines()[2:] == [
+            f"Setting up {bare}/.venv failed: {why}. Then run the same command again. pip's log: {bare}/.venv/pip.log"
+        ]
 
     @pytest.mark.parametrize("listed", ["GPU 0: one", ""])
     def test_takes_the_torch_that_was_tested_on_such_a_device(self, bare: Path, listed: str) -> None:
