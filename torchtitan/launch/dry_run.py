@@ -10,7 +10,7 @@ from math import prod
 from torchtitan.components.dataloader import build_dataloader
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.loss.build import describe_loss
-from torchtitan.components.tokenizer import Tokenizer, build_tokenizer
+from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.config.block_modes import describe_block_modes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError
@@ -21,7 +21,7 @@ from torchtitan.launch.preflight import find_what_is_missing
 from torchtitan.memory.estimate import GIB, MemoryModel, describe
 from torchtitan.memory.plan import choose_block_modes
 from torchtitan.protocols.custom_import import maybe_import_custom
-from torchtitan.protocols.train_spec import get_run_args, get_train_spec
+from torchtitan.protocols.train_spec import find_family, get_run_args
 
 CAPACITY_GIB = 79.1
 """Memory of a GPU, by which activation_checkpoint.mode = "auto" chooses: that of an H100 80GB."""
@@ -33,13 +33,13 @@ def show(config: JobConfig, *, world_size: int, device_type: str) -> int:
     dims = ParallelDims.from_config(config.parallelism, world_size)
     missing = find_what_is_missing(config)
     args = get_run_args(config.model, max_seq_len=config.max_seq_len)
-    print(f"Model: {config.model.name} {config.model.flavor}, {args.num_params():,} parameters")
+    print(f"Model: {config.model.title}, {args.num_params():,} parameters")
     print(*layout(dims), sep="\n")
     if dims.pp > 1:
         print(*stages(config, dims, args.n_layers), sep="\n")
     print(batches(config, dims))
-    build_loss = get_train_spec(config.model.name).load().build_loss
-    print("The model has a loss of its own" if build_loss else _loss(config, dims, device_type))
+    loss = describe_loss(config.liger_kernel, device_type=device_type, tensor_parallel=dims.tp > 1)
+    print("The model has a loss of its own" if find_family(config.model).load().build_loss else loss)
     print(*memory(config, world_size), sep="\n", flush=True)
     try:
         if not missing:
@@ -117,15 +117,7 @@ def data(config: JobConfig, dims: ParallelDims) -> Iterator[str]:
     valid = int((labels != IGNORE_INDEX).sum())
     said = f"the first batch of rank 0 has {valid:,} tokens to learn from in {prod(tokens.shape):,}"
     yield f"Data: {', '.join(names)}; {said}:"
-    yield f"  {_begin(tokenizer, tokens[0].tolist())!r}"
-
-
-def _loss(config: JobConfig, dims: ParallelDims, device_type: str) -> str:
-    return describe_loss(config.liger_kernel, device_type=device_type, tensor_parallel=dims.tp > 1)
-
-
-def _begin(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    return tokenizer.decode(ids[:24])
+    yield f"  {tokenizer.decode(tokens[0, :24].tolist())!r}"
 
 
 def _shorten(modules: Sequence[str]) -> str:

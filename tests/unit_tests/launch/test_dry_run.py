@@ -1,5 +1,6 @@
 """--dry_run tells what a run will be, for any number of ranks, and starts nothing."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.distributed.mesh import AXES, build_mesh
 from torchtitan.launch import dry_run, launcher
+from torchtitan.models.qwen3 import hf_config, qwen3_flavors
 
 SMALL = ["--training.seq_len", "32", "--training.local_batch_size", "2"]
 
@@ -60,6 +62,12 @@ def test_what_is_missing_does_not_hide_the_rest(tmp_path: Path, capsys: pytest.C
     assert "Layout: 4 ranks, dp_shard 4\n  ranks    0 to    3: dp_shard 0 to 3\n" in said
     assert "Using Liger-Kernel fused" in said and "Estimated peak memory" in said
     assert said.count("Missing here: ") == 2 and said.endswith("Nothing was started.\n")
+
+
+def test_a_model_of_hugging_face_is_the_one_that_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(hf_config.write(qwen3_flavors["debugmodel"])))
+    assert launcher.main(["--dry_run", "--model.hf_folder", str(tmp_path), *SMALL]) == 1  # it has no tokenizer
+    assert f"Model: {tmp_path}, 5,234,688 parameters\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
