@@ -9,10 +9,11 @@
 | plan.py | who writes what: each rank decides for itself, once |
 | write.py | the files of one, written; `save`, on all ranks |
 | storage.py | the files of one, read and checked |
+| upstream.py | upstream's checkpoints, under our keys |
 | background.py | the asynchronous modes: a thread copies, a process writes |
 | ranks.py | how all ranks come to one answer |
 | hugging_face.py | safetensors and config.json, both ways |
-| pretrained.py | a trained model from its path, for tools |
+| pretrained.py | a trained model from its path, for commands |
 
 A save, of step 7. T is the trainer's thread; in the asynchronous modes B is its thread beside the training, and W the
 process that writes; synchronously T does what B and W do. Every rank runs all lines but those of "rank 0".

@@ -1,4 +1,4 @@
-"""A trained model from its path: which model it is, its tokenizer, its weights. For tools, not for training.
+"""A trained model from its path: which model it is, its tokenizer, its weights. For commands, not for training.
 
 The path is a checkpoint of ours or a folder of Hugging Face transformers. Which model it holds says the config.json in
 it, else its config.toml, else, of a checkpoint from before they held one, the run's, two folders up.

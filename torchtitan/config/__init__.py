@@ -3,10 +3,12 @@
 sections/          the schema: one dataclass per TOML [section]; types.py has what types its fields may have
 job_config.py      all sections as one configuration
 schema.py          the schema as a table of options: types, ranges, documentation, reading one value
-upstream.py        options that only upstream has: without effect here, or refused
+upstream.py        upstream's options and values: other names of ours, without effect here, or refused
 manager.py         defaults < TOML < command line -> JobConfig; `python -m torchtitan.config.manager` prints it
 degrees.py         how many ranks each kind of parallelism takes
 pipeline_split.py  which modules each pipeline stage has
+block_modes.py     how each block is recomputed
+mixture.py         a mixture of datasets, as an option
 validate.py        every rule across sections, pure
 errors.py          mistakes of the user
 """

@@ -39,7 +39,7 @@ def _only(name: str, annotation: Any, harmless: tuple[Any, ...], instead: str) -
 
 _TEXTS = list[str]
 _NO_EXPERTS = "the models of this package have no experts"
-_ESTIMATE = "python scripts/estimate_memory.py, with the run's options, tells the memory that it needs"
+_ESTIMATE = "python -m torchtitan estimate, with the run's options, tells the memory that it needs"
 _OWN_OPTIONS = "options cannot be added; experimental.custom_import registers models and datasets"
 
 _RENAMED = (

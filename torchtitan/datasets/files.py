@@ -1,4 +1,4 @@
-"""Documents from files: text and JSON lines; Parquet is in parquet.py.
+"""Documents from files: text and JSON lines; Parquet is in parquet.py, token ids in tokens.py.
 
 Nothing is indexed, converted or copied: text and JSON lines are read in byte ranges that are moved to
 the next line's start, so a run over a TB starts as fast as one over a MB.

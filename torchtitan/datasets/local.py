@@ -23,7 +23,7 @@ POINTER_BYTES = 1024
 _BESIDE = (".idx", META)
 _OF_ROWS = (ParquetFiles, JsonLinesFiles, CompressedJsonLinesFiles, TokenFiles)
 KNOWN = (
-    f"text ({', '.join(TextFiles.suffixes)}), JSON lines ({', '.join(JsonLinesFiles.suffixes)}, also with .gz or .zst)"
+    f"text ({', '.join(TextFiles.suffixes)}), JSON lines ({', '.join(JsonLinesFiles.suffixes)}, also with .gz or .zst),"
     " Parquet (.parquet) or token ids (.npy, .bin)"
 )
 

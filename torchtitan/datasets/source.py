@@ -1,8 +1,8 @@
 """What every dataset offers: shards that can be read in any order, each an iterator of documents.
 
 A shard is the unit in which data is shuffled over the whole set and dealt to streams: a piece of a text
-file, a MiB of JSON lines, a compressed file of them, a row group of Parquet, a file on the hub. Files and
-formats are in files.py and hub.py; order and resuming in documents.py.
+file, a MiB of JSON lines, a compressed file of them, a row group of Parquet, a file on the hub. Formats
+are in files.py, parquet.py, tokens.py and hub.py; order and resuming in documents.py.
 """
 
 import re

@@ -1,4 +1,6 @@
-"""The process group, seeds, reductions over a mesh axis, and clipping. The one module that reads the environment."""
+"""The process group, seeds, reductions over a mesh axis, and clipping. In the workers nothing else reads
+the environment.
+"""
 
 import atexit
 import datetime

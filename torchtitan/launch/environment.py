@@ -1,6 +1,6 @@
 """What the environment of a start holds or lacks: variables of upstream's, keys, compilers. Nothing is imported or run.
 
-Together with distributed/utils.py the only reader of environment variables.
+What the workers and the commands read of it is in distributed/utils.py and cli/estimate.py.
 """
 
 import os
@@ -14,7 +14,7 @@ from torchtitan.config.errors import ConfigError
 
 _UPSTREAM = {
     "TRAIN_FILE": "the program is always torchtitan.train; experimental.custom_import adds to it",
-    "COMM_MODE": "python scripts/estimate_memory.py tells the memory of a run without its GPUs",
+    "COMM_MODE": "python -m torchtitan estimate tells the memory of a run without its GPUs",
     "TORCHFT_LIGHTHOUSE": "TorchFT is not part of this package",
     "WANDB_TEAM": "wandb's own variable is WANDB_ENTITY",
     "WANDB_RUN_NAME": "wandb's own variable is WANDB_NAME",

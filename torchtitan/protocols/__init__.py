@@ -1,1 +1,7 @@
-"""What a model family must offer (model.py), and the table that finds it by name (train_spec.py)."""
+"""What code outside this package can bring along, and what it is asked for.
+
+model           what a model must offer
+sequences       what its tokens are part of: positions, and documents
+train_spec      the model families, by name, and the rules that depend on the model
+custom_import   the module that registers them
+"""

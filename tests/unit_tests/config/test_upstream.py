@@ -68,8 +68,8 @@ REFUSED = {
     "fsdp+varlen_attn": "training.document_mask",
     "custom_args_module": "experimental.custom_import",
     "memory_budget": "use auto",
-    "fake_backend": "scripts/estimate_memory.py",
-    "memory_estimation": "scripts/estimate_memory.py",
+    "fake_backend": "torchtitan estimate",
+    "memory_estimation": "torchtitan estimate",
 }
 
 
@@ -162,7 +162,7 @@ def test_values_that_are_called_otherwise_are_translated_in_files_and_on_the_com
         (["--memory_estimation.enabled"], ["--memory_estimation.enabled", "only false"]),
         (["--optimizer.early_step_in_backward=true"], ["early_step_in_backward=true", "clipped"]),
         (["--parallelism.enable_compiled_autograd"], ["training.compile"]),
-        (["--comm.mode", "local_tensor"], ['only "default"', "estimate_memory.py"]),
+        (["--comm.mode", "local_tensor"], ['only "default"', "torchtitan estimate"]),
         (["--model.converters", "float8,mx"], ["mx is upstream's", "float8"]),
         (["--model.name", "llama4"], ["llama4 is upstream's", "docs/extending.md"]),
         (["--parallelism.expert_parallel_degree", "2"], ["only 1", "experts"]),

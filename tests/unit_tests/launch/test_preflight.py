@@ -241,7 +241,7 @@ def test_variables_that_only_upstream_reads_are_named(monkeypatch):
     monkeypatch.setenv("WANDB_TEAM", "us")
     assert describe_upstream_variables() == (
         "Environment variables of upstream torchtitan that do nothing here: COMM_MODE (python"
-        " scripts/estimate_memory.py tells the memory of a run without its GPUs); WANDB_TEAM (wandb's own variable is"
+        " -m torchtitan estimate tells the memory of a run without its GPUs); WANDB_TEAM (wandb's own variable is"
         " WANDB_ENTITY)"
     )
 

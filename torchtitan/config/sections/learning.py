@@ -211,7 +211,7 @@ class Validation:
     leaves out for validation, or else, with a warning, python_stdlib_validation."""
 
     dataset_path: FilePath | None = None
-    """Local file or folder to read instead: text, JSON lines or Parquet."""
+    """Local file or folder to read instead: text, JSON lines, Parquet or token ids."""
 
     local_batch_size: PositiveInt = 8
     """Sequences per data-parallel rank in one batch."""

@@ -3,7 +3,7 @@
 from torchtitan.models.common.args import RopeScaling, TransformerModelArgs
 
 llama3_flavors: dict[str, TransformerModelArgs] = {
-    # 6,139,136 parameters: trains on a laptop's CPU, with the tokenizer in tests/assets
+    # 6,139,136 parameters: trains on a laptop's CPU, with the tokenizer of the package
     "debugmodel": TransformerModelArgs(
         dim=256, n_layers=6, n_heads=16, n_kv_heads=16, ffn_hidden_dim=768, vocab_size=2000
     ),

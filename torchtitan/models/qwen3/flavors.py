@@ -16,7 +16,7 @@ _qwen3 = partial(
 )
 
 qwen3_flavors: dict[str, TransformerModelArgs] = {
-    # 5,234,688 parameters: trains on a laptop's CPU, with the tokenizer in tests/assets
+    # 5,234,688 parameters: trains on a laptop's CPU, with the tokenizer of the package
     "debugmodel": _qwen3(
         dim=256,
         n_layers=6,
