@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torchtitan.checkpoint.plan import Plan, local_tensor
+from torchtitan.checkpoint.plan import Plan
 from torchtitan.checkpoint.storage import reason
 from torchtitan.checkpoint.write import CheckpointWriter, Digest, Writer, WrittenFile
 from torchtitan.config.errors import CheckpointError
+from torchtitan.distributed.utils import local_tensor
 from torchtitan.tools.logging import logger
 
 # Where a tensor begins in the buffer of copies: a multiple of every dtype's size.

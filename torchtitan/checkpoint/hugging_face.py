@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torchtitan.checkpoint.folder import CheckpointFolder
-from torchtitan.checkpoint.plan import get_box, local_tensor
+from torchtitan.checkpoint.plan import get_box
 from torchtitan.checkpoint.ranks import Ranks
 from torchtitan.checkpoint.storage import (
     check_files,
@@ -33,8 +33,10 @@ from torchtitan.checkpoint.storage import (
 from torchtitan.checkpoint.write import save_alone
 from torchtitan.config.errors import CheckpointError
 from torchtitan.config.schema import either
+from torchtitan.distributed.utils import local_tensor
 from torchtitan.protocols.model import StateDictAdapter
-from torchtitan.protocols.train_spec import read_hf_model, read_json
+from torchtitan.protocols.train_spec import read_hf_model
+from torchtitan.tools.files import read_json
 from torchtitan.tools.logging import logger
 
 INDEX = "model.safetensors.index.json"
@@ -245,7 +247,7 @@ def _divide(num_bytes: Mapping[str, int]) -> list[list[str]]:
 def _read_index(path: Path) -> dict[str, str]:
     """The file of each weight."""
     if (path / INDEX).exists():
-        files = read_json(path / INDEX).get("weight_map")
+        files = read_json(path / INDEX, CheckpointError).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise CheckpointError(f"{path / INDEX} is damaged: expected weight_map, the file name of each weight")
         return files
@@ -285,7 +287,8 @@ def _read_kept(source: Path) -> dict[str, Any]:
 
     A model may end a text at several tokens, and be made for longer texts than it was trained on here.
     """
-    config = read_json(source / "config.json") if (source / "config.json").is_file() else {}
+    file = source / "config.json"
+    config = read_json(file, CheckpointError) if file.is_file() else {}
     return {key: config[key] for key in KEPT_KEYS if key in config}
 
 

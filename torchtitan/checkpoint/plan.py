@@ -66,10 +66,6 @@ class Planner:
         return self._plan
 
 
-def local_tensor(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 def get_box(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Where this rank's part of a tensor begins, and its sizes."""
     if not isinstance(tensor, DTensor):
@@ -108,4 +104,4 @@ def _divide(state: Mapping[str, Any]) -> list[Shard]:
     return shards
 
 
-__all__ = ["Plan", "Planner", "Shard", "get_box", "local_tensor"]
+__all__ = ["Plan", "Planner", "Shard", "get_box"]

@@ -23,7 +23,8 @@ from torchtitan.config.schema import either
 from torchtitan.distributed.tensor_parallel import apply_tp
 from torchtitan.protocols.custom_import import maybe_import_custom
 from torchtitan.protocols.model import Decoder, StateDictAdapter
-from torchtitan.protocols.train_spec import ModelArgs, ModelCode, find_family, get_run_args, read_hf_model, read_json
+from torchtitan.protocols.train_spec import ModelArgs, ModelCode, find_family, get_run_args, read_hf_model
+from torchtitan.tools.files import read_json
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,8 @@ def _find_config(path: Path) -> Path:
 def _read_hf_config(path: Path, file: Path, *, in_hf: bool) -> PretrainedModel:
     spec, args = read_hf_model(file)
     generation = file.with_name("generation_config.json")
-    eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    eos = read_json(file).get("eos_token_id") if eos is None else eos
+    eos = read_json(generation, CheckpointError).get("eos_token_id") if generation.is_file() else None
+    eos = read_json(file, CheckpointError).get("eos_token_id") if eos is None else eos
     return PretrainedModel(
         path,
         in_hf,

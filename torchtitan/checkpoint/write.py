@@ -30,10 +30,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from torchtitan.checkpoint.plan import Plan, Planner, Shard, local_tensor
+from torchtitan.checkpoint.plan import Plan, Planner, Shard
 from torchtitan.checkpoint.ranks import Ranks
 from torchtitan.checkpoint.storage import DIGEST, METADATA, check_sizes, reason
 from torchtitan.config.errors import CheckpointError
+from torchtitan.distributed.utils import local_tensor
 
 T = TypeVar("T")
 

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import Optimizer
+from torchtitan.distributed.utils import local_tensor
 
 MAX_GROUP = 128
 
@@ -85,7 +86,7 @@ class CompactAdamW:
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for key, own in self.state_dict().items():
-            _local(own).copy_(_local(state_dict[key]))
+            local_tensor(own).copy_(local_tensor(state_dict[key]))
 
     @torch.no_grad()
     def export_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -97,7 +98,7 @@ class _State:
     """Of one parameter, or this rank's shard of it."""
 
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
-        self.parameter, self.local = parameter, _local(parameter.detach())
+        self.parameter, self.local = parameter, local_tensor(parameter.detach())
         assert self.local.dtype == torch.bfloat16, f"{name}: expected bfloat16, got {self.local.dtype}"
         # by the whole parameter's row, which is the same on every layout
         row = parameter.shape[-1]
@@ -121,7 +122,7 @@ class _State:
     def groups(self) -> list[Tensor]:
         """What an update reads and writes: gradient and weight, then the states; views of (groups, group or 1)."""
         assert self.parameter.grad is not None
-        wholes = [_local(self.parameter.grad), self.local, *self._tensors.values()]
+        wholes = [local_tensor(self.parameter.grad), self.local, *self._tensors.values()]
         sizes = [1 if key.endswith("scale") else self._group for key in ("grad", "weight", *self._tensors)]
         views = [tensor.view(-1, size) for tensor, size in zip(wholes, sizes, strict=True)]
         if self.local.is_cuda:
@@ -221,10 +222,6 @@ def _update(
 @cache
 def _get_compiled_update() -> Callable[..., None]:
     return torch.compile(_update, fullgraph=True)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _num_cuts(parameter: Tensor) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import tokenizers
 
 from torchtitan.config.errors import TokenizerError
+from torchtitan.tools.files import read_json
 from torchtitan.tools.logging import logger
 
 # Where tokenizer_config.json does not say: the names that tokenizers are published with.
@@ -161,15 +162,7 @@ def find_tokenizer_file(path: Path) -> Path:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{file} is not JSON: {error}; mend it or remove it") from None
-    if not isinstance(config, dict):
-        raise TokenizerError(f"{file} does not hold a JSON object; mend it or remove it")
-    return config
+    return read_json(file, TokenizerError) if file.is_file() else {}
 
 
 def _find_special_token(

@@ -7,7 +7,6 @@
 Begin and end tokens are in the files. Without .idx a document is a piece of some ten thousand tokens, wherever cut.
 """
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from torchtitan.config.errors import DatasetError
 from torchtitan.datasets.files import Files, Listing
 from torchtitan.datasets.source import Text
+from torchtitan.tools.files import read_json
 
 PIECE_TOKENS = 2**16
 META = "tokens.meta"
@@ -54,7 +54,7 @@ class TokenFiles(Files):
         super().__init__(files, root=root, text=text, listing=listing)
         if listing is None:
             meta = (root if root.is_dir() else root.parent) / META
-            self.tokenizer = json.loads(meta.read_bytes())["tokenizer"] if meta.is_file() else None
+            self.tokenizer = read_json(meta, DatasetError).get("tokenizer") if meta.is_file() else None
             self._layouts = [_find_layout(*both) for both in zip(self._files, self._sizes, strict=True)]
         else:
             self.tokenizer, layouts = listing.details

@@ -220,6 +220,11 @@ def _all_reduce(value: Tensor, op: dist.ReduceOp.RedOpType, axis: DeviceMesh) ->
     return result
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of it; a plain tensor is its own."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def get_clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     """What the gradients are to be multiplied by so that their norm is at most max_norm; no host sync."""
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -234,7 +239,7 @@ def get_total_norm(tensors: list[Tensor]) -> Tensor:
     """
     by_copies: dict[int, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        by_copies[_num_copies(tensor)].append(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+        by_copies[_num_copies(tensor)].append(local_tensor(tensor))
     square = sum(_square(local) / n for n, local in by_copies.items())
     assert isinstance(square, Tensor), "this rank has none of them"
     dist.all_reduce(square)

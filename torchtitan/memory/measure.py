@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from torchtitan.components.loss import CrossEntropyLoss, ZLoss, cross_entropy_sum
 from torchtitan.components.loss.chunking import liger_chunk_mem_const, liger_chunk_rows, plan_chunks, rows_in_budget
@@ -25,6 +24,7 @@ from torchtitan.config.job_config import JobConfig
 from torchtitan.config.sections import Float8
 from torchtitan.distributed.activation_checkpoint import set_block_modes
 from torchtitan.distributed.mesh import Mesh, build_mesh
+from torchtitan.distributed.utils import local_tensor
 from torchtitan.memory.trace import Float8Linear, MemoryTrace, with_gpu_kernels
 from torchtitan.protocols.model import Decoder, TiedOutputHead
 from torchtitan.protocols.sequences import Sequences
@@ -104,7 +104,7 @@ def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measure
             is_tied=isinstance(model.output, TiedOutputHead),
             largest_parameter=max(parameter.numel() for parameter in model.parameters()),
             buffers=sum(buffer.nbytes for buffer in model.buffers()),
-            boundary=_local(hidden).nbytes,
+            boundary=local_tensor(hidden).nbytes,
             blocks=blocks,
             loss=_measure_loss(config, dims, model, hidden, tokens_shape),
             loss_gap=_get_loss_gap(config, dims, tokens_shape),
@@ -217,7 +217,9 @@ def _measure_loss(
 ) -> Use:
     assert model.output is not None
     if config.liger_kernel.enable_fused_linear_cross_entropy:
-        return _get_fused_loss_use(config, dims, _local(model.output.weight).shape, num_tokens=math.prod(tokens_shape))
+        return _get_fused_loss_use(
+            config, dims, local_tensor(model.output.weight).shape, num_tokens=math.prod(tokens_shape)
+        )
     hidden = hidden.detach().requires_grad_()
     labels = torch.empty(tokens_shape, dtype=torch.int64, device="meta")
     trace = MemoryTrace()
@@ -280,7 +282,7 @@ def _trace_validation_loss(config: JobConfig, dims: ParallelDims, model: Decoder
     trace = MemoryTrace()
     with torch.no_grad(), trace:
         cross_entropy_sum(model.output(hidden), torch.empty(tokens_shape, dtype=torch.int64, device="meta"))
-    return trace.peak(compiled=config.training.compile) + _local(hidden).nbytes
+    return trace.peak(compiled=config.training.compile) + local_tensor(hidden).nbytes
 
 
 def _use(trace: MemoryTrace, forward_ends: int, is_compiled: bool) -> Use:
@@ -293,8 +295,5 @@ def _use(trace: MemoryTrace, forward_ends: int, is_compiled: bool) -> Use:
 
 
 def _unit(module: nn.Module | None) -> Unit:
-    return Unit(tuple(_local(parameter).shape for parameter in module.parameters())) if module is not None else Unit(())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    parameters = module.parameters() if module is not None else ()
+    return Unit(tuple(local_tensor(parameter).shape for parameter in parameters))

@@ -8,7 +8,6 @@ A family outside this package registers itself from the module that experimental
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torchtitan.config.schema import meant_or_known
 from torchtitan.config.sections import Model, Parallelism, Training
 from torchtitan.config.upstream import about_unknown_name
 from torchtitan.config.validate import validate
+from torchtitan.tools.files import read_json
 from torchtitan.tools.packages import is_installed
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def read_hf_model(file: Path) -> tuple[TrainSpec, Any]:
     Raises:
         CheckpointError: there is no such family, or its model lacks what is described.
     """
-    config = read_json(file)
+    config = read_json(file, CheckpointError)
     try:
         if config.get("quantization_config") is not None:
             raise CheckpointError("quantized weights are not supported; get the model in bfloat16 or float32")
@@ -166,17 +166,6 @@ def read_hf_model(file: Path) -> tuple[TrainSpec, Any]:
         raise CheckpointError(f"{file} has no {error}, which the model needs") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} describes no model: {error}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a .json file; raises CheckpointError where there is none."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} cannot be read: expected a JSON object, got {json.dumps(content)[:40]}")
-    return content
 
 
 def find_hf_family(model_type: object) -> TrainSpec:
@@ -215,7 +204,7 @@ def _find_hf_model(folder: Path, *, may_come: bool) -> ModelArgs | None:
     file = folder / HF_CONFIG
     if not file.is_file():
         raise ConfigError(f"model.hf_folder={folder} holds no {HF_CONFIG}; it takes the folder of a Hugging Face model")
-    if may_come and read_json(file).get("model_type") not in _get_hf_families():
+    if may_come and read_json(file, CheckpointError).get("model_type") not in _get_hf_families():
         return None
     args: ModelArgs = read_hf_model(file)[1]
     return args

@@ -2,6 +2,7 @@
 
 logging       the package's one logger
 terminal      a live progress line below a scrolling log
+files         JSON, read with the user's errors
 owner         one run to an output folder
 process       what a worker arranges with the operating system
 packages      which packages that only some runs need are there

@@ -142,9 +142,9 @@ def test_faults_are_told(tmp_path):
     save(tmp_path, ["<s>"], {"bos_token": "<bos>"})
     assert error(tmp_path).startswith("tokenizer_config.json names '<bos>' as bos_token, which is not a token of ")
     (tmp_path / "tokenizer_config.json").write_text("{")
-    assert error(tmp_path).startswith(f"{tmp_path}/tokenizer_config.json is not JSON: ")
+    assert error(tmp_path).startswith(f"{tmp_path}/tokenizer_config.json cannot be read: Expecting")
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    assert error(tmp_path).startswith(f"{tmp_path}/tokenizer_config.json does not hold a JSON object")
+    assert error(tmp_path).startswith(f"{tmp_path}/tokenizer_config.json cannot be read: expected a JSON object")
 
 
 def test_transformers_reads_the_shipped_folder(shipped, tmp_path):
