@@ -593,6 +593,15 @@ class TestEnvironment:
         assert run(repo, "succeed", "--help").returncode == 0
         assert not (repo / ".venv").exists()
 
+    def test_every_python_that_is_looked_for_is_tested_and_named_by_the_package(self) -> None:
+        places = {
+            "scripts/setup_env.sh": r"python(3\.\d+)",
+            "pyproject.toml": r"Python :: (3\.\d+)",
+            ".github/workflows/test.yml": r'"(3\.\d+)"',
+        }
+        found = [sorted(re.findall(pattern, (REPO / place).read_text())) for place, pattern in places.items()]
+        assert found == [["3.11", "3.12", "3.13"]] * 3
+
     def test_missing_and_old_packages_are_named(self, tmp_path: Path) -> None:
         (tmp_path / "scripts").mkdir()
         check = shutil.copy(REPO / "scripts/check_env.py", tmp_path / "scripts")
