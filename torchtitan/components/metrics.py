@@ -29,6 +29,9 @@ from torchtitan.tools.terminal import send_progress
 
 _PROGRESS_INTERVAL_S = 0.2
 
+_WORTH_SAYING_PCT = 1
+"""The line has the shares of time that waiting for data and validation take from here on."""
+
 WAITING_PCT = 5
 """Of a step's time: where it waits longer for data, the log says so, once."""
 
@@ -198,6 +201,10 @@ class MetricsProcessor:
         memory = self._get_peak_memory()
         eta = _clock_time((self.total_steps - step) * seconds_per_step)
         self._status = f"loss {loss_avg:.4f}  {tps:,.0f} tokens/s  {eta} left"
+        shares = {
+            "data_loading": 100 * self._data_loading_s / seconds,  # of the steps' time
+            "validation": 100 * self._validation_s / (seconds + self._validation_s),  # of all time
+        }
         self._say(
             (f"step: {step:2}", _RED),
             (f"loss: {loss_avg:7.4f}", _GREEN),
@@ -206,6 +213,7 @@ class MetricsProcessor:
             (f"tps: {round(tps):,}", _BLUE),
             (f"tflops: {flops / 1e12:,.2f}", _MAGENTA),
             ("mfu: n/a" if mfu is None else f"mfu: {mfu:.2f}%", _MAGENTA),
+            *((f"{name}: {share:.1f}%", _MAGENTA) for name, share in shares.items() if share >= _WORTH_SAYING_PCT),
             (f"eta: {eta}", _GREY),
         )
         values = {
@@ -217,7 +225,7 @@ class MetricsProcessor:
             "tflops": flops / 1e12,
             "time_metrics/end_to_end(s)": seconds_per_step,
             "time_metrics/data_loading(s)": self._data_loading_s / max(self._n_steps, 1),
-            "time_metrics/data_loading(%)": 100 * self._data_loading_s / seconds,
+            **{f"time_metrics/{name}(%)": share for name, share in shares.items()},
             **_memory_values("memory", memory),
             "n_tokens_seen": n_tokens_seen,
             **{f"n_tokens_seen/{dataset}": n for dataset, n in (n_tokens_of or {}).items()},
@@ -226,7 +234,7 @@ class MetricsProcessor:
         if mfu is not None:
             values["mfu(%)"] = mfu
         self._write(step, values)
-        self._maybe_warn(tps, values["time_metrics/data_loading(%)"])
+        self._maybe_warn(tps, shares["data_loading"])
         self._start_interval()
 
     @contextmanager
@@ -236,7 +244,9 @@ class MetricsProcessor:
         self.memory.reset_peak()
         self._validation_start = time.perf_counter()
         yield
-        self._last_log += time.perf_counter() - self._validation_start
+        seconds = time.perf_counter() - self._validation_start
+        self._validation_s += seconds
+        self._last_log += seconds
         self._validation_start = None
         self.memory.reset_peak()
 
@@ -294,7 +304,7 @@ class MetricsProcessor:
         """Forget what was gathered for the last log."""
         self._last_log = time.perf_counter()
         self._n_steps = self._n_tokens = 0
-        self._data_loading_s = 0.0
+        self._data_loading_s = self._validation_s = 0.0
         self._held_peak = None
         self.memory.reset_peak()
 

@@ -29,6 +29,7 @@ TRAINING_NAMES = {
     "time_metrics/end_to_end(s)",
     "time_metrics/data_loading(s)",
     "time_metrics/data_loading(%)",
+    "time_metrics/validation(%)",
     "memory/max_active(GiB)",
     "memory/max_active(%)",
     "memory/max_reserved(GiB)",
@@ -159,6 +160,23 @@ def test_the_line_is_upstreams_with_the_time_left(build: Build, clock: Clock, ca
         "step: 10  loss:  3.1416  grad_norm:  1.2500  memory: 12.35GiB(12.35%)  "
         "tps: 10,000  tflops: 10.00  mfu: 1.01%  eta: 1:22:30"
     ]
+
+
+def test_the_line_tells_what_of_the_time_was_no_training(
+    build: Build, clock: Clock, sink: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = build()
+    for step, waited, validated in ((1, 0.5, 2.0), (2, 0.02, 0.0), (3, 0.0, 0.0)):
+        metrics.start_step(step)
+        metrics.record_data_loading(waited)
+        clock.now += 6
+        log(metrics, step)
+        with metrics.validating():
+            clock.now += validated
+    said = [re.findall(r"(\w+): ([\d.]+)%(?=  )", line)[1:] for line in messages(caplog)]  # behind mfu
+    assert said == [[("data_loading", "8.3")], [("validation", "25.0")], []]
+    names = ("time_metrics/data_loading(%)", "time_metrics/validation(%)")
+    assert [values[name] for _, values in sink.written for name in names] == pytest.approx([25 / 3, 0, 1 / 3, 25, 0, 0])
 
 
 def test_a_device_of_unknown_peak_has_no_mfu(
