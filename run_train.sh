@@ -31,16 +31,6 @@ if ! [[ "$NGPU" =~ ^[1-9][0-9]*$ ]]; then
     exit 1
 fi
 
-# The processes share this machine's cores; torchrun alone would give each of several a single thread.
-if [ -z "${OMP_NUM_THREADS:-}" ]; then
-    threads=$(($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / NGPU))
-    export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
-fi
-# Segments that grow keep the CUDA allocator from fragmenting.
-if [ -z "${PYTORCH_CUDA_ALLOC_CONF:-}" ]; then
-    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
-fi
-
 # The code is this checkout's, also where the current folder has a torchtitan/ of its own, which -m alone would take.
 export PYTHONSAFEPATH=1 PYTHONPATH="$root:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 exec "$PYTHON" -m torchtitan.launch \

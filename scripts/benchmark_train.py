@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout need not be installed
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # as run_train.sh, and before torch reads it
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # as the launcher, and before torch reads it
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch

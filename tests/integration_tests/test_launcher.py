@@ -29,7 +29,8 @@ from pathlib import Path
 from torchtitan.tools.terminal import send_progress
 
 rank = os.environ["RANK"]
-names = ("WORLD_SIZE", "OMP_NUM_THREADS", *(f"TORCHTITAN_{n}" for n in ("PROGRESS_RANK", "NUM_GPUS", "LOG_RANK")))
+names = ["WORLD_SIZE", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF"]
+names += [f"TORCHTITAN_{name}" for name in ("PROGRESS_RANK", "NUM_GPUS", "LOG_RANK")]
 seen = {name: os.environ.get(name) for name in names}
 Path(f"worker{rank}.json").write_text(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], **seen}))
 mode = os.environ["WORKER_MODE"]
@@ -91,6 +92,8 @@ def environment(repo: Path, mode: str, **variables: str) -> dict[str, str]:
         "PYTHONUNBUFFERED",
         "PYTHONPATH",
         "OMP_NUM_THREADS",
+        "PYTORCH_ALLOC_CONF",
+        "PYTORCH_CUDA_ALLOC_CONF",
         "NGPU",
         "LOG_RANK",
         "CONFIG_FILE",
@@ -133,6 +136,7 @@ def test_workers_get_the_options_and_nothing_of_the_launchers(repo: Path) -> Non
     assert worker(repo, 0)["argv"] == ["--job.config_file", str(config_file), *options]
     assert worker(repo, 0)["WORLD_SIZE"] == "2"
     assert worker(repo, 0)["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert worker(repo, 0)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     # not a terminal: the output has neither a progress line nor any escape sequence
     assert worker(repo, 0)["TORCHTITAN_PROGRESS_RANK"] is None
     assert worker(repo, 0)["TORCHTITAN_NUM_GPUS"] == "0"

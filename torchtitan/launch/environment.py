@@ -1,6 +1,6 @@
-"""What the environment of a start holds or lacks: variables of upstream's, keys, compilers. Nothing is imported or run.
+"""The environment of a start: variables of upstream's, keys, compilers, and the workers' defaults, which are set here.
 
-What the workers and the commands read of it is in distributed/utils.py and cli/estimate.py.
+Nothing is imported or run. What the workers and the commands read of it is in distributed/utils.py and cli/estimate.py.
 """
 
 import os
@@ -22,6 +22,17 @@ _UPSTREAM = {
     "WANDB_RUN_TAGS": "wandb's own variable is WANDB_TAGS",
     "WANDB_RUN_JOB_TYPE": "wandb's own variable is WANDB_JOB_TYPE",
 }
+
+
+def set_defaults_of_workers(nproc: int) -> None:
+    """Set what torch reads at its start, where the user has not: for `nproc` workers on this machine."""
+    # They share the cores; torchrun alone would give each of several a single thread.
+    if not os.environ.get("OMP_NUM_THREADS"):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores // nproc))
+    # Segments that grow keep the CUDA allocator from fragmenting.
+    if not os.environ.get("PYTORCH_CUDA_ALLOC_CONF") and not os.environ.get("PYTORCH_ALLOC_CONF"):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def describe_upstream_variables() -> str | None:

@@ -29,7 +29,7 @@ from torchtitan.config.manager import ConfigManager
 from torchtitan.config.schema import either, nearest, option_of
 from torchtitan.config.types import FilePath, NonNegativeInt, PositiveInt, Range
 from torchtitan.launch import preflight
-from torchtitan.launch.environment import describe_upstream_variables
+from torchtitan.launch.environment import describe_upstream_variables, set_defaults_of_workers
 from torchtitan.protocols.train_spec import validate_run
 from torchtitan.tools.process import raise_file_limit
 from torchtitan.tools.terminal import ProgressTerminal, send_progress
@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stderr = sys.stdout
             # For the workers, whose own output is a file: this one's progress line is shown.
             os.environ["TORCHTITAN_PROGRESS_RANK"] = launcher.local_ranks_filter.partition(",")[0]
+        set_defaults_of_workers(launcher.nproc_per_node)
         if num_gpus is not None:  # for the workers, whose torch may be unable to use them
             os.environ["TORCHTITAN_NUM_GPUS"] = str(num_gpus)
         os.environ["TORCHTITAN_LOG_RANK"] = launcher.local_ranks_filter
