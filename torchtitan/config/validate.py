@@ -20,10 +20,10 @@ from torchtitan.config.job_config import JobConfig
 from torchtitan.config.mixture import parse_mixture
 from torchtitan.config.pipeline_split import ONE_STAGE, TWO_STAGES, ZERO_BUBBLE, get_num_stages
 from torchtitan.config.schema import either, meant_or_known
+from torchtitan.config.sections import FLOAT8_MULTIPLE
 
 _CHECKPOINT_STATES = ("optimizer", "lr_scheduler", "dataloader", "train_state")
 _CONVERTERS = ("float8",)
-_FLOAT8_MULTIPLE = 16
 
 
 class ModelShape(Protocol):
@@ -124,9 +124,9 @@ def _about_converters(config: JobConfig) -> Iterator[str]:
     piped = parallelism.pipeline_parallel_degree > 1
     sequences = parallelism.pipeline_parallel_microbatch_size if piped else training.local_batch_size
     num_tokens = sequences * training.seq_len // parallelism.context_parallel_degree
-    if num_tokens % _FLOAT8_MULTIPLE:
+    if num_tokens % FLOAT8_MULTIPLE:
         yield (
-            f"a microbatch of {num_tokens} tokens on each rank is not a multiple of {_FLOAT8_MULTIPLE}, which the"
+            f"a microbatch of {num_tokens} tokens on each rank is not a multiple of {FLOAT8_MULTIPLE}, which the"
             f" products of float8 need; use another training.seq_len than {training.seq_len}"
         )
 

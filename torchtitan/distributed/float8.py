@@ -17,12 +17,9 @@ from torchao.float8 import Float8LinearConfig, precompute_float8_dynamic_scale_f
 from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
 
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.sections import Float8
+from torchtitan.config.sections import FLOAT8_MULTIPLE, Float8
 from torchtitan.protocols.model import Decoder
 from torchtitan.tools.logging import logger
-
-MULTIPLE = 16
-"""What a GPU's float8 products need of the sizes of both matrices."""
 
 MIN_CAPABILITY = (8, 9)
 
@@ -64,14 +61,14 @@ def apply_float8(model: Decoder, config: Float8, *, tp: int, sharded: bool, devi
         inductor.triton.mix_order_reduction = False
     names = [name for name in linears if name.startswith("layers.")]
     chosen = [name for name in names if not any(text in name for text in config.filter_fqns)]
-    odd = [name for name in chosen if any(size % (MULTIPLE * tp) for size in linears[name].weight.shape)]
+    odd = [name for name in chosen if any(size % (FLOAT8_MULTIPLE * tp) for size in linears[name].weight.shape)]
     fits = [name for name in chosen if name not in odd]
     _report(config, model, names=names, odd=odd, tp=tp)
     if not fits:
         raise ConfigError(
             f"model.converters has float8, and none of the blocks' {len(names)} linear layers can be converted:"
             f" float8.filter_fqns={config.filter_fqns} leaves {len(chosen)}, of which {len(odd)} have sizes that"
-            f" {MULTIPLE * tp} does not divide; leave float8 off, or change the filter"
+            f" {FLOAT8_MULTIPLE * tp} does not divide; leave float8 off, or change the filter"
         )
     for name in fits:
         parent, _, own = name.rpartition(".")
@@ -106,7 +103,7 @@ def _report(config: Float8, model: Decoder, *, names: list[str], odd: list[str],
     if odd:
         kinds = sorted({name.split(".", 2)[2] for name in odd})
         logger.warning(
-            f"{MULTIPLE * tp} does not divide the sizes of {', '.join(kinds)}, which float8 needs"
+            f"{FLOAT8_MULTIPLE * tp} does not divide the sizes of {', '.join(kinds)}, which float8 needs"
             + (f" of each of {tp} tensor-parallel ranks" if tp > 1 else "")
             + f": {len(odd)} layers stay in high precision"
         )

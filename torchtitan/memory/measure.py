@@ -21,7 +21,7 @@ from torchtitan.components.optimizer import get_weight_dtype
 from torchtitan.config.block_modes import BLOCK_MODES, BlockMode
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import JobConfig
-from torchtitan.config.sections import Float8
+from torchtitan.config.sections import FLOAT8_MULTIPLE, Float8
 from torchtitan.distributed.activation_checkpoint import set_block_modes
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.distributed.utils import local_tensor
@@ -180,7 +180,7 @@ def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh) -> Decoder:
 def _apply_float8(block: nn.Module, config: Float8) -> None:
     """As distributed/float8.py chooses the layers, without the package that it needs."""
     for name, module in block.named_modules(prefix="layers.0"):
-        fits = type(module) is nn.Linear and not any(size % 16 for size in module.weight.shape)
+        fits = type(module) is nn.Linear and not any(size % FLOAT8_MULTIPLE for size in module.weight.shape)
         if fits and not any(text in name for text in config.filter_fqns):
             module.__class__ = Float8Linear
 

@@ -6,6 +6,7 @@ line, `--help` and docs/configuration.md. Rules across fields live in ../validat
 
 from torchtitan.config.sections.layout import ActivationCheckpoint, Checkpoint, Parallelism, ReshardPolicy
 from torchtitan.config.sections.learning import (
+    FLOAT8_MULTIPLE,
     DecayType,
     Float8,
     LigerKernel,
@@ -18,6 +19,7 @@ from torchtitan.config.sections.learning import (
 from torchtitan.config.sections.run import Comm, Experimental, Job, Metrics, Profiling
 
 __all__ = [
+    "FLOAT8_MULTIPLE",
     "ActivationCheckpoint",
     "Checkpoint",
     "Comm",

@@ -43,6 +43,10 @@ class Model:
         return self.hf_folder or f"{self.name} {self.flavor}"
 
 
+FLOAT8_MULTIPLE = 16
+"""What a GPU's float8 products need of the sizes of both matrices."""
+
+
 @dataclass
 class Float8:
     """Products of the blocks' linear layers in 8 bits (model.converters float8; needs the package torchao)."""
