@@ -76,7 +76,7 @@ def write(runs: Sequence[Run], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(to_html(runs), encoding="utf-8")
     except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}; name another file with --output") from None
+        raise RunError(f"{path} cannot be written: {error.strerror}; name another place") from None
 
 
 def _charts(runs: Sequence[Run]) -> Iterator[str]:

@@ -211,7 +211,7 @@ def test_the_metrics_of_all_ranks_have_the_options_of_their_run(tmp_path: Path) 
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere/metrics.jsonl does not exist; expected the output folder of a run"),
-        (["run", "--output", "run/metrics.jsonl/x.html"], "cannot be written: File exists; name another file"),
+        (["run", "--output", "run/metrics.jsonl/x.html"], "cannot be written: File exists; name another place"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_in_one_line(
