@@ -4,7 +4,8 @@
 
 Takes the options of run_train.sh and its CONFIG_FILE, the number of GPUs, NGPU where it is not given, and the memory of
 one, by which activation_checkpoint.mode = "auto" chooses; nothing is allocated, downloaded or started. With --write it
-looks for the most sequences at once that fit, and writes the options with them as a TOML file to train with.
+looks for the most sequences at once that fit, with --longest too for the longest ones at the batch size that is given,
+and writes the options with them as a TOML file to train with.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torchtitan.config import ConfigManager
 from torchtitan.config.block_modes import describe_block_modes
@@ -39,11 +40,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--world_size", "--world-size", type=int, default=os.environ.get("NGPU", 1), help="GPUs")
     parser.add_argument("--gib", type=float, default=79.1, help="memory of a GPU (default: that of an H100 80GB)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="find the largest training.local_batch_size")
+    parser.add_argument("--longest", action="store_true", help="with --write: the longest training.seq_len instead")
     launch, options = parser.parse_known_args(argv)
     if config_file := os.environ.get("CONFIG_FILE"):
         options = ["--job.config_file", config_file, *options]
     if launch.world_size < 1:
         parser.error(f"--world_size {launch.world_size}: expected the number of GPUs, 1 or more")
+    if launch.longest and not launch.write:
+        parser.error("--longest: expected --write FILE beside it, the file that gets the longest training.seq_len")
     try:
         config = ConfigManager().parse_args(options)
         maybe_import_custom(config.experimental.custom_import)
@@ -57,12 +61,13 @@ def main(argv: Sequence[str]) -> int:
     budget = config.activation_checkpoint.memory_share * launch.gib * GIB
     if launch.write:
         try:
-            find_largest_batch(config, launch.world_size, budget)
+            found: Literal["local_batch_size", "seq_len"] = "seq_len" if launch.longest else "local_batch_size"
+            find_largest(found, config, launch.world_size, budget)
             write_resolved(config, launch.write)
         except (ConfigError, OSError) as error:
             print(error.report() if isinstance(error, ConfigError) else f"{error}", file=sys.stderr)
             return 1
-        print(f"{launch.write} has training.local_batch_size = {config.training.local_batch_size}")
+        print(f"{launch.write} has training.{found} = {getattr(config.training, found)}")
     memory = MemoryModel(config, world_size=launch.world_size)
     block_modes = choose_block_modes(config, memory, budget)
     estimate = memory.estimate(block_modes)
@@ -75,8 +80,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def find_largest_batch(config: JobConfig, world_size: int, budget: float) -> None:
-    """Give the configuration the largest training.local_batch_size whose peak is within `budget` bytes.
+def find_largest(
+    name: Literal["local_batch_size", "seq_len"], config: JobConfig, world_size: int, budget: float
+) -> None:
+    """Give the configuration the largest value of this option of training whose peak is within `budget` bytes.
 
     Raises:
         ConfigError: not even the smallest fits.
@@ -84,19 +91,25 @@ def find_largest_batch(config: JobConfig, world_size: int, budget: float) -> Non
     from torchtitan.memory.estimate import GIB, MemoryModel
     from torchtitan.memory.plan import choose_block_modes
 
-    def get_peak(batch_size: int) -> int:
-        config.training.local_batch_size = batch_size
+    def get_peak(size: int) -> int:
+        setattr(config.training, name, size)
         memory = MemoryModel(config, world_size=world_size)
         peak = memory.estimate(choose_block_modes(config, memory, budget)).peak
-        print(f"{batch_size} sequences: {peak / GIB:.1f} of {budget / GIB:.1f} GiB", file=sys.stderr)
+        print(f"{size} {unit}: {peak / GIB:.1f} of {budget / GIB:.1f} GiB", file=sys.stderr)
         return peak
 
     config.job.config_file = None
     dims = ParallelDims.from_config(config.parallelism, world_size)
-    # a pipeline runs as many microbatches as it has stages or more; a global batch is divided without a rest
-    unit = config.parallelism.pipeline_parallel_microbatch_size * (2 * dims.pp if dims.pp > 1 else 1)
-    whole = config.training.global_batch_size
-    sizes = [n for n in range(unit, 4096, unit) if whole == -1 or whole % (n * dims.dp) == 0]
+    if name == "seq_len":
+        unit, less = "tokens in a sequence", "a smaller training.local_batch_size"
+        step = 256 * dims.cp * dims.tp  # which divide a sequence
+        sizes = list(range(step, 2**20 + 1, step))
+    else:
+        unit, less = "sequences", "a shorter training.seq_len"
+        # a pipeline runs as many microbatches as it has stages or more; a global batch is divided without a rest
+        step = config.parallelism.pipeline_parallel_microbatch_size * (2 * dims.pp if dims.pp > 1 else 1)
+        whole = config.training.global_batch_size
+        sizes = [n for n in range(step, 4096, step) if whole == -1 or whole % (n * dims.dp) == 0]
     low, high = 0, len(sizes)  # those before low fit, those from high on do not
     probe = 0
     while low < high:
@@ -107,10 +120,10 @@ def find_largest_batch(config: JobConfig, world_size: int, budget: float) -> Non
         probe = min(2 * low, (low + high) // 2)
     if low == 0:
         raise ConfigError(
-            f"training.local_batch_size={unit} does not fit into {budget / GIB:.1f} GiB; more GPUs (--world_size), a"
-            " shorter training.seq_len, activation_checkpoint.mode auto or full, or the fused loss need less"
+            f"training.{name}={step} does not fit into {budget / GIB:.1f} GiB; more GPUs (--world_size), {less},"
+            " activation_checkpoint.mode auto or full, or the fused loss need less"
         )
-    config.training.local_batch_size = sizes[low - 1]
+    setattr(config.training, name, sizes[low - 1])
 
 
 def to_table(estimate: "MemoryEstimate") -> str:

@@ -368,17 +368,31 @@ def test_the_script_takes_the_options_of_a_run(
     assert capsys.readouterr().out.startswith("llama3 1B on 2 GPUs, 4 x 4096 tokens")
 
 
-def test_the_file_that_is_written_has_the_most_sequences_that_fit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "flags", "step"),
+    [("local_batch_size", ["--training.seq_len", "64"], 1), ("seq_len", ["--longest"], 256)],
+)
+def test_the_file_that_is_written_has_the_most_that_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, flags: list[str], step: int
 ) -> None:
-    options = ["--training.seq_len", "64", "--model.tokenizer_path", "tests/assets/tokenizer", "--gib", "0.5"]
+    options = [*flags, "--model.tokenizer_path", "tests/assets/tokenizer", "--gib", "0.5"]
+    if name == "seq_len":
+        options += ["--training.local_batch_size", "2"]
     assert main([*options, "--write", str(tmp_path / "fits.toml")]) == 0
     config = ConfigManager().parse_args(["--job.config_file", str(tmp_path / "fits.toml")])
-    batch_size, budget = config.training.local_batch_size, config.activation_checkpoint.memory_share * 0.5 * GIB
+    found, budget = getattr(config.training, name), config.activation_checkpoint.memory_share * 0.5 * GIB
+    assert f"fits.toml has training.{name} = {found}\n" in capsys.readouterr().out
     peaks = []
-    for size in (batch_size, batch_size + 1):
-        config.training.local_batch_size = size
+    for size in (found, found + step):
+        setattr(config.training, name, size)
         peaks.append(estimate_memory(config, world_size=1).peak)
     assert peaks[0] <= budget < peaks[1]
     assert main([*options, "--gib", "0.01", "--write", str(tmp_path / "none.toml")]) == 1
-    assert "does not fit into 0.0 GiB" in capsys.readouterr().err and not (tmp_path / "none.toml").exists()
+    assert f"training.{name}={step} does not fit into 0.0 GiB" in capsys.readouterr().err
+    assert not (tmp_path / "none.toml").exists()
+
+
+def test_the_longest_sequence_goes_into_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--longest"])
+    assert "--longest: expected --write FILE" in capsys.readouterr().err
