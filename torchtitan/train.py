@@ -298,6 +298,7 @@ class Trainer:
             training=config.training,
             device=self.device,
             seed=self.seed,
+            logits_budget_bytes=config.liger_kernel.logits_memory_budget_mib << 20,
             float8=self.float8,
             weight_dtype=get_weight_dtype(config.training, config.optimizer),
         )
@@ -391,8 +392,7 @@ def _explain(error: Exception, config: JobConfig | None, trainer: Trainer | None
     mesh, block_modes = (trainer.mesh, trainer.memory.block_modes) if trainer is not None else (None, None)
     if mesh is None and dist.is_initialized():
         dist.destroy_process_group()  # for the estimate to make a mesh of its own
-    world_size = utils.get_world().size
-    return explain_out_of_memory(config, error, world_size=world_size, mesh=mesh, block_modes=block_modes)
+    return explain_out_of_memory(config, error, world_size=utils.get_world().size, mesh=mesh, block_modes=block_modes)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torchtitan.components.loss import CrossEntropyLoss
+from torchtitan.components.loss import CrossEntropyLoss, EvalLoss
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import Float8, Parallelism, Training
 from torchtitan.distributed.attention_kernels import report_kernel
@@ -43,6 +43,8 @@ class Runner(Protocol):
     ) -> Tensor:
         """Sum of this rank's token losses, by the standard path, without gradients (0 where another rank has it).
 
+        The logits are made of some tokens at a time, as the budget of the EvalLoss says.
+
         loss_sum: called instead with the logits (B, S, V) and labels, or some sequences' at a time; its results add up.
         """
 
@@ -50,13 +52,13 @@ class Runner(Protocol):
 class EagerRunner:
     """The whole model on every rank."""
 
-    def __init__(self, model: Decoder, loss: Loss, *, compile_eval_loss: bool = False) -> None:
+    def __init__(self, model: Decoder, loss: Loss, *, eval_loss: EvalLoss | None = None) -> None:
         assert model.output is not None
         self.model_parts = [model]
         self._head = model.output
         self._model = model
         self._loss = loss
-        self._eval_loss_sum = CrossEntropyLoss(compile=compile_eval_loss).sum
+        self._eval_loss = eval_loss or EvalLoss()
 
     def forward_backward(self, tokens: Tensor, labels: Tensor, sequences: Sequences | None, scale: Tensor) -> Tensor:
         hidden = self._model(tokens, return_hidden_states=True, sequences=sequences)  # (B, S, D)
@@ -69,7 +71,10 @@ class EagerRunner:
     def eval_loss(
         self, tokens: Tensor, labels: Tensor, sequences: Sequences | None, *, loss_sum: LossSum | None = None
     ) -> Tensor:
-        return (loss_sum or self._eval_loss_sum)(self._model(tokens, sequences=sequences), labels)
+        if loss_sum is not None:
+            return loss_sum(self._model(tokens, sequences=sequences), labels)
+        hidden = self._model(tokens, return_hidden_states=True, sequences=sequences)
+        return self._eval_loss(hidden, self._head, labels)
 
 
 def build_runner(
@@ -83,11 +88,13 @@ def build_runner(
     training: Training,
     device: torch.device,
     seed: int,
+    logits_budget_bytes: int = 1 << 30,
     float8: Float8 | None = None,
     weight_dtype: torch.dtype = torch.float32,
 ) -> Runner:
     """Build the model on the meta device, divide it, then give this rank's parts their memory and starting weights.
 
+    logits_budget_bytes: for the logits of a validation, and what the loss makes of them.
     float8: how the blocks' linear layers are converted; None leaves them.
     """
 
@@ -113,6 +120,7 @@ def build_runner(
                 dtype=getattr(torch, training.mixed_precision_param),
                 device=device,
             )
+    eval_loss = EvalLoss(budget_bytes=logits_budget_bytes, compile=training.compile)
     runner: Runner
     if mesh["pp"].size() > 1:
         if not isinstance(loss, CrossEntropyLoss):
@@ -127,7 +135,7 @@ def build_runner(
             vocab_size=model_args.vocab_size,
             parallelize=parallelize,
             loss_sum=loss.sum,
-            eval_loss_sum=CrossEntropyLoss(compile=training.compile).sum,
+            eval_loss=eval_loss,
             mesh=mesh,
             parallelism=parallelism,
             training=training,
@@ -136,7 +144,7 @@ def build_runner(
     else:
         model = build_on_meta()
         parallelize(model)
-        runner = EagerRunner(model, loss, compile_eval_loss=training.compile)
+        runner = EagerRunner(model, loss, eval_loss=eval_loss)
 
     parameter_device = torch.device("cpu") if training.enable_cpu_offload else device
     for part in runner.model_parts:

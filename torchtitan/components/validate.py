@@ -1,7 +1,7 @@
 """The loss on held-out data: the mean over all valid tokens of the whole set, over all ranks.
 
 Sums and counts are added up over batches and ranks and divided once, so batches with few valid tokens count for
-little. Every validation reads the same batches. The logits are made in full here (the standard path).
+little. Every validation reads the same batches. It takes the standard path, whichever loss trains.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -33,11 +33,13 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 from torchtitan.config.pipeline_split import get_stage_modules, get_stages_of_rank
 from torchtitan.config.sections import Parallelism, Training
 from torchtitan.distributed.mesh import Mesh
-from torchtitan.protocols.model import Decoder
+from torchtitan.protocols.model import Decoder, OutputHead
 from torchtitan.protocols.sequences import Sequences
 
 LossSum = Callable[[Tensor, Tensor], Tensor]
 """(logits, labels) -> sum of the token losses, float32."""
+HeadLossSum = Callable[[Tensor, OutputHead, Tensor], Tensor]
+"""(hidden states, head, labels) -> the same."""
 
 
 def build_pipeline(
@@ -48,7 +50,7 @@ def build_pipeline(
     vocab_size: int,
     parallelize: Callable[[Decoder], None],
     loss_sum: LossSum,
-    eval_loss_sum: LossSum,
+    eval_loss: HeadLossSum,
     mesh: Mesh,
     parallelism: Parallelism,
     training: Training,
@@ -99,7 +101,7 @@ def build_pipeline(
         scale_grads=False,
     )
     return PipelineRunner(
-        stages, schedule, loss, eval_loss_sum=eval_loss_sum, boundary=boundary, microbatch_size=microbatch_size
+        stages, schedule, loss, eval_loss=eval_loss, boundary=boundary, microbatch_size=microbatch_size
     )
 
 
@@ -112,7 +114,7 @@ class PipelineRunner:
         schedule: PipelineScheduleSingle | PipelineScheduleMulti,
         loss: "_ScaledLoss",
         *,
-        eval_loss_sum: LossSum,
+        eval_loss: HeadLossSum,
         boundary: "_Boundary",
         microbatch_size: int,
     ) -> None:
@@ -120,7 +122,7 @@ class PipelineRunner:
         self._stages = stages
         self._schedule = schedule
         self._loss = loss
-        self._eval_loss_sum = eval_loss_sum
+        self._eval_loss = eval_loss
         self._boundary = boundary
         self._microbatch_size = microbatch_size
         self._has_first = any(stage.is_first for stage in stages)
@@ -162,9 +164,12 @@ class PipelineRunner:
                 if not stage.is_first and rank_of[stage.stage_index - 1] != stage.group_rank:
                     x = self._boundary.hidden_for(inputs)
                     dist.recv(x, group=stage.group, group_src=rank_of[stage.stage_index - 1])
-                x = stage.submod(x, sequences=part)
-                if stage.is_last:
-                    total = total + (loss_sum or self._eval_loss_sum)(x, targets)
+                by_rows = stage.is_last and loss_sum is None
+                x = stage.submod(x, return_hidden_states=by_rows, sequences=part)
+                if by_rows:
+                    total = total + self._eval_loss(x, cast(OutputHead, stage.submod.output), targets)
+                elif loss_sum is not None and stage.is_last:
+                    total = total + loss_sum(x, targets)
                 elif rank_of[stage.stage_index + 1] != stage.group_rank:
                     dist.send(x.contiguous(), group=stage.group, group_dst=rank_of[stage.stage_index + 1])
         return total

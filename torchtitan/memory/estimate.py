@@ -224,7 +224,7 @@ class _Rank:
             self._moment("optimizer", reduced=self._reduced(self.units), optimizer=self._optimizer_copies),
         ]
         if self.config.validation.enabled and self.has_output:
-            gathered, loss = self._gathered([self.norm, self.head]), self.measured.validation_loss
+            gathered, loss = self._gathered([self.norm, self.head]), self.measured.validation
             moments.append(self._moment("validation", reduced=self._reduced(self.units), weights=gathered, loss=loss))
         return moments
 

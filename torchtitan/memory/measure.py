@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchtitan.components.loss import CrossEntropyLoss, ZLoss, cross_entropy_sum
+from torchtitan.components.loss import CrossEntropyLoss, EvalLoss, ZLoss
 from torchtitan.components.loss.chunking import liger_chunk_mem_const, liger_chunk_rows, plan_chunks, rows_in_budget
 from torchtitan.components.optimizer import get_weight_dtype
 from torchtitan.config.block_modes import BLOCK_MODES, BlockMode
@@ -76,7 +76,7 @@ class Measured:
     """With the head's product and both gradients; without the hidden states that it is given."""
     loss_gap: int
     """Where eager cross entropy's logits were: in backward no tensor is as small."""
-    validation_loss: int
+    validation: int
 
 
 def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measured:
@@ -108,7 +108,7 @@ def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measure
             blocks=blocks,
             loss=_measure_loss(config, dims, model, hidden, tokens_shape),
             loss_gap=_get_loss_gap(config, dims, tokens_shape),
-            validation_loss=_trace_validation_loss(config, dims, model) if config.validation.enabled else 0,
+            validation=_trace_validation(config, dims, model) if config.validation.enabled else 0,
         )
 
 
@@ -274,15 +274,18 @@ def _get_loss_gap(config: JobConfig, dims: ParallelDims, tokens_shape: tuple[int
     return math.prod(tokens_shape) * -(-_get_args(config).vocab_size // dims.tp) * itemsize
 
 
-def _trace_validation_loss(config: JobConfig, dims: ParallelDims, model: Decoder) -> int:
-    """The standard path without gradients, with the hidden states."""
+def _trace_validation(config: JobConfig, dims: ParallelDims, model: Decoder) -> int:
+    """The standard path without gradients: a block, then the logits, which are made of some tokens at a time."""
     assert model.output is not None
     tokens_shape = (config.validation.local_batch_size, config.validation.seq_len // dims.cp)
-    hidden, _ = _run(model, tokens_shape, dims)
-    trace = MemoryTrace()
-    with torch.no_grad(), trace:
-        cross_entropy_sum(model.output(hidden), torch.empty(tokens_shape, dtype=torch.int64, device="meta"))
-    return trace.peak(compiled=config.training.compile) + local_tensor(hidden).nbytes
+    eval_loss = EvalLoss(budget_bytes=config.liger_kernel.logits_memory_budget_mib << 20)
+    forward, loss = MemoryTrace(), MemoryTrace()
+    with forward:
+        hidden, _ = _run(model, tokens_shape, dims)
+    with torch.no_grad(), loss:
+        eval_loss(hidden, model.output, torch.empty(tokens_shape, dtype=torch.int64, device="meta"))
+    # compiled, the loss takes less, within the budget as well
+    return max(forward.peak(compiled=config.training.compile), loss.peak() + local_tensor(hidden).nbytes)
 
 
 def _use(trace: MemoryTrace, forward_ends: int, is_compiled: bool) -> Use:

@@ -1,16 +1,19 @@
 """Runners of a microbatch; what those of pipelines compute is in test_pipeline_parallel.py."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit_tests.distributed.layouts import ARGS
-from torchtitan.components.loss import CrossEntropyLoss
+from torchtitan.components.loss import IGNORE_INDEX, CrossEntropyLoss, EvalLoss, cross_entropy_sum
 from torchtitan.components.runner import EagerRunner, build_runner
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.sections import Parallelism, Training
@@ -31,6 +34,33 @@ def test_validation_uses_the_standard_path() -> None:
     one = torch.tensor(1.0)
     expected = EagerRunner(model, CrossEntropyLoss()).forward_backward(tokens[:, :-1], tokens[:, 1:], None, one)
     torch.testing.assert_close(loss, expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operation makes, views aside."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_validation_never_holds_more_logits_than_its_budget(dtype: torch.dtype) -> None:
+    vocab_size, rows = 5000, 3
+    budget_bytes = rows * vocab_size * 4 * dtype.itemsize  # beside the logits, three copies
+    model = Transformer(replace(ARGS(), vocab_size=vocab_size)).to(dtype)
+    init_parameters(model, seed=1, device="cpu")
+    tokens, labels = torch.randint(vocab_size, (2, 3, 7))
+    labels[0, :4] = IGNORE_INDEX
+    runner = EagerRunner(model, CrossEntropyLoss(), eval_loss=EvalLoss(budget_bytes=budget_bytes))
+    with LargestTensor() as made:
+        loss = runner.eval_loss(tokens, labels, None)
+    assert made.numel == rows * vocab_size < labels.numel() * vocab_size
+    torch.testing.assert_close(loss, cross_entropy_sum(model(tokens), labels).detach())
 
 
 def test_positions_reach_the_model() -> None:

@@ -13,7 +13,7 @@ from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 from torch.distributed.tensor import DTensor
 
 from tests.unit_tests.distributed.processes import run_processes
-from torchtitan.components.loss import IGNORE_INDEX, cross_entropy_sum
+from torchtitan.components.loss import IGNORE_INDEX, EvalLoss, cross_entropy_sum
 from torchtitan.config.block_modes import get_block_modes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.pipeline_split import get_stage_modules, get_stages_of_rank
@@ -163,7 +163,7 @@ def run_case(case: Case) -> dict[str, Tensor]:
             loss_parallel=case.loss_parallel,
         ),
         loss_sum=cross_entropy_sum,
-        eval_loss_sum=cross_entropy_sum,
+        eval_loss=EvalLoss(budget_bytes=1 << 12),  # some tokens at a time
         mesh=mesh,
         parallelism=parallelism,
         training=training,
@@ -184,7 +184,7 @@ def run_case(case: Case) -> dict[str, Tensor]:
         result["loss"] += runner.forward_backward(tokens, labels, positions, loss_scale())
     # a shorter, odd batch than those of training, after training
     tokens, labels, positions = local[0]
-    result["eval"] += runner.eval_loss(tokens[:3], labels[:3], None if positions is None else positions[:3])
+    result["eval"] += runner.eval_loss(tokens[:3], labels[:3], None if positions is None else positions.split(3)[0])
     for name in ("loss", "eval"):
         for axis in ("dp", "cp"):
             torch.distributed.all_reduce(result[name], group=mesh[axis].get_group())

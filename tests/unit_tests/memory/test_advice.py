@@ -56,8 +56,6 @@ def test_every_option_is_named_where_it_helps() -> None:
     }
     fused = f"{LARGE} --liger_kernel.enable_fused_linear_cross_entropy --liger_kernel.logits_memory_budget_mib 4096"
     assert remedies(fused)["--liger_kernel.logits_memory_budget_mib 256"] > 2 << 30
-    validating = f"{LARGE} --training.local_batch_size 1 --validation.enabled --validation.seq_len 8192"
-    assert remedies(validating)["--validation.local_batch_size 4"] > 10 << 30
 
 
 def test_options_that_are_on_or_cannot_be_are_not_named() -> None:

@@ -3,6 +3,7 @@
 | file | what it holds |
 |---|---|
 | cross_entropy.py | standard: logits, then cross entropy in float32; the oracle of the others |
+| eval_loss.py | the standard loss of validation, some tokens at a time |
 | liger.py | Liger-Kernel's fused linear cross entropy, its chunks sized from a memory budget |
 | fused_linear.py | the in-tree fused linear cross entropy: CPU, GPU, and a vocabulary sharded over ranks |
 | logprobs.py | log-probabilities of the labels, by the same means, for losses of your own |
@@ -31,6 +32,7 @@ FSDP, not the trainer.
 
 from torchtitan.components.loss.build import build_loss
 from torchtitan.components.loss.cross_entropy import IGNORE_INDEX, CrossEntropyLoss, cross_entropy_sum
+from torchtitan.components.loss.eval_loss import EvalLoss
 from torchtitan.components.loss.fused_linear import (
     FusedLinearCrossEntropyLoss,
     LossOutputs,
@@ -43,6 +45,7 @@ from torchtitan.components.loss.z_loss import ZLoss
 __all__ = [
     "IGNORE_INDEX",
     "CrossEntropyLoss",
+    "EvalLoss",
     "FusedLinearCrossEntropyLoss",
     "LogProbs",
     "LossOutputs",

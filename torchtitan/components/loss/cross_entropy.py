@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchtitan.components.loss.vocab_shard import vocab_shard_of
+from torchtitan.components.loss.vocab_shard import VocabShard, vocab_shard_of
 from torchtitan.components.loss.z_loss import ZLoss
 from torchtitan.protocols.model import OutputHead
 
@@ -54,13 +54,22 @@ class CrossEntropySum:
         self._z_loss = z_loss or ZLoss()
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if not isinstance(logits, DTensor):
+            return self.of_local(logits, labels, None)
+        local = logits.to_local(grad_placements=logits.placements)
+        return self.of_local(local, labels, vocab_shard_of(logits, dim=-1))
+
+    def of_local(
+        self,
+        logits: Tensor,  # (..., Vp)
+        labels: Tensor,  # (...) int64, ids of the whole vocabulary
+        shard: VocabShard | None,  # which columns these are; None: all
+    ) -> Tensor:
         coefficient = self._z_loss.coefficient
-        if isinstance(logits, DTensor):
-            shard = vocab_shard_of(logits, dim=-1)
-            local = logits.to_local(grad_placements=logits.placements)
-            total, z_sum = self._sharded(local, labels, shard.start, logits.shape[-1], shard.group, coefficient)
-        else:
+        if shard is None:
             total, z_sum = self._whole(logits, labels, coefficient)
+        else:
+            total, z_sum = self._sharded(logits, labels, shard.start, shard.vocab_size, shard.group, coefficient)
         return total if z_sum is None else self._z_loss.apart(total, z_sum)
 
 

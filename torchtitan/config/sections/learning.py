@@ -79,7 +79,8 @@ class LigerKernel:
     parallelism; liger and native force one."""
 
     logits_memory_budget_mib: PositiveInt = 1024
-    """Memory for one chunk of logits in MiB: less memory and more chunks, or the other way round."""
+    """Memory for one chunk of logits in MiB: less memory and more chunks, or the other way round. Validation keeps to
+    it whichever loss trains, with what the standard loss makes of the logits."""
 
     weight_grad_accum_dtype: Literal["param", "float32"] = "param"
     """Dtype in which the output weight's gradient is summed over chunks: the weight's own, or float32."""
