@@ -82,3 +82,19 @@ def test_a_cuda_graph_replays_forward_and_backward() -> None:
         hidden.mul_(1.5)
     graph.replay()
     torch.testing.assert_close(captured, step(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_distillation_loss_is_that_of_logits() -> None:
+    """The student learns what its teacher gives to each token's likeliest words, beyond which nothing counts."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 16, requires_grad=True), torch.randn(37, 16, requires_grad=True)
+    teacher, words = torch.randn(5, 37).log_softmax(-1).topk(3)  # (T, 3)
+    found = linear_logprobs(hidden.unsqueeze(1).expand(-1, 3, -1), weight, words, budget_bytes=4 * 37 * 4).logprobs
+    loss = (teacher.exp() * (teacher - found)).sum(-1).mean()
+    leaves = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
+    student = (leaves[0] @ leaves[1].T).log_softmax(-1).gather(1, words)
+    expected = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    mine = torch.autograd.grad(loss, (hidden, weight))
+    for a, b in zip(mine, torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
