@@ -72,6 +72,20 @@ def test_the_policy_loss_and_its_gradients_are_those_of_logits() -> None:
         torch.testing.assert_close(names[name].grad.double(), true, rtol=1e-5, atol=1e-7)
 
 
+def test_llama_of_transformers_trains_with_its_own_loss_and_without_logits() -> None:
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    names = example("liger_kernel.md", 3)
+    model, tokens, loss = names["model"], names["tokens"], names["loss"]
+    assert model(tokens).logits.shape[-1] == model.config.hidden_size
+    fused = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    expected = model.eval()(tokens, labels=tokens).loss
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(fused, {name: p.grad for name, p in model.named_parameters()})
+
+
 def test_z_loss_is_cross_entropy_plus_the_square_of_log_z_of_valid_tokens(
     model: Transformer, registered: dict[str, Any]
 ) -> None:
