@@ -20,14 +20,15 @@ from torchtitan.models.common.model import Transformer
 
 SEQ_LEN = 32
 PROMPTS, NEW_TOKENS = ["def", "import_numpy_as"], 4
+BY_ROWS = " --liger_kernel.logits_memory_budget_mib 1"  # the logits of some of a batch's tokens at a time
 LAYOUTS = {
-    "one process": ("--validation.local_batch_size 4", 1),
+    "one process": ("--validation.local_batch_size 4" + BY_ROWS, 1),
     "fused": ("--validation.local_batch_size 4 --liger_kernel.enable_fused_linear_cross_entropy", 1),
     "compiled": ("--validation.local_batch_size 4 --training.compile", 1),
     # the second data rank has nothing in its last batch
-    "shard 2": ("--validation.local_batch_size 2 --parallelism.data_parallel_shard_degree 2", 2),
+    "shard 2": ("--validation.local_batch_size 2 --parallelism.data_parallel_shard_degree 2" + BY_ROWS, 2),
     "replicate 2": ("--validation.local_batch_size 2 --parallelism.data_parallel_replicate_degree 2", 2),
-    "tp 2": ("--validation.local_batch_size 4 --parallelism.tensor_parallel_degree 2", 2),
+    "tp 2": ("--validation.local_batch_size 4 --parallelism.tensor_parallel_degree 2" + BY_ROWS, 2),
     "tp 2, whole logits": (
         "--validation.local_batch_size 4 --parallelism.tensor_parallel_degree 2 --parallelism.disable_loss_parallel",
         2,
@@ -37,7 +38,7 @@ LAYOUTS = {
         " --liger_kernel.enable_fused_linear_cross_entropy",
         2,
     ),
-    "cp 2": ("--validation.local_batch_size 4 --parallelism.context_parallel_degree 2", 2),
+    "cp 2": ("--validation.local_batch_size 4 --parallelism.context_parallel_degree 2" + BY_ROWS, 2),
     "pp 2": ("--validation.local_batch_size 4 --parallelism.pipeline_parallel_degree 2", 2),
 }
 SAVING = """
@@ -66,7 +67,6 @@ def validating(folder: Path) -> str:
     return (
         f"--validation.enabled --validation.dataset_path {data} --validation.seq_len {SEQ_LEN} --validation.freq 2"
         f" --validation.prompts {','.join(PROMPTS)} --validation.max_new_tokens {NEW_TOKENS}"
-        " --liger_kernel.logits_memory_budget_mib 1"  # some of a batch's tokens at a time
     )
 
 

@@ -231,8 +231,8 @@ def test_cpu_offload_moves_the_states_to_the_machine() -> None:
 
 
 def test_validation_holds_the_logits_of_its_budget_only() -> None:
-    validating = f"{LARGE} --validation.enabled --validation.local_batch_size 16 --validation.seq_len 4096"
-    hidden = 16 * 4096 * llama3_flavors["1B"].dim * 2  # bf16
+    validating = f"{LARGE} --validation.enabled --validation.local_batch_size 2 --validation.seq_len 4096"
+    hidden = 2 * 4096 * llama3_flavors["1B"].dim * 2  # bf16
     for options, budget_mib in (("", 1024), (f"{FUSED} {COMPILE} --liger_kernel.logits_memory_budget_mib 256", 256)):
         (moment,) = [m for m in estimate(f"{validating} {options}").moments if m.name == "validation"]
         logits = moment.by_part("main")["loss"] - hidden
