@@ -29,7 +29,8 @@ from torchtitan.checkpoint.manager import CheckpointManager, build_checkpoint_ma
 from torchtitan.components.dataloader import Batch, build_dataloader
 from torchtitan.components.document_mask import build_document_marker
 from torchtitan.components.history import get_environment, get_report_command
-from torchtitan.components.loss import IGNORE_INDEX, ZLoss, build_loss
+from torchtitan.components.loss import IGNORE_INDEX, ZLoss
+from torchtitan.components.loss.build import build_loss
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.metrics import MetricsProcessor, build_metrics
 from torchtitan.components.optimizer import build_optimizer, get_weight_dtype
@@ -304,19 +305,18 @@ class Trainer:
         )
 
     def _build_metrics(self) -> MetricsProcessor:
-        world = utils.get_world()
         return build_metrics(
             self.config.metrics,
             dump_folder=self.config.job.dump_folder,
             start_time=utils.get_start_time(),
             config=self.config.to_dict(),
             device=self.device,
-            rank=world.rank,
+            rank=utils.get_world().rank,
             total_steps=self.config.training.steps,
             num_flops_per_token=self.model_args.get_num_flops_per_token(self.config.training.seq_len),
             non_data_parallel_degree=self.parallel_dims.cp * self.parallel_dims.tp * self.parallel_dims.pp,
             on_terminal=utils.get_progress_rank() is not None,
-            owns_progress_line=utils.get_progress_rank() == world.local_rank,
+            owns_progress_line=utils.get_progress_rank() == utils.get_world().local_rank,
         )
 
     def _build_checkpointer(self) -> CheckpointManager:

@@ -83,7 +83,7 @@ class ModelCode:
     tensor_parallel_plan: Mapping[str, Any] = field(default_factory=dict)
     """The style of torch.distributed.tensor.parallel of each module of a block; empty where it cannot be split."""
     build_loss: Callable[..., Loss] | None = None
-    """In place of components.loss.build_loss, with its arguments: a loss of the family's own. Not for pipelines."""
+    """In place of components.loss.build.build_loss, called as it is: a loss of the family's own. Not for pipelines."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@
 | valid_rows.py | the tokens that are walked over where the host knows which are ignored |
 | vocab_shard.py | which rows of the vocabulary this rank holds; the one place where a DTensor becomes local |
 | chunking.py | how many tokens fit a memory budget |
-| build.py | build_loss: which loss a configuration means |
+| build.py | build_loss: which loss a configuration means; the one file here that knows of configurations |
 
 Every loss is called as `loss(hidden, head, labels, scale)`:
 
@@ -30,7 +30,6 @@ and returns `scale * sum of this rank's cross entropies`, a float32 scalar, whos
 FSDP, not the trainer.
 """
 
-from torchtitan.components.loss.build import build_loss
 from torchtitan.components.loss.cross_entropy import IGNORE_INDEX, CrossEntropyLoss, cross_entropy_sum
 from torchtitan.components.loss.eval_loss import EvalLoss
 from torchtitan.components.loss.fused_linear import (
@@ -51,7 +50,6 @@ __all__ = [
     "LossOutputs",
     "VocabShard",
     "ZLoss",
-    "build_loss",
     "cross_entropy_sum",
     "fused_linear_cross_entropy",
     "linear_logprobs",

@@ -1,13 +1,16 @@
 """Which loss a configuration means, and what the log says of it."""
 
 import logging
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 import triton
 
-from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, ZLoss, build_loss
+from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, ZLoss
+from torchtitan.components.loss.build import build_loss
 from torchtitan.components.loss.liger import LigerFusedLinearLoss
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import LigerKernel
@@ -81,3 +84,11 @@ def test_liger_by_hand_without_a_gpu_needs_the_interpreter(interpret, monkeypatc
     else:
         with pytest.raises(ConfigError, match="implementation=liger needs a GPU, and this run is on the cpu"):
             build("liger", device_type="cpu")
+
+
+def test_the_losses_are_imported_without_configurations_and_the_trainer() -> None:
+    code = "import sys, torchtitan.components.loss; print(*(m for m in sys.modules if m.startswith('torchtitan.')))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torchtitan.components.loss.fused_linear" in loaded
+    others = [m for m in loaded if not m.startswith(("torchtitan.components.loss", "torchtitan.protocols."))]
+    assert set(others) <= {"torchtitan.components", "torchtitan.protocols"}
