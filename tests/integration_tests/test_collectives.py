@@ -48,7 +48,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
         self.traffic: Traffic = Counter()
-        self._axes = {mesh[axis].get_group().group_name: axis for axis in ("tp", "dp_shard_cp", "dp", "cp", "pp")}
+        # the last of those that share a group: dp_shard_cp is dp here
+        self._axes = {mesh[axis].get_group().group_name: axis for axis in ("tp", "dp", "cp", "pp", "dp_shard_cp")}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
