@@ -134,8 +134,12 @@ def train(
 
 
 def errors(life: Life, rank: int = 0) -> list[str]:
-    """Lines of the log that tell of an error, without their time; any other line that is no log line counts too."""
-    lines = [line for line in life.output(rank).splitlines() if " - INFO - " not in line]
+    """Lines of the log that tell of an error, without their time; any other line that is no log line counts too.
+
+    That steps of milliseconds wait for data depends on what else the machine does.
+    """
+    said = life.output(rank).splitlines()
+    lines = [line for line in said if " - INFO - " not in line and "The steps wait for data" not in line]
     return [line.partition(" - root - ")[2] or line for line in lines]
 
 

@@ -149,8 +149,8 @@ def test_mistakes_get_one_message_and_leave_nothing(run_checkpoint, tmp_path, ca
         assert "exists; name a folder that does not" in fails(capsys, "to_hf", run_checkpoint, nameless)
     with limited_files(10_000):
         to_hf, from_hf = fails(capsys, "to_hf", run_checkpoint, new), fails(capsys, "from_hf", tmp_path / "hf", new)
-    assert f"{new} was not written: SafetensorError: " in to_hf and "File too large" in to_hf
-    assert from_hf == f"{new} was not written: File too large\n"
+    assert "model.safetensors was not written: SafetensorError: " in to_hf and "File too large" in to_hf
+    assert from_hf.endswith("was not written: File too large\n")
     file = tmp_path / "hf/model.safetensors"
     file.write_bytes(file.read_bytes()[:2000])
     assert "model.safetensors" in fails(capsys, "from_hf", tmp_path / "hf", new)
@@ -165,5 +165,4 @@ def test_weights_that_are_quantized_are_refused(tmp_path, capsys):
     safetensors.torch.save_file({**weights, name: weights[name].to(torch.int8)}, file)
     capsys.readouterr()
     message = fails(capsys, "from_hf", tmp_path / "hf", tmp_path / "ours")
-    expected = "torch.float64, torch.float32, torch.float16 or torch.bfloat16"
-    assert f"{name} is torch.int8; expected {expected}" in message
+    assert f"{file}: {name} is I8; expected F64, F32, F16 or BF16" in message

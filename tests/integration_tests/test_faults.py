@@ -227,6 +227,8 @@ def test_torchrun_restarts_after_a_dead_worker_and_passes_sigterm_on(tmp_path, u
                 lambda n=num_restarts: log.read_text().count("Training starts") > n or launcher.poll() is not None,
                 seconds=TIMEOUT_S,
             )
+        # not during the start, which SIGTERM ends at once
+        wait_until(lambda: "step: " in log.read_text().rpartition("Training starts")[2], seconds=TIMEOUT_S)
         launcher.terminate()
         assert launcher.wait(TIMEOUT_S) == EXIT_PREEMPTED, log.read_text()
     finally:
@@ -265,11 +267,10 @@ def test_hung_rank_is_named_when_the_time_is_out(tmp_path, hung):
 def test_launcher_names_the_rank_that_failed_and_shows_its_words(tmp_path, error):
     """Not the one whose collective fails because of it, which is rank 0 here, whose log is shown."""
     data = tmp_path / "data.txt"
-    data.write_text("one document is not enough for two ranks " * 100 * (1 if error == "DatasetError" else 10_000))
+    data.write_text("words of a document " * 1000)
+    (tmp_path / "fault.py").write_text(FAULT_ON_RANK_1.replace("ERROR", error))
     options = f"{OPTIONS} {PAIR_SAVING} --training.dataset_path {data} --job.dump_folder {tmp_path / 'run'}"
-    if error == "KeyError":
-        (tmp_path / "bug.py").write_text(BUG_ON_RANK_1)
-        options += " --experimental.custom_import bug"
+    options += " --experimental.custom_import fault"
     result = subprocess.run(
         [sys.executable, "-m", "torchtitan.launch", "--nproc_per_node", "2", *options.split()],
         cwd=tmp_path,
@@ -284,21 +285,21 @@ def test_launcher_names_the_rank_that_failed_and_shows_its_words(tmp_path, error
     ending = f"Rank 1 exited with status {status}{heals}. The end of its output:\n"
     _, found, words = result.stderr.partition(ending)
     assert found, result.stderr
-    cause = {"DatasetError": "there is no document for data rank 1 of 2", "KeyError": "KeyError: 'a bug'"}[error]
-    assert cause in words
+    assert {"DatasetError": "DatasetError: a fault", "KeyError": "KeyError: 'a fault'"}[error] in words
     assert "LostRankError" not in result.stdout + result.stderr
 
 
-BUG_ON_RANK_1 = """
+FAULT_ON_RANK_1 = """
 import os
 import tests.integration_tests.tiny_llama3
 import __main__ as train  # python -m torchtitan.train
+from torchtitan.config.errors import DatasetError
 
 train_step = train.Trainer.train_step
 
 def fail(self, batches):
     if self.step == 3 and os.environ["RANK"] == "1":
-        raise KeyError("a bug")
+        raise ERROR("a fault")
     return train_step(self, batches)
 
 train.Trainer.train_step = fail

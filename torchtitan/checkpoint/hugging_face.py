@@ -117,7 +117,7 @@ class HuggingFaceFormat:
                     safetensors.torch.save_file(converted, target / titles[number], metadata={"format": "pt"})
                     sync(target / titles[number])
                 except Exception as error:  # safetensors has its own for a full disk
-                    raise CheckpointError(reason(error)) from error
+                    raise CheckpointError(f"{target / titles[number]} was not written: {reason(error)}") from error
 
         def finish() -> None:
             check_sizes(target, dict.fromkeys(titles, 1))
@@ -154,7 +154,11 @@ class HuggingFaceFormat:
         All weights are in memory at once. Raises as load does.
         """
         boxes = {name: (shape, (0,) * len(shape), tuple(shape)) for name, shape in shapes.items()}
-        save_alone(target, dict(self._read(source, boxes)))
+        weights = dict(self._read(source, boxes))
+        try:
+            save_alone(target, weights)
+        except CheckpointError as error:
+            raise CheckpointError(f"{target} was not written: {error}") from error
         _copy_files(("config.json", "generation_config.json", *TOKENIZER_FILES), source, target)
 
     @torch.no_grad()
