@@ -15,7 +15,7 @@ def observe(loss_parallel: bool) -> dict[str, Any]:
     between: dict[str, Any] = {}
     model.layers["1"].register_forward_hook(lambda module, args, out: between.update(block=(type(out), out.shape)))
     model.layers["1"].attention.sdpa.register_forward_hook(
-        lambda module, args, out: between.update(heads=tuple(x.size(1) for x in args))
+        lambda module, args, out: between.update(heads=tuple(x.size(1) for x in args if x is not None))
     )
     with torch.no_grad():
         hidden = model(tokens, return_hidden_states=True)

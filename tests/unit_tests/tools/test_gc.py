@@ -37,6 +37,7 @@ def test_collects_only_at_the_chosen_steps() -> None:
 
 
 def test_debug_names_the_tensors_in_cycles_and_frees_them(caplog: pytest.LogCaptureFixture) -> None:
+    gc.collect()  # what other tests left
     collection = GarbageCollection(50, debug=True)
     Node(torch.zeros(3, 5))
     collection.run(1)

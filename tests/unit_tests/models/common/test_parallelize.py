@@ -102,9 +102,9 @@ def results() -> dict[str, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_loss_and_gradients_equal_those_of_one_process(
-    case: Case, results: dict[str, dict[str, Tensor]]
+    case: str, results: dict[str, dict[str, Tensor]]
 ) -> None:
-    model = Transformer(ARGS(**case.args))  # without any wrapping
+    model = Transformer(ARGS(**CASES[case].args))  # without any wrapping
     init_parameters(model, seed=7, device="cpu")
     tokens, labels = get_batch()
     loss = loss_sum(model(tokens), labels)
