@@ -225,9 +225,7 @@ def test_a_model_without_an_estimate_cannot_choose(mesh: Any, monkeypatch: pytes
         raise NotImplementedError("no meta kernel")
 
     monkeypatch.setattr(plan, "MemoryModel", fail)
-    with pytest.raises(
-        ConfigError, match="llama3 1B: no meta kernel; use another activation_checkpoint.mode"
-    ):
+    with pytest.raises(ConfigError, match="llama3 1B: no meta kernel; use another activation_checkpoint.mode"):
         plan_memory(parse(LARGE), world=get_world(), mesh=mesh, device=CPU)
 
 
