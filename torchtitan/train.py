@@ -82,16 +82,15 @@ class Trainer:
         # text to batches
         self.tokenizer = build_tokenizer(config.model.tokenizer_path)
         check_vocab_size(config, self.tokenizer.vocab_size)
-        microbatch = config.training.local_batch_size * self.parallel_dims.dp  # sequences, of all ranks
-        self.global_batch_size = max(microbatch, config.training.global_batch_size)  # which may be -1
-        self.num_microbatches = self.global_batch_size // microbatch  # it divides: config/validate.py
+        self.num_microbatches = self.parallel_dims.get_num_microbatches(training)
+        global_batch_size = self.parallel_dims.get_global_batch_size(training)
         self.dataloader = build_dataloader(
             training=config.training,
             tokenizer=self.tokenizer,
             dp_rank=self.mesh["dp"].get_local_rank(),
             dp_world_size=self.parallel_dims.dp,
             batch_size=config.training.local_batch_size,
-            global_batch_size=self.global_batch_size,
+            global_batch_size=global_batch_size,
             seq_len=config.training.seq_len,
             seed=self.seed,
         )
@@ -130,7 +129,7 @@ class Trainer:
         self.guard = RunGuard(self.device)
         logger.info(
             f"Trainer is initialized with local batch size {config.training.local_batch_size}, "
-            f"global batch size {self.global_batch_size}, "
+            f"global batch size {global_batch_size}, "
             f"gradient accumulation steps {self.num_microbatches}, sequence length {training.seq_len}, total steps "
             f"{training.steps} (warmup {min(config.lr_scheduler.warmup_steps, training.steps)}), seed {self.seed}"
         )

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from torchtitan.config.errors import ConfigError
-from torchtitan.config.sections import Parallelism
+from torchtitan.config.sections import Parallelism, Training
 
 _SHARD = "data_parallel_shard_degree"
 
@@ -51,6 +51,14 @@ class ParallelDims:
     def dp(self) -> int:
         """Ranks that read different sequences."""
         return self.dp_replicate * self.dp_shard
+
+    def get_global_batch_size(self, training: Training) -> int:
+        """Sequences of a step, over all ranks and microbatches: one microbatch of each rank where that is -1."""
+        return max(training.local_batch_size * self.dp, training.global_batch_size)
+
+    def get_num_microbatches(self, training: Training) -> int:
+        """In which a rank takes its part of a step. The global batch divides: config/validate.py."""
+        return self.get_global_batch_size(training) // (training.local_batch_size * self.dp)
 
     @property
     def fsdp(self) -> int:

@@ -78,11 +78,10 @@ def stages(config: JobConfig, dims: ParallelDims, n_layers: int) -> Iterator[str
 
 def batches(config: JobConfig, dims: ParallelDims) -> str:
     training = config.training
-    sequences = training.local_batch_size * dims.dp
-    whole = max(sequences, training.global_batch_size)  # which may be -1
+    whole = dims.get_global_batch_size(training)
     return (
         f"A step: {whole} sequences of {training.seq_len} tokens, {whole * training.seq_len:,} in all;"
-        f" {dims.dp} ranks read {training.local_batch_size} at a time, {whole // sequences} time(s)"
+        f" {dims.dp} ranks read {training.local_batch_size} at a time, {dims.get_num_microbatches(training)} time(s)"
     )
 
 
@@ -105,7 +104,7 @@ def data(config: JobConfig, dims: ParallelDims) -> Iterator[str]:
         dp_rank=0,
         dp_world_size=dims.dp,
         batch_size=config.training.local_batch_size,
-        global_batch_size=max(config.training.local_batch_size * dims.dp, config.training.global_batch_size),
+        global_batch_size=dims.get_global_batch_size(config.training),
         seq_len=config.training.seq_len,
         seed=config.training.seed or 0,
     )

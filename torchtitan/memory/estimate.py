@@ -328,7 +328,7 @@ class _Rank:
     def _reduced_before(self) -> int:
         """Gradients of earlier microbatches of the step, which are on their shards from the start."""
         training = self.config.training
-        if self.is_offloaded or training.global_batch_size in (-1, training.local_batch_size * self.dims.dp):
+        if self.is_offloaded or self.dims.get_num_microbatches(training) == 1:
             return 0
         return self.all_shards
 
