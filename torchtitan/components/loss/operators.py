@@ -34,8 +34,6 @@ from torchtitan.components.loss.softmax_gradient import (
 from torchtitan.components.loss.terms import Terms
 from torchtitan.components.loss.vocab_shard import VocabShard
 
-_NUM_STATISTICS = 6
-
 
 @torch.library.custom_op("torchtitan::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy(
@@ -58,7 +56,7 @@ def linear_cross_entropy(
     with _on_device_of(hidden):
         statistics = factors.new_empty(all_terms.num_statistics, len(hidden))
         gradients = GradientProducts(hidden, weight, bias, accum_dtype=accum_dtype, needs=needs)
-        chunks = ChunkedLogits(hidden, weight, budget_bytes=budget_bytes, shard=VocabShard.from_arguments(shard, group))
+        chunks = _chunks(hidden, weight, budget_bytes, shard, group)
         _walk(chunks, labels, factors, all_terms, statistics, gradients if any(needs) else None)
         del chunks  # before the sum over chunks is cast
         losses = cross_entropies(statistics, labels, all_terms)
@@ -160,8 +158,7 @@ def linear_logprobs(
     """Log-probabilities of the labels and entropies, (T,) each, and the statistics (K, T)."""
     all_terms = _terms(weight, bias, None, terms, True, shard)
     with _on_device_of(hidden):
-        vocab_shard = VocabShard.from_arguments(shard, group)
-        chunks = ChunkedLogits(hidden, weight, budget_bytes=budget_bytes, shard=vocab_shard)
+        chunks = _chunks(hidden, weight, budget_bytes, shard, group)
         statistics = hidden.new_empty(all_terms.num_statistics, len(hidden), dtype=get_loss_dtype(hidden))
         for rows, _, found in chunks.with_statistics(labels, all_terms):
             statistics[:, rows] = found
@@ -171,7 +168,11 @@ def linear_logprobs(
 @linear_logprobs.register_fake
 def _(hidden: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     of_token = hidden.new_empty(len(hidden), dtype=get_loss_dtype(hidden))
-    return of_token, torch.empty_like(of_token), of_token.new_empty(_NUM_STATISTICS, len(hidden))
+    return (
+        of_token,
+        torch.empty_like(of_token),
+        of_token.new_empty(Terms(len(weight), outputs=True).num_statistics, len(hidden)),
+    )
 
 
 @torch.library.custom_op("torchtitan::linear_logprobs_backward", mutates_args=())
@@ -193,8 +194,7 @@ def linear_logprobs_backward(
     """The gradients of hidden, weight and bias, empty where they are not needed."""
     all_terms = _terms(weight, bias, None, terms, True, shard)
     with _on_device_of(hidden):
-        vocab_shard = VocabShard.from_arguments(shard, group)
-        chunks = ChunkedLogits(hidden, weight, budget_bytes=budget_bytes, shard=vocab_shard)
+        chunks = _chunks(hidden, weight, budget_bytes, shard, group)
         gradients = GradientProducts(hidden, weight, bias, accum_dtype=accum_dtype, needs=needs)
         for i, rows in enumerate(chunks.rows):
             coefficients = log_probability_coefficients(statistics[:, rows], d_logprobs[rows], d_entropies[rows])
@@ -242,6 +242,10 @@ def _compute_gradients(ctx: Any, d_logprobs: Tensor, d_entropies: Tensor, _: Any
 
 
 linear_logprobs.register_autograd(_compute_gradients, setup_context=_save_inputs)
+
+
+def _chunks(hidden: Tensor, weight: Tensor, budget_bytes: int, shard: Sequence[int], group: str) -> ChunkedLogits:
+    return ChunkedLogits(hidden, weight, budget_bytes=budget_bytes, shard=VocabShard.from_arguments(shard, group))
 
 
 def _terms(
