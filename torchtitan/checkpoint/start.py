@@ -115,7 +115,7 @@ class Start:
         if excluded and excluded == self.ranks.ask_first(lambda: self.folder.excluded_before(path)):
             try:
                 return self.contents.load(path, STATES, excluded=())
-            except DataloaderStateError:  # the layout has changed once more
+            except DataloaderStateError:  # the data is another once more
                 if "dataloader" not in excluded:
                     raise
                 excluded = ["dataloader"]
