@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from torchtitan.config import ConfigManager
-from torchtitan.config.block_modes import describe_block_modes
+from torchtitan.config.block_modes import ASSUMED_GIB, describe_block_modes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import JobConfig
@@ -38,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--world_size", "--world-size", type=int, default=os.environ.get("NGPU", 1), help="GPUs")
-    parser.add_argument("--gib", type=float, default=79.1, help="memory of a GPU (default: that of an H100 80GB)")
+    parser.add_argument(
+        "--gib", type=float, default=ASSUMED_GIB, help="memory of a GPU (default: that of an H100 80GB)"
+    )
     parser.add_argument("--write", type=Path, metavar="FILE", help="find the largest training.local_batch_size")
     parser.add_argument("--longest", action="store_true", help="with --write: the longest training.seq_len instead")
     launch, options = parser.parse_known_args(argv)

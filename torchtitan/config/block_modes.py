@@ -9,6 +9,9 @@ from torchtitan.config.sections import ActivationCheckpoint
 BlockMode = Literal["none", "op", "full"]
 """What a block does in backward: nothing again, what is cheap for its size, or all of its forward."""
 
+ASSUMED_GIB = 79.1
+"""Memory of a GPU that is not there, by which activation_checkpoint.mode = "auto" chooses: that of an H100 80GB."""
+
 BLOCK_MODES: dict[BlockMode, str] = {
     "none": "keep all",
     "op": "keep the costly results",

@@ -11,7 +11,7 @@ from torchtitan.components.dataloader import build_dataloader
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.loss.build import describe_loss
 from torchtitan.components.tokenizer import build_tokenizer
-from torchtitan.config.block_modes import describe_block_modes
+from torchtitan.config.block_modes import ASSUMED_GIB, describe_block_modes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import JobConfig
@@ -22,9 +22,6 @@ from torchtitan.memory.estimate import GIB, MemoryModel, describe
 from torchtitan.memory.plan import choose_block_modes
 from torchtitan.protocols.custom_import import maybe_import_custom
 from torchtitan.protocols.train_spec import find_family, get_run_args
-
-CAPACITY_GIB = 79.1
-"""Memory of a GPU, by which activation_checkpoint.mode = "auto" chooses: that of an H100 80GB."""
 
 
 def show(config: JobConfig, *, world_size: int, device_type: str) -> int:
@@ -87,7 +84,7 @@ def batches(config: JobConfig, dims: ParallelDims) -> str:
 
 def memory(config: JobConfig, world_size: int) -> Iterator[str]:
     model = MemoryModel(config, world_size=world_size)
-    block_modes = choose_block_modes(config, model, config.activation_checkpoint.memory_share * CAPACITY_GIB * GIB)
+    block_modes = choose_block_modes(config, model, config.activation_checkpoint.memory_share * ASSUMED_GIB * GIB)
     yield f"{describe(model.estimate(block_modes))}; {describe_block_modes(block_modes)}"
     if model.dims.pp > 1:
         peaks = (model.estimate_rank(rank, block_modes).peak / GIB for rank in range(model.dims.pp))
