@@ -184,6 +184,7 @@ class Trainer:
         )
         self.guard.note_stop(stop)
         scale = 1 / num_valid_tokens.clamp(min=1)
+
         loss = self.memory.run(partial(self._forward_backward, microbatches, scale), self.runner.model_parts)
         grad_norm = utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         lr = self.lr_scheduler.lr
