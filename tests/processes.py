@@ -3,6 +3,7 @@
 import multiprocessing
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 # One process imports what most tests need, and those that tests start are forked from it: each then begins in a tenth
@@ -20,16 +21,24 @@ def wait_until(condition: Callable[[], bool], what: str = "the condition", secon
 
 def is_running(pid: int) -> bool:
     """Zombies have ended too."""
-    try:
+    with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    return False
+
+
+def find_children(pid: int) -> list[int]:
+    """Ids of the processes that a process has started; threads and processes may end while they are listed."""
+    found: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found += map(int, children.read_text().split())
+    return found
 
 
 def find_worker(launcher: int, rank: int) -> int:
     """The process id of a rank among the children of its launcher."""
-    for children in Path(f"/proc/{launcher}/task").glob("*/children"):
-        for pid in children.read_text().split():
+    for pid in find_children(launcher):
+        with suppress(FileNotFoundError, ProcessLookupError):
             if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                return int(pid)
+                return pid
     raise AssertionError(f"the launcher has no worker of rank {rank}")

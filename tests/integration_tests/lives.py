@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 import torchtitan.train
-from tests.processes import FORKED
+from tests.processes import FORKED, find_children
 from torchtitan.config.errors import EXIT_MISTAKE
 
 REPO = Path(__file__).parents[2]
@@ -104,8 +104,7 @@ class Life:
 
     def children(self) -> list[int]:
         """Ids of the processes that those of this run have started."""
-        files = [file for process in self.processes for file in Path(f"/proc/{process.pid}/task").glob("*/children")]
-        return [int(pid) for file in files for pid in file.read_text().split()]
+        return [child for process in self.processes for child in find_children(process.pid)]
 
     def output(self, rank: int = 0) -> str:
         log = self._log(rank)
