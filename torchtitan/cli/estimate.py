@@ -130,14 +130,13 @@ def find_largest(
 
 def to_table(estimate: "MemoryEstimate") -> str:
     """Every moment by part, and the peak."""
-    from torchtitan.memory.estimate import GIB, PARTS, STREAMS
+    from torchtitan.memory.estimate import GIB, PARTS
 
     heading = "GiB" if estimate.pp_rank is None else f"GiB, on pipeline rank {estimate.pp_rank}"
     rows: list[tuple[str, Iterable[str]]] = [(heading, (*PARTS, "sum"))]
     for moment in estimate.moments:
-        parts = moment.by_part(*STREAMS)
         name = f"{moment.name} (most in use)" if moment is estimate.worst_moment else moment.name
-        rows.append((name, (f"{n / GIB:.2f}" for n in (*(parts[part] for part in PARTS), moment.total))))
+        rows.append((name, (f"{n / GIB:.2f}" for n in (*(moment.parts[part] for part in PARTS), moment.total))))
     rows.append(
         ("peak: reserved for all moments", (f"{n / GIB:.2f}" for n in (*estimate.parts.values(), estimate.peak)))
     )

@@ -5,7 +5,7 @@ The numbers behind the options are estimates (estimate.py) of the same run with 
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -24,16 +24,15 @@ _WORTH_NAMING = 0.01
 """Share of the peak that an option must free."""
 
 
-@dataclass(frozen=True)
-class Remedy:
+class Remedy(NamedTuple):
     """One change that needs less memory."""
 
-    text: str
-    """The flags, or what to do."""
     freed: int
     """Bytes of the estimated peak."""
     peak: int
     """The estimated peak afterwards, in bytes."""
+    text: str
+    """The flags, or what to do."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -61,14 +60,14 @@ def explain_out_of_memory(
             f"OutOfMemoryError: the machine's memory does not suffice: {error}. Use a smaller training.local_batch_size"
             " or training.seq_len, a smaller model.flavor, or a GPU"
         )
-    lines = [f"OutOfMemoryError: {str(error).split(' If reserved but')[0].strip()}"]
+    told = f"OutOfMemoryError: {str(error).split(' If reserved but')[0].strip()}"
     try:
         estimate = estimate_memory(config, world_size=world_size, mesh=mesh, block_modes=block_modes)
         remedies = list_remedies(config, world_size=world_size, mesh=mesh, block_modes=block_modes)
     except Exception:  # the estimate may not know the model, or the error may have come before there was a mesh
-        return lines[0]
-    lines.append(f"{describe(estimate)}; most is in use at this moment: {estimate.worst_moment.name}.")
-    return "\n".join([*lines, *remedies])
+        return told
+    moment = f"{describe(estimate)}; most is in use at this moment: {estimate.worst_moment.name}."
+    return "\n".join([told, moment, *remedies])
 
 
 def list_remedies(
@@ -105,8 +104,8 @@ def get_remedies(
         stays = changed.activation_checkpoint == config.activation_checkpoint
         after = estimate_memory(changed, world_size=ranks, mesh=mesh, block_modes=block_modes if stays else None).peak
         if peak - after >= _WORTH_NAMING * peak:
-            remedies.append(Remedy(text, peak - after, after))
-    return sorted(remedies, key=lambda remedy: -remedy.freed)
+            remedies.append(Remedy(peak - after, after, text))
+    return sorted(remedies, reverse=True)
 
 
 def _changes(config: JobConfig, world_size: int, liger_installed: bool) -> Iterator[tuple[str, JobConfig, int]]:
@@ -131,11 +130,11 @@ def _changes(config: JobConfig, world_size: int, liger_installed: bool) -> Itera
     yield with_flags(training__compile=True)
     yield with_flags(activation_checkpoint__mode="selective", activation_checkpoint__selective_ac_option="op")
     yield with_flags(activation_checkpoint__mode="full")
-    if training.local_batch_size > 1:
-        per_step = ParallelDims.from_config(config.parallelism, world_size).dp * training.local_batch_size
+    if (batch := training.local_batch_size) > 1:
+        dims = ParallelDims.from_config(config.parallelism, world_size)
         yield with_flags(
-            training__local_batch_size=_largest_divisor(training.local_batch_size),
-            training__global_batch_size=per_step if training.global_batch_size == -1 else training.global_batch_size,
+            training__local_batch_size=max(smaller for smaller in range(1, batch) if batch % smaller == 0),
+            training__global_batch_size=dims.get_global_batch_size(training),
         )
     if validation.enabled and validation.local_batch_size > 1:
         yield with_flags(validation__local_batch_size=validation.local_batch_size // 2)
@@ -144,8 +143,3 @@ def _changes(config: JobConfig, world_size: int, liger_installed: bool) -> Itera
     _, changed, _ = with_flags(parallelism__data_parallel_shard_degree=-1)
     if training.global_batch_size == -1:
         yield "twice as many GPUs, the weights sharded over them", changed, 2 * world_size
-
-
-def _largest_divisor(number: int) -> int:
-    """Below the number itself."""
-    return max(divisor for divisor in range(1, number) if number % divisor == 0)

@@ -12,9 +12,8 @@ above the GPU's memory may still work, more slowly.
 A *unit* is what FSDP gathers as a whole: the embedding, a block, the norm, the output.
 """
 
-import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,29 +55,30 @@ FRAGMENTATION = 0.02
 
 Part = Literal["weights", "gradients", "optimizer", "activations", "loss"]
 PARTS: tuple[Part, ...] = ("weights", "gradients", "optimizer", "activations", "loss")
-Stream = Literal["main", "gather", "reduce"]
-STREAMS: tuple[Stream, ...] = ("main", "gather", "reduce")
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is in memory at one moment: bytes by stream and part."""
+    """What is in memory at one moment, in bytes."""
 
     name: str
-    in_use: Mapping[tuple[Stream, Part], int]
+    main: Counter[Part]
+    """On the stream of the computation."""
+    gathering: int = 0
+    """Weights, on the stream that gathers them."""
+    reducing: int = 0
+    """Gradients, on the stream that reduces them."""
     gap: int = 0
-    """Bytes on the main stream between tensors of the loss, too few for any of its others."""
+    """On the main stream between tensors of the loss, too few for any of its others."""
+
+    @property
+    def parts(self) -> Counter[Part]:
+        """All streams'."""
+        return self.main + Counter({"weights": self.gathering, "gradients": self.reducing})
 
     @property
     def total(self) -> int:
-        return sum(self.in_use.values())
-
-    def by_part(self, *streams: Stream) -> Counter[Part]:
-        parts: Counter[Part] = Counter()
-        for (stream, part), nbytes in self.in_use.items():
-            if stream in streams:
-                parts[part] += nbytes
-        return parts
+        return self.parts.total()
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,10 @@ class MemoryEstimate:
     @property
     def parts(self) -> dict[Part, int]:
         """The peak, by part."""
-        main = max(
-            (m.by_part("main") + Counter({"loss": m.gap}) for m in self.moments), key=lambda parts: parts.total()
-        )
+        main = max((moment.main + Counter({"loss": moment.gap}) for moment in self.moments), key=Counter.total)
         parts = {part: round(main[part] * (1 + FRAGMENTATION)) for part in PARTS}
-        parts["weights"] += max(moment.by_part("gather").total() for moment in self.moments)
-        parts["gradients"] += max(moment.by_part("reduce").total() for moment in self.moments)
+        parts["weights"] += max(moment.gathering for moment in self.moments)
+        parts["gradients"] += max(moment.reducing for moment in self.moments)
         return parts
 
     @property
@@ -173,7 +171,7 @@ class _Rank:
         stages = _get_stages(config, dims, measured.n_layers, pp_rank)
         names = [name for stage in stages for name in stage]
         self.block_uses = [measured.blocks[block_modes[number]] for number in _get_blocks(stages)]
-        no_unit = Unit(())
+        no_unit = Unit()
         self.embedding, self.norm, self.output = (
             measured.units[name] if name in names else no_unit for name in ("tok_embeddings", "norm", "output")
         )
@@ -185,7 +183,7 @@ class _Rank:
         self.weight_bytes = get_weight_dtype(config.training, config.optimizer).itemsize
         is_compact = config.optimizer.state_precision == "compact"
         states = COMPACT_STATES if is_compact else NUM_ADAM_MOMENTS * self.weight_bytes
-        num_elements = sum(self._shard_numel(unit) for unit in self.units)
+        num_elements = sum(unit.shard for unit in self.units)
         self.all_shards = self.weight_bytes * num_elements
         self.states = round(states * num_elements)
         # of each kind of block the last, which has the most before it, and the first, behind whose backward most
@@ -197,7 +195,16 @@ class _Rank:
 
     def estimate(self) -> MemoryEstimate:
         host = self.is_offloaded * (2 * self.all_shards + self.states)
-        return MemoryEstimate(self._get_moments(), host, self.pp_rank if self.dims.pp > 1 else None)
+        moments = [
+            self._moment("start", weights=self.measured.largest_parameter * FLOAT32, has_optimizer=False),
+            *self._get_forward_moments(),
+            *self._get_backward_moments(),
+            self._moment("optimizer", reduced=self._reduced(self.units), optimizer=self._optimizer_copies),
+        ]
+        if self.config.validation.enabled and self.has_output:
+            gathered, loss = self._gathered([self.norm, self.head]), self.measured.validation
+            moments.append(self._moment("validation", reduced=self._reduced(self.units), weights=gathered, loss=loss))
+        return MemoryEstimate(moments, host, self.pp_rank if self.dims.pp > 1 else None)
 
     def _get_other_microbatches(self, num_stages: int) -> float:
         """Pipeline microbatches whose activations wait for their backward while one is worked on."""
@@ -215,18 +222,6 @@ class _Rank:
         else:  # interleaved: the warm-up, and one more
             passes = (num_stages - 1) * pp + 2 * (pp - self.pp_rank - 1) + 1
         return max(0, min(passes, num_microbatches * num_stages) / num_stages - 1)
-
-    def _get_moments(self) -> list[Moment]:
-        moments = [
-            self._moment("start", weights=self.measured.largest_parameter * FLOAT32, has_optimizer=False),
-            *self._get_forward_moments(),
-            *self._get_backward_moments(),
-            self._moment("optimizer", reduced=self._reduced(self.units), optimizer=self._optimizer_copies),
-        ]
-        if self.config.validation.enabled and self.has_output:
-            gathered, loss = self._gathered([self.norm, self.head]), self.measured.validation
-            moments.append(self._moment("validation", reduced=self._reduced(self.units), weights=gathered, loss=loss))
-        return moments
 
     def _get_forward_moments(self) -> Iterator[Moment]:
         gathering = self._gathering(self.block) + max(self._gathering(self.block), self._gathering(self.embedding))
@@ -252,7 +247,7 @@ class _Rank:
     def _get_backward_moments(self) -> Iterator[Moment]:
         """Behind each module's backward, with FSDP, the moment when its gradient is copied to be reduced."""
         num_blocks, boundary = len(self.block_uses), self.measured.boundary
-        if self.output.shapes and self.has_fsdp:
+        if self.output.numel and self.has_fsdp:
             yield self._moment(
                 "gradient of the output",
                 reduced=self._reduced([self.output]),
@@ -282,7 +277,7 @@ class _Rank:
                     activations=self._kept(i) + boundary,
                     gradients=self._gathered([self.tied]) + self._staged(self.block),
                 )
-        if self.embedding.shapes:
+        if self.embedding.numel:
             # without FSDP the gradient of what was looked up is cast to the table's float32
             cast = casts_weights(self.config, self.dims) * boundary * FLOAT32 // self.param_bytes
             yield self._moment(
@@ -303,21 +298,18 @@ class _Rank:
         self, name: str, *, reduced: int = 0, gathering: int = 0, has_optimizer: bool = True, gap: int = 0, **parts: int
     ) -> Moment:
         """`parts` come on top of what a rank always has; gradients that are `reduced` are on their shards."""
-        in_use: Counter[tuple[Stream, Part]] = Counter({("main", part): parts.get(part, 0) for part in PARTS})
-        in_use["main", "weights"] += (not self.is_offloaded) * self.all_shards + self.measured.buffers
-        in_use["main", "optimizer"] += (has_optimizer and not self.is_offloaded) * self.states
-        in_use["main", "gradients"] += self._pipeline_accumulators
-        in_use["main", "activations"] += LIBRARY_WORKSPACES
-        in_use["reduce" if self.has_fsdp else "main", "gradients"] += reduced
-        in_use["gather", "weights"] += gathering
-        return Moment(name, in_use, gap)
-
-    def _shard_numel(self, unit: Unit) -> int:
-        return _get_shard_numel(unit, self.dims.fsdp)
+        main: Counter[Part] = Counter({part: parts.get(part, 0) for part in PARTS})
+        main["weights"] += (not self.is_offloaded) * self.all_shards + self.measured.buffers
+        main["optimizer"] += (has_optimizer and not self.is_offloaded) * self.states
+        if self.dims.pp > 1:  # FSDP adds up a rank's whole gradients, and reduces them after the last microbatch
+            main["gradients"] += FLOAT32 * sum(unit.numel for unit in self.units)
+        main["gradients"] += (not self.has_fsdp) * reduced
+        main["activations"] += LIBRARY_WORKSPACES
+        return Moment(name, main, gathering, self.has_fsdp * reduced, gap)
 
     def _reduced(self, units: Iterable[Unit]) -> int:
         """Gradients on their shards, of a microbatch that has got so far."""
-        shards = [self.weight_bytes * self._shard_numel(unit) for unit in units]
+        shards = [self.weight_bytes * unit.shard for unit in units]
         if self.is_offloaded:  # each goes to the machine's memory at once
             return max(shards, default=0)
         # where nothing is sharded, FSDP copies a unit's gradient once more to scale it (torch 2.11 and 2.13)
@@ -331,11 +323,6 @@ class _Rank:
         if self.is_offloaded or self.dims.get_num_microbatches(training) == 1:
             return 0
         return self.all_shards
-
-    @property
-    def _pipeline_accumulators(self) -> int:
-        """With pipeline stages FSDP adds up a rank's whole gradients, and reduces them after the last microbatch."""
-        return FLOAT32 * sum(unit.numel for unit in self.units) if self.dims.pp > 1 else 0
 
     def _gathered(self, units: Iterable[Unit]) -> int:
         """Whole weights, as the layers read them."""
@@ -351,14 +338,14 @@ class _Rank:
 
     def _gathering(self, unit: Unit) -> int:
         """The buffer into which a unit is gathered, and this rank's part of it."""
-        return self.param_bytes * self._shard_numel(unit) * (self.dims.fsdp + 1) if self.dims.fsdp > 1 else 0
+        return self.param_bytes * unit.shard * (self.dims.fsdp + 1) if self.dims.fsdp > 1 else 0
 
     def _staged(self, unit: Unit) -> int:
         """A unit's whole gradient, and its float32 copy that is reduced."""
         return self.has_fsdp * self.param_bytes * unit.numel + self._being_reduced(unit)
 
     def _being_reduced(self, unit: Unit) -> int:
-        return self.has_fsdp * FLOAT32 * self._shard_numel(unit) * self.dims.fsdp
+        return self.has_fsdp * FLOAT32 * unit.shard * self.dims.fsdp
 
     @property
     def _optimizer_copies(self) -> int:
@@ -366,7 +353,7 @@ class _Rank:
             return 0
         if self.config.optimizer.implementation == "foreach":
             return NUM_FOREACH_COPIES * self.all_shards
-        largest = max(shape.numel() for unit in self.units for shape in unit.shapes)
+        largest = max(unit.largest for unit in self.units)
         return NUM_FOR_LOOP_COPIES * FLOAT32 * largest // self.dims.fsdp
 
 
@@ -377,9 +364,6 @@ def _get_stages(config: JobConfig, dims: ParallelDims, n_layers: int, pp_rank: i
     stages = get_stage_modules(config.parallelism, n_layers)
     schedule = config.parallelism.pipeline_parallel_schedule
     return [stages[i] for i in get_stages_of_rank(schedule, pp_rank, dims.pp, len(stages))]
-
-
-_get_shard_numel = functools.cache(Unit.shard_numel)
 
 
 def _get_blocks(stages: list[list[str]]) -> list[int]:

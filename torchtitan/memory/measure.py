@@ -6,10 +6,11 @@ that are left to others: FSDP, which is arithmetic (estimate.py), and compilatio
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from torchtitan.distributed.utils import local_tensor
 from torchtitan.memory.trace import Float8Linear, MemoryTrace, with_gpu_kernels
 from torchtitan.protocols.model import Decoder, TiedOutputHead
 from torchtitan.protocols.sequences import Sequences
-from torchtitan.protocols.train_spec import find_family, get_run_args
+from torchtitan.protocols.train_spec import ModelArgs, find_family, get_run_args
 from torchtitan.tools.logging import logger
 
 
@@ -41,19 +42,14 @@ class Use:
     backward: int
 
 
-@dataclass(frozen=True)
-class Unit:
-    """The parameters of one FSDP unit, as tensor parallelism leaves them to a rank."""
+class Unit(NamedTuple):
+    """Elements of the parameters of one FSDP unit, as tensor parallelism leaves them to a rank."""
 
-    shapes: tuple[torch.Size, ...]
-
-    @property
-    def numel(self) -> int:
-        return sum(shape.numel() for shape in self.shapes)
-
-    def shard_numel(self, num_ranks: int) -> int:
-        """FSDP cuts dim 0 and pads the last shard."""
-        return sum(-(-shape[0] // num_ranks) * math.prod(shape[1:]) for shape in self.shapes)
+    numel: int = 0
+    shard: int = 0
+    """Of each rank of FSDP, which cuts dim 0 and pads the last shard."""
+    largest: int = 0
+    """Of the largest parameter."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,8 @@ class Measured:
 def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measured:
     """Run one block in each mode and the loss; `mesh` is that of the run, if it is running."""
     with nullcontext(mesh) if mesh is not None else _mesh_of_shapes(dims) as mesh:
-        model = _build(config, dims, mesh)
+        args = get_run_args(config.model, max_seq_len=config.max_seq_len)
+        model = _build(config, dims, mesh, args)
         whole = dims.pp == 1
         sequences = config.training.local_batch_size if whole else config.parallelism.pipeline_parallel_microbatch_size
         tokens_shape = (sequences, config.training.seq_len // dims.cp)
@@ -91,15 +88,17 @@ def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measure
             set_block_modes(model, [mode])
             model.zero_grad()  # the gradients count as made
             block_args = _run(model, tokens_shape, dims)[1]
-            blocks[mode] = _trace_block(model.layers["0"], block_args, is_compiled=config.training.compile)
+            x = block_args[0].detach().requires_grad_()
+            block = partial(model.layers["0"], x, *block_args[1:])
+            blocks[mode] = _trace(block, is_compiled=config.training.compile)
         hidden, _ = _run(model, tokens_shape, dims)
         return Measured(
-            n_layers=_get_args(config).n_layers,
+            n_layers=args.n_layers,
             units={
-                "tok_embeddings": _unit(model.tok_embeddings),
-                "block": _unit(model.layers["0"]),
-                "norm": _unit(model.norm),
-                "output": _unit(model.output),
+                "tok_embeddings": _unit(model.tok_embeddings, dims.fsdp),
+                "block": _unit(model.layers["0"], dims.fsdp),
+                "norm": _unit(model.norm, dims.fsdp),
+                "output": _unit(model.output, dims.fsdp),
             },
             is_tied=isinstance(model.output, TiedOutputHead),
             largest_parameter=max(parameter.numel() for parameter in model.parameters()),
@@ -107,7 +106,7 @@ def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measure
             boundary=local_tensor(hidden).nbytes,
             blocks=blocks,
             loss=_measure_loss(config, dims, model, hidden, tokens_shape),
-            loss_gap=_get_loss_gap(config, dims, tokens_shape),
+            loss_gap=_get_loss_gap(config, dims, tokens_shape, args.vocab_size),
             validation=_trace_validation(config, dims, model) if config.validation.enabled else 0,
         )
 
@@ -135,10 +134,6 @@ def _mesh_of_shapes(dims: ParallelDims) -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
-def _get_args(config: JobConfig) -> Any:
-    return get_run_args(config.model, max_seq_len=config.max_seq_len)
-
-
 class _NothingToShard(ParallelDims):
     """Has parallelize_fn leave FSDP out."""
 
@@ -147,11 +142,11 @@ class _NothingToShard(ParallelDims):
         return 1
 
 
-def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh) -> Decoder:
+def _build(config: JobConfig, dims: ParallelDims, mesh: Mesh, args: ModelArgs) -> Decoder:
     """The model with one block, on the meta device, as this run divides it."""
     code = find_family(config.model).load()
     with torch.device("meta"):
-        model = code.model_cls(_get_args(config))
+        model = code.model_cls(args)
     for name in list(model.layers)[1:]:
         del model.layers[name]
     if not casts_weights(config, dims):
@@ -200,16 +195,19 @@ def _run(model: Decoder, tokens_shape: tuple[int, int], dims: ParallelDims) -> t
     return hidden, calls[0]
 
 
-def _trace_block(block: nn.Module, args: tuple[Any, ...], *, is_compiled: bool) -> Use:
-    x = args[0].detach().requires_grad_()
+def _trace(forward: Callable[[], Tensor], *, is_compiled: bool) -> Use:
     trace = MemoryTrace()
     with trace:
-        y = block(x, *args[1:])
+        y = forward()
     forward_ends = trace.now
     grad = torch.empty_like(y)  # not counted: in backward y, which by then is free, stands for it
     with trace:
         torch.autograd.backward((y,), (grad,))
-    return _use(trace, forward_ends, is_compiled)
+    return Use(
+        kept=trace.live(forward_ends, compiled=is_compiled),
+        forward=trace.peak(end=forward_ends, compiled=is_compiled),
+        backward=trace.peak(start=forward_ends, compiled=is_compiled),
+    )
 
 
 def _measure_loss(
@@ -220,16 +218,10 @@ def _measure_loss(
         return _get_fused_loss_use(
             config, dims, local_tensor(model.output.weight).shape, num_tokens=math.prod(tokens_shape)
         )
-    hidden = hidden.detach().requires_grad_()
     labels = torch.empty(tokens_shape, dtype=torch.int64, device="meta")
-    trace = MemoryTrace()
-    with trace:
-        loss_fn = CrossEntropyLoss(z_loss=ZLoss(config.training.z_loss))
-        loss = loss_fn(hidden, model.output, labels, torch.empty((), device="meta"))
-    forward_ends = trace.now
-    with trace:
-        loss.backward()
-    return _use(trace, forward_ends, config.training.compile)
+    loss = CrossEntropyLoss(z_loss=ZLoss(config.training.z_loss))
+    scaled = partial(loss, hidden.detach().requires_grad_(), model.output, labels, torch.empty((), device="meta"))
+    return _trace(scaled, is_compiled=config.training.compile)
 
 
 def _get_fused_loss_use(config: JobConfig, dims: ParallelDims, weight_shape: torch.Size, *, num_tokens: int) -> Use:
@@ -265,13 +257,13 @@ def _get_fused_loss_use(config: JobConfig, dims: ParallelDims, weight_shape: tor
     )
 
 
-def _get_loss_gap(config: JobConfig, dims: ParallelDims, tokens_shape: tuple[int, int]) -> int:
+def _get_loss_gap(config: JobConfig, dims: ParallelDims, tokens_shape: tuple[int, int], vocab_size: int) -> int:
     if config.training.compile or config.liger_kernel.enable_fused_linear_cross_entropy:
         return 0
     itemsize = get_param_dtype(config).itemsize
     if itemsize == torch.float32.itemsize:
         return 0  # the gradients are of the same size
-    return math.prod(tokens_shape) * -(-_get_args(config).vocab_size // dims.tp) * itemsize
+    return math.prod(tokens_shape) * -(-vocab_size // dims.tp) * itemsize
 
 
 def _trace_validation(config: JobConfig, dims: ParallelDims, model: Decoder) -> int:
@@ -288,15 +280,9 @@ def _trace_validation(config: JobConfig, dims: ParallelDims, model: Decoder) -> 
     return max(forward.peak(compiled=config.training.compile), loss.peak() + local_tensor(hidden).nbytes)
 
 
-def _use(trace: MemoryTrace, forward_ends: int, is_compiled: bool) -> Use:
-    """Call it while what the traced code made for good is still referenced."""
-    return Use(
-        kept=trace.live(forward_ends, compiled=is_compiled),
-        forward=trace.peak(end=forward_ends, compiled=is_compiled),
-        backward=trace.peak(start=forward_ends, compiled=is_compiled),
-    )
-
-
-def _unit(module: nn.Module | None) -> Unit:
+def _unit(module: nn.Module | None, num_ranks: int) -> Unit:
     parameters = module.parameters() if module is not None else ()
-    return Unit(tuple(local_tensor(parameter).shape for parameter in parameters))
+    shapes = [local_tensor(parameter).shape for parameter in parameters]
+    sizes = [shape.numel() for shape in shapes]
+    shard = sum(-(-shape[0] // num_ranks) * math.prod(shape[1:]) for shape in shapes)
+    return Unit(sum(sizes), shard, max(sizes, default=0))

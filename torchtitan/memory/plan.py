@@ -10,6 +10,7 @@ import gc
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -45,32 +46,22 @@ NUM_FREE_STARTS = 2
 """Steps of a start that are not worth a checkpoint: the second is the first with the optimizer's states."""
 
 
+@dataclass
 class MemoryPlan:
     """How each block of a run is recomputed, by its number in the model, and what follows if that was too much."""
 
-    def __init__(
-        self,
-        block_modes: BlockModes,
-        choose: Callable[[float], BlockModes] | None = None,
-        peak: float = 0,
-        *,
-        by_restart: bool = False,
-        saves: bool = False,
-    ):
-        """
-        Args:
-            choose: gives the modes within so many bytes; None where there is no choice.
-            peak: the estimate for block_modes, in bytes.
-            by_restart: another choice takes another start. With several ranks those that have enough memory wait in a
-                collective for the one that has not, and what FSDP holds in the middle of a step cannot be taken back.
-            saves: there are checkpoints, from which another start goes on.
-        """
-        self.block_modes = block_modes
-        self._choose = choose
-        self._peak = peak
-        self._by_restart = by_restart
-        self._saves = saves
-        self._num_steps = 0
+    block_modes: BlockModes
+    choose: Callable[[float], BlockModes] | None = None
+    """Gives the modes within so many bytes; None where there is no choice."""
+    peak: float = 0
+    """The estimate for block_modes, in bytes."""
+    by_restart: bool = False
+    """Another choice takes another start. With several ranks those that have enough memory wait in a collective for the
+    one that has not, and what FSDP holds in the middle of a step cannot be taken back.
+    """
+    saves: bool = False
+    """There are checkpoints, from which another start goes on."""
+    num_steps: int = 0
 
     def run(self, forward_backward: Callable[[], T], model_parts: Sequence[Decoder]) -> T:
         """Call `forward_backward`, which drops the gradients first; again with leaner blocks if its memory runs out.
@@ -82,16 +73,17 @@ class MemoryPlan:
                 more than the first steps.
             RecomputeMoreError: the launcher is to start all ranks again, which then choose a leaner one.
         """
-        self._num_steps += 1
+        self.num_steps += 1
         while True:
             try:
                 return forward_backward()
             except torch.OutOfMemoryError as error:
-                self._peak *= LEANER
-                leaner = self._choose(self._peak) if self._choose else self.block_modes
-                if leaner == self.block_modes or (self._by_restart and not self._may_start_over()):
+                self.peak *= LEANER
+                leaner = self.choose(self.peak) if self.choose else self.block_modes
+                loses_much = self.by_restart and not self.saves and self.num_steps > NUM_FREE_STARTS
+                if leaner == self.block_modes or loses_much:
                     raise
-                if self._by_restart:
+                if self.by_restart:
                     modes = describe_block_modes(leaner)
                     raise RecomputeMoreError(f"{str(error).strip()}; all ranks start again, where {modes}") from None
             # not above, where the error still holds what was kept for backward
@@ -102,9 +94,6 @@ class MemoryPlan:
             for part in model_parts:
                 set_block_modes(part, leaner)
             logger.warning(f"Out of memory: this step again, and from now on {describe_block_modes(leaner)}")
-
-    def _may_start_over(self) -> bool:
-        return self._saves or self._num_steps <= NUM_FREE_STARTS
 
 
 def plan_memory(config: JobConfig, *, world: World, mesh: Mesh, device: torch.device) -> MemoryPlan:

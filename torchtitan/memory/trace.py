@@ -31,6 +31,14 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
+_KERNELS = {
+    *("aten::mm", "aten::bmm", "aten::addmm", "aten::_scaled_mm"),
+    *("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_backward"),
+    *("torchtitan::context_attention", "torchtitan::context_attention_backward"),
+    *("aten::embedding", "aten::embedding_dense_backward"),
+}
+"""What inductor calls a kernel of its own for, as for collectives, instead of fusing it with its neighbours."""
+
 
 @dataclass
 class _Storage:
@@ -78,30 +86,23 @@ class MemoryTrace(TorchDispatchMode):
             return func(*args, **(kwargs or {}))  # DTensor asks for the shape of a result
         if any(issubclass(t, Tensor) and t not in (Tensor, torch.nn.Parameter) for t in types):
             return NotImplemented  # a DTensor comes apart first, and its local operations come here
-        inputs = [self._find(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = [t.untyped_storage() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        for memory in given:
+            if memory._cdata not in self._known:
+                self._remember(memory, None)
+        inputs = [self._known[memory._cdata] for memory in given]
         result = func(*args, **(kwargs or {}))
         self.now += 1
         read = [] if func.is_view else [storage for storage in inputs if storage is not None]
-        is_kernel = _is_kernel(func)
+        is_kernel = func.namespace == "_c10d_functional" or func._schema.name in _KERNELS
         for storage in read:
             storage.last_read = self.now
             storage.in_memory_when_compiled |= is_kernel
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
-                self._add(tensor.untyped_storage(), read, is_kernel)
+        for memory in (t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor)):
+            if memory._cdata not in self._known:
+                self._made.append(_Storage(memory.nbytes(), self.now, in_memory_when_compiled=is_kernel, inputs=read))
+                self._remember(memory, self._made[-1])
         return result
-
-    def _find(self, tensor: Tensor) -> _Storage | None:
-        """The record of an operation's input; None if it was made outside."""
-        memory = tensor.untyped_storage()
-        if memory._cdata not in self._known:
-            self._remember(memory, None)
-        return self._known[memory._cdata]
-
-    def _add(self, memory: torch.UntypedStorage, inputs: list[_Storage], is_kernel: bool) -> None:
-        storage = _Storage(memory.nbytes(), self.now, in_memory_when_compiled=is_kernel, inputs=inputs)
-        self._made.append(storage)
-        self._remember(memory, storage)
 
     def _remember(self, memory: torch.UntypedStorage, storage: _Storage | None) -> None:
         address = memory._cdata
@@ -130,29 +131,6 @@ class MemoryTrace(TorchDispatchMode):
             for storage in self._made
             if storage.in_memory_when_compiled or storage.end == math.inf
         ]
-
-
-def _is_kernel(func: Any) -> bool:
-    """Whether inductor calls a kernel of its own for this operation instead of fusing it with its neighbours."""
-    return func.namespace == "_c10d_functional" or func.overloadpacket in _kernels()
-
-
-@functools.cache
-def _kernels() -> frozenset[Any]:
-    return frozenset(
-        {
-            aten.mm,
-            aten.bmm,
-            aten.addmm,
-            aten._scaled_mm,
-            aten._scaled_dot_product_flash_attention,
-            aten._scaled_dot_product_flash_attention_backward,
-            torch.ops.torchtitan.context_attention,
-            torch.ops.torchtitan.context_attention_backward,
-            aten.embedding,
-            aten.embedding_dense_backward,
-        }
-    )
 
 
 def with_gpu_kernels(forward: Callable[..., Any]) -> Callable[..., Any]:

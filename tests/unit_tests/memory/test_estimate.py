@@ -1,6 +1,7 @@
 """The estimate equals what a whole step takes, traced on the meta device, and knows each axis and option."""
 
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def test_a_tied_weight_is_gathered_until_its_gradient_is_reduced(monkeypatch: py
     def parts(tied: bool) -> list[dict[str, int]]:
         monkeypatch.setitem(llama3_flavors, "debugmodel", replace(llama3_flavors["debugmodel"], tie_embeddings=tied))
         found = estimate(f"{FUSED} --activation_checkpoint.mode full", world_size=2)
-        return [moment.by_part("main") for moment in found.moments if moment.name == "backward of block 1"]
+        return [moment.main for moment in found.moments if moment.name == "backward of block 1"]
 
     (untied,), (tied,) = parts(False), parts(True)
     table = 2000 * 256
@@ -130,7 +131,7 @@ def test_with_the_logits_or_without() -> None:
 def test_the_budget_is_what_the_fused_loss_takes() -> None:
     def loss(mib: int, options: str = "") -> int:
         moments = estimate(f"{LARGE} {FUSED} --liger_kernel.logits_memory_budget_mib {mib} {options}").moments
-        return next(m.by_part("main")["loss"] for m in moments if m.name == "loss")
+        return next(m.main["loss"] for m in moments if m.name == "loss")
 
     assert loss(1024) - loss(512) == pytest.approx(512 << 20, rel=0.15)
     assert loss(1024, "--liger_kernel.weight_grad_accum_dtype float32") - loss(1024) == 128256 * 2048 * 2
@@ -142,7 +143,7 @@ def test_shards_divide_what_a_rank_always_holds() -> None:
     params = llama3_flavors["1B"].num_params()
     for shards in (2, 8):
         moment = next(m for m in estimate(LARGE, world_size=shards).moments if m.name == "optimizer")
-        parts = moment.by_part("main", "reduce")
+        parts = moment.parts
         assert parts["weights"] == pytest.approx(4 * params / shards, rel=0.01)
         assert parts["gradients"] == pytest.approx(4 * params / shards, rel=0.01)
         assert parts["optimizer"] == pytest.approx(8 * params / shards, rel=0.01)
@@ -175,13 +176,13 @@ def test_units_are_fsdps(tp: int) -> None:
         "output": model.output,
     }.items():
         shards = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
-        assert units[name].shard_numel(3) == sum(shard.numel() for shard in shards), name
+        assert units[name].shard == sum(shard.numel() for shard in shards), name
 
 
 def test_gradient_accumulation_keeps_the_gradients_over_the_loss() -> None:
     def gradients_in_loss(options: str) -> int:
         loss = next(m for m in estimate(f"{LARGE} {options}").moments if m.name == "loss")
-        return loss.by_part("main")["gradients"]
+        return loss.main["gradients"]
 
     assert gradients_in_loss("") == 0
     assert gradients_in_loss("--training.global_batch_size 8") == 4 * llama3_flavors["1B"].num_params()
@@ -235,7 +236,7 @@ def test_validation_holds_the_logits_of_its_budget_only() -> None:
     hidden = 2 * 4096 * llama3_flavors["1B"].dim * 2  # bf16
     for options, budget_mib in (("", 1024), (f"{FUSED} {COMPILE} --liger_kernel.logits_memory_budget_mib 256", 256)):
         (moment,) = [m for m in estimate(f"{validating} {options}").moments if m.name == "validation"]
-        logits = moment.by_part("main")["loss"] - hidden
+        logits = moment.main["loss"] - hidden
         weight = 2 * llama3_flavors["1B"].vocab_size * llama3_flavors["1B"].dim  # cast by a single process
         assert 0.5 * (budget_mib << 20) < logits - weight <= budget_mib << 20
 
@@ -318,8 +319,8 @@ def test_bfloat16_training_halves_moments_and_what_weights_and_gradients_take_on
 def test_peak_is_the_sum_of_the_streams_own_worst_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_estimate, "FRAGMENTATION", 0)
     moments = [
-        Moment("loss", {("main", "weights"): 3, ("main", "loss"): 10, ("reduce", "gradients"): 1}, gap=2),
-        Moment("backward", {("main", "weights"): 4, ("reduce", "gradients"): 5, ("gather", "weights"): 2}),
+        Moment("loss", Counter({"weights": 3, "loss": 10}), reducing=1, gap=2),
+        Moment("backward", Counter({"weights": 4}), gathering=2, reducing=5),
     ]
     result = MemoryEstimate(moments, host=0)
     assert result.parts == {"weights": 5, "gradients": 5, "optimizer": 0, "activations": 0, "loss": 12}
@@ -327,7 +328,7 @@ def test_peak_is_the_sum_of_the_streams_own_worst_moments(monkeypatch: pytest.Mo
 
 
 def test_describe_and_table() -> None:
-    moments = [Moment("loss", {("main", "weights"): 2 * GIB, ("main", "loss"): 3 * GIB})]
+    moments = [Moment("loss", Counter({"weights": 2 * GIB, "loss": 3 * GIB}))]
     result = MemoryEstimate(moments, host=0)
     line = (
         "Estimated peak memory per device: 5.1 GiB"
