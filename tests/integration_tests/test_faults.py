@@ -44,6 +44,7 @@ from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
 from torchtitan.components.dataloader import Batch
 from torchtitan.config.errors import EXIT_MISTAKE
 from torchtitan.distributed import utils
+from torchtitan.protocols.hf_folder import holds_hf_weights
 from torchtitan.train import EXIT_PREEMPTED, Trainer
 
 STEPS, PAIR_STEPS = 200, 80
@@ -195,7 +196,7 @@ def test_sigterm_ends_at_once_what_has_nothing_to_lose(tmp_path, moment):
     assert life.wait() == [-signal.SIGTERM], life.last_words()
     assert checkpoints(life.folder) == ([] if moment == "start" else ["step-2"])
     life = train(life.folder, options)
-    assert HuggingFaceFormat.is_at(life.folder / "checkpoint/step-2")
+    assert holds_hf_weights(life.folder / "checkpoint/step-2")
 
 
 def ask_to_stop_at_the_start() -> None:

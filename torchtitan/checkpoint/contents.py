@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from torchtitan.checkpoint.folder import OPTIONS
-from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
 from torchtitan.checkpoint.ranks import Ranks
 from torchtitan.checkpoint.storage import (
     STATES,
@@ -30,6 +29,7 @@ from torchtitan.checkpoint.storage import (
 )
 from torchtitan.checkpoint.upstream import DP_WORLD_SIZE, ROPE, UpstreamMetadata, describe_missing
 from torchtitan.config.errors import CheckpointError
+from torchtitan.protocols.hf_folder import holds_hf_weights
 from torchtitan.tools.logging import logger
 
 
@@ -204,7 +204,7 @@ def _read_places(path: Path, metadata: Metadata) -> dict[str, Any]:
 
 
 def _read_own_metadata(path: Path) -> bytes:
-    if HuggingFaceFormat.is_at(path):
+    if holds_hf_weights(path):
         raise UnusableCheckpointError(
             f"{path} holds Hugging Face safetensors, only weights; a new run can start from them"
             f" with --checkpoint.initial_load_path {path} --checkpoint.initial_load_in_hf"

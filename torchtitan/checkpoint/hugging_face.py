@@ -34,16 +34,20 @@ from torchtitan.checkpoint.write import save_alone
 from torchtitan.config.errors import CheckpointError
 from torchtitan.config.schema import either
 from torchtitan.distributed.utils import local_tensor
+from torchtitan.protocols.hf_folder import (
+    INDEX,
+    LENGTH,
+    SINGLE_FILE,
+    check_hf_config,
+    check_weight_names,
+    read_weight_files,
+)
 from torchtitan.protocols.model import StateDictAdapter
-from torchtitan.protocols.train_spec import read_hf_model
 from torchtitan.tools.files import read_json
 from torchtitan.tools.logging import logger
 
-INDEX = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 BYTES_PER_FILE = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-LENGTH = "max_position_embeddings"
 KEPT_KEYS = ("bos_token_id", "eos_token_id", LENGTH)
 DESCRIPTION = ("config.json", "generation_config.json")
 DTYPES = ("F64", "F32", "F16", "BF16")
@@ -65,10 +69,6 @@ class HuggingFaceFormat:
         self._tokenizer_path = tokenizer_path
         self._token_ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
         self._description: dict[str, bytes] = {}
-
-    @staticmethod
-    def is_at(path: Path) -> bool:
-        return (path / INDEX).exists() or (path / SINGLE_FILE).exists()
 
     def rewrite(self, folder: CheckpointFolder, step: int, ranks: Ranks) -> None:
         """Put the weights of a step's checkpoint in its place, in this format: a collective call."""
@@ -174,8 +174,9 @@ class HuggingFaceFormat:
     def _read(self, path: Path, boxes: Mapping[str, Box]) -> Iterator[tuple[str, Tensor]]:
         """Parts of weights under our names, in the dtype that they have in the files; raises as load does."""
         self.check_config(path)
-        files = _read_index(path)
-        self._check_names(path, files, [self._adapter.hf_names[name] for name in boxes])
+        files, names = read_weight_files(path), self._adapter.hf_names
+        known = [*names.values(), *self._adapter.hf_copies]
+        check_weight_names(path, files, needed=[names[name] for name in boxes], known=known)
         copies = {hf_name: copy for copy, hf_name in self._adapter.hf_copies.items() if copy in files}
         with ExitStack() as stack:
             opened: dict[str, Any] = {}
@@ -194,7 +195,7 @@ class HuggingFaceFormat:
                     return _read_rows(whole, rows[box[1][0] : box[1][0] + box[2][0]], box)
 
             for name, box in boxes.items():
-                hf_name = self._adapter.hf_names[name]
+                hf_name = names[name]
                 # where each of our rows lies in theirs
                 (rows,) = self._adapter.from_hf({hf_name: torch.arange(box[0][0])}).values()
                 part = read(hf_name, box)
@@ -202,31 +203,12 @@ class HuggingFaceFormat:
                     raise CheckpointError(f"{path}: {copies[hf_name]} is not {hf_name}, to which config.json ties it")
                 yield name, part
 
-    def _check_names(self, path: Path, found: Iterable[str], needed: Iterable[str]) -> None:
-        """Raise CheckpointError unless all that is needed is there, and nothing that the model does not have."""
-        if missing := sorted({*needed} - {*found}):
-            raise CheckpointError(f"{path} lacks {', '.join(missing)}")
-        known = {*self._adapter.hf_names.values(), *self._adapter.hf_copies}
-        # old checkpoints hold the rotary frequencies, which follow from the config
-        unknown = sorted(name for name in {*found} - known if not name.endswith("rotary_emb.inv_freq"))
-        if unknown:
-            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-            raise CheckpointError(f"{path} holds {unknown[0]}{more}, which has no place in this model")
-
     def check_config(self, path: Path) -> None:
         """Raise CheckpointError where the folder's config.json, if it has one, describes another model.
 
         What it says beside the shape is from now on said of the checkpoints of this run: see note_description.
         """
-        file = path / "config.json"
-        if not file.exists():
-            return  # the shapes of the weights still have to fit
-        spec, args = read_hf_model(file)
-        adapter = spec.load().state_dict_adapter(args)
-        theirs = adapter.to_hf_config() if adapter is not None else {}
-        for key, ours in self._adapter.to_hf_config().items():
-            if theirs.get(key) != ours and key != LENGTH:  # which weights do not depend on
-                raise CheckpointError(f"{file}: {key} is {theirs.get(key)!r}, and {ours!r} in this model")
+        check_hf_config(path, self._adapter.to_hf_config())
         self._description = {name: (path / name).read_bytes() for name in DESCRIPTION if (path / name).is_file()}
 
     def note_description(self, path: Path) -> None:
@@ -246,22 +228,6 @@ def _divide(num_bytes: Mapping[str, int]) -> list[list[str]]:
         files[-1].append(name)
         room -= size
     return files
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """The file of each weight."""
-    if (path / INDEX).exists():
-        files = read_json(path / INDEX, CheckpointError).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise CheckpointError(f"{path / INDEX} is damaged: expected weight_map, the file name of each weight")
-        return files
-    try:
-        with safetensors.safe_open(path / SINGLE_FILE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), SINGLE_FILE)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} holds neither {SINGLE_FILE} nor {INDEX}") from None
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path / SINGLE_FILE} is damaged ({error})") from error
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torchtitan.config.errors import CheckpointError, ConfigError, TokenizerErro
 from torchtitan.config.schema import either
 from torchtitan.distributed.tensor_parallel import apply_tp
 from torchtitan.protocols.custom_import import maybe_import_custom
+from torchtitan.protocols.hf_folder import holds_hf_weights
 from torchtitan.protocols.model import Decoder, StateDictAdapter
 from torchtitan.protocols.train_spec import ModelArgs, ModelCode, find_family, get_run_args, read_hf_model
 from torchtitan.tools.files import read_json
@@ -104,7 +105,7 @@ def find_pretrained(
     Raises:
         ConfigError: there is no model, or it is not known which.
     """
-    in_hf = HuggingFaceFormat.is_at(path)
+    in_hf = holds_hf_weights(path)
     if not in_hf and not (path / ".metadata").is_file():
         raise CheckpointError(_about_no_model(path))
     if config is not None and not config.is_file():

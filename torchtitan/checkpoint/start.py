@@ -14,6 +14,7 @@ from torchtitan.checkpoint.storage import STATES, UnusableCheckpointError, read_
 from torchtitan.components.data_state import DataloaderStateError
 from torchtitan.config.errors import CheckpointError
 from torchtitan.config.sections import Checkpoint
+from torchtitan.protocols.hf_folder import holds_hf_weights
 from torchtitan.tools.logging import logger
 
 
@@ -101,7 +102,7 @@ class Start:
     def _finish_conversion(self, step: int) -> None:
         """The run may have been killed in its last conversion."""
         path = self.folder.of(step)
-        if self.config.last_save_in_hf and not self.ranks.ask_first(lambda: HuggingFaceFormat.is_at(path)):
+        if self.config.last_save_in_hf and not self.ranks.ask_first(lambda: holds_hf_weights(path)):
             assert self.hugging_face is not None
             self.hugging_face.rewrite(self.folder, step, self.ranks)
             if self.ranks.is_first:
@@ -136,7 +137,7 @@ class Start:
 
 
 def _holds_weights_only(path: Path) -> bool:
-    if HuggingFaceFormat.is_at(path):
+    if holds_hf_weights(path):
         return True
     return not any(key.startswith("optimizer.") for key in read_metadata(path).state_dict_metadata)
 

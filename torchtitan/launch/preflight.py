@@ -21,7 +21,8 @@ from torchtitan.datasets import get_dataset_names, open_dataset
 from torchtitan.datasets.local import walk_files
 from torchtitan.launch.environment import about_compiler, about_wandb_key
 from torchtitan.protocols.custom_import import check_custom_import
-from torchtitan.protocols.train_spec import check_vocab_size, validate_run
+from torchtitan.protocols.hf_folder import check_hf_config, check_weight_names, read_weight_files
+from torchtitan.protocols.train_spec import check_vocab_size, find_family, find_model, get_run_args, validate_run
 from torchtitan.tools.packages import is_installed, is_liger_installed
 
 
@@ -171,5 +172,24 @@ def _about_initial_checkpoint(config: JobConfig) -> Iterator[ConfigError]:
             how = get_download_advice(Path(path)) if checkpoint.initial_load_in_hf else ""
             where = _is_absent(Path(path), Path.cwd())
             yield CheckpointError(f"{given} {where}; it takes the folder of a checkpoint{how}")
+        elif path is not None and checkpoint.initial_load_in_hf:
+            _check_hf_folder(Path(path), config)
     except OSError as error:
         yield CheckpointError(f"{given} cannot be read: {error.strerror}")
+    except CheckpointError as error:
+        yield error
+
+
+def _check_hf_folder(path: Path, config: JobConfig) -> None:
+    """Raise CheckpointError unless the weights there are the model's: all of them, and no others."""
+    try:
+        model = find_model(config)
+    except ConfigError:  # validate_run tells of it
+        return
+    hf = find_family(config.model).hf if model is not None else None
+    if hf is None:
+        return  # experimental.custom_import may bring the model: it is checked when it is loaded
+    args = get_run_args(config.model, max_seq_len=config.max_seq_len)
+    check_hf_config(path, hf.write(args))
+    needed, copies = hf.get_names(args).values(), hf.get_copies(args)
+    check_weight_names(path, read_weight_files(path), needed=needed, known=[*needed, *copies])

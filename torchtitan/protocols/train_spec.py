@@ -86,6 +86,26 @@ class ModelCode:
     """In place of components.loss.build.build_loss, called as it is: a loss of the family's own. Not for pipelines."""
 
 
+class HFFormat(Protocol):
+    """A family in Hugging Face's format, without torch: a folder of it is checked before anything starts."""
+
+    @property
+    def model_type(self) -> str:
+        """What transformers' config.json calls the family."""
+
+    def read(self, config: Mapping[str, Any]) -> Any:
+        """The ModelArgs that a config.json describes. Raises CheckpointError for what the model lacks."""
+
+    def write(self, args: Any) -> dict[str, Any]:
+        """config.json of this model, as transformers reads it."""
+
+    def get_names(self, args: Any) -> dict[str, str]:
+        """Theirs for each of the whole model's weights."""
+
+    def get_copies(self, args: Any) -> dict[str, str]:
+        """Names under which a weight may lie there once more, as a tied output does, and that weight's name there."""
+
+
 @dataclass(frozen=True)
 class TrainSpec:
     """A model family: its sizes, and how to load its code."""
@@ -93,10 +113,7 @@ class TrainSpec:
     flavors: Mapping[str, Any]
     """ModelArgs by the name of the size."""
     load: Callable[[], ModelCode]
-    hf_model_type: str | None = None
-    """What transformers' config.json calls the family."""
-    args_from_hf_config: Callable[[Mapping[str, Any]], Any] | None = None
-    """The ModelArgs that such a config.json describes. Raises CheckpointError for what the model lacks."""
+    hf: HFFormat | None = None
 
 
 # Filled while modules are imported, read afterwards.
@@ -158,8 +175,8 @@ def read_hf_model(file: Path) -> tuple[TrainSpec, Any]:
         if config.get("quantization_config") is not None:
             raise CheckpointError("quantized weights are not supported; get the model in bfloat16 or float32")
         spec = find_hf_family(config.get("model_type"))
-        assert spec.args_from_hf_config is not None, "a family with a hf_model_type reads its config.json"
-        return spec, spec.args_from_hf_config(config)
+        assert spec.hf is not None
+        return spec, spec.hf.read(config)
     except ConfigError as error:
         raise CheckpointError(f"{file}: {str(error).removeprefix('config.json: ')}") from error
     except KeyError as error:
@@ -179,7 +196,7 @@ def find_hf_family(model_type: object) -> TrainSpec:
 
 def _get_hf_families() -> dict[str, TrainSpec]:
     specs = map(get_train_spec, get_model_names())
-    return {spec.hf_model_type: spec for spec in specs if spec.hf_model_type is not None}
+    return {spec.hf.model_type: spec for spec in specs if spec.hf is not None}
 
 
 def find_model(config: JobConfig) -> ModelArgs | None:

@@ -8,7 +8,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.manager import resolve
@@ -348,6 +350,31 @@ def test_what_a_folder_describes_is_checked(model_folder, refused, change, messa
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     options = ["--model.hf_folder", str(model_folder), "--parallelism.tensor_parallel_degree", "2"]
     assert message in refused(*options, nproc=2)
+
+
+def test_weights_that_are_not_the_models_are_named(model_folder, refused, tmp_path):
+    """Before any process starts: no file of theirs is opened but for its list of names."""
+    args = get_run_args(resolve(["--model.hf_folder", str(model_folder)])[0].model, max_seq_len=1)
+    names = list(hf_config.get_names(args).values())
+    options = ["--model.hf_folder", str(model_folder), "--checkpoint.initial_load_in_hf"]
+
+    def write(*names: str) -> None:
+        save_file({name: np.zeros(1, np.float16) for name in names}, model_folder / "model.safetensors")
+
+    assert "holds neither model.safetensors nor model.safetensors.index.json" in refused(*options)
+    write(*names, "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq")
+    check([*options, "--job.dump_folder", str(tmp_path / "out")], nproc=1)
+    write(*names, "model.layers.16.mlp.up_proj.weight", "model.layers.16.mlp.down_proj.weight")
+    assert "holds model.layers.16.mlp.down_proj.weight and 1 more, which has no place in this model" in refused(
+        *options
+    )
+    write(*names[1:])
+    assert f"{model_folder} lacks {names[0]}" in refused(*options)
+    by_name = ["--checkpoint.initial_load_path", str(model_folder), "--checkpoint.initial_load_in_hf"]
+    assert "config.json: hidden_size is 2048, and 256 in this model" in refused(*by_name)
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks model-00001-of-00002.safetensors, which model.safetensors.index.json names" in refused(*options)
 
 
 def test_a_folder_without_a_model_is_named(refused, tmp_path):

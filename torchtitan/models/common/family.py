@@ -9,12 +9,7 @@ from torchtitan.protocols.train_spec import ModelCode, TrainSpec
 
 
 def build_train_spec(flavors: Mapping[str, TransformerModelArgs], hf_config: HFConfig) -> TrainSpec:
-    return TrainSpec(
-        flavors=flavors,
-        load=partial(_load, hf_config),
-        hf_model_type=hf_config.model_type,
-        args_from_hf_config=hf_config.read,
-    )
+    return TrainSpec(flavors, partial(_load, hf_config), hf_config)
 
 
 def _load(hf_config: HFConfig) -> ModelCode:

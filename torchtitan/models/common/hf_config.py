@@ -1,4 +1,4 @@
-"""The shape of a model in Hugging Face's config.json, read and written. Imports no torch: options are checked fast."""
+"""A model in Hugging Face's format: its shape in config.json, the names of its weights. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,10 +24,28 @@ _SCALING = {
     "original_max_position_embeddings": "original_max_seq_len",
 }
 
+_EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
+_QK_NORMS = ("layers.{}.attention.q_norm.weight", "layers.{}.attention.k_norm.weight")
+_HF_NAMES = {  # {} stands for the layer's number
+    _EMBEDDING: "model.embed_tokens.weight",
+    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
+    **{part: part.replace("layers", "model.layers").replace("attention", "self_attn") for part in _QK_NORMS},
+    "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
+    "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
+    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "norm.weight": "model.norm.weight",
+    _OUTPUT: "lm_head.weight",
+}
+
 
 @dataclass(frozen=True)
 class HFConfig:
-    """How a family's config.json is read and written."""
+    """How a family's config.json is read and written, and what its weights are called beside it."""
 
     model_type: str
     architecture: str
@@ -92,6 +110,19 @@ class HFConfig:
             "tie_word_embeddings": args.tie_embeddings,
             **self.fixed,
         }
+
+    def get_names(self, args: TransformerModelArgs) -> dict[str, str]:
+        """Theirs for each of the model's weights."""
+        return {
+            part.format(i): theirs.format(i)
+            for part, theirs in _HF_NAMES.items()
+            if (args.qk_norm or part not in _QK_NORMS) and not (args.tie_embeddings and part == _OUTPUT)
+            for i in range(args.n_layers if "{}" in part else 1)
+        }
+
+    def get_copies(self, args: TransformerModelArgs) -> dict[str, str]:
+        """A tied output may lie there once more: its name, and that of the embedding."""
+        return {_HF_NAMES[_OUTPUT]: _HF_NAMES[_EMBEDDING]} if args.tie_embeddings else {}
 
     def _require(self, key: str, value: Any, *allowed: Any) -> None:
         if value not in allowed:

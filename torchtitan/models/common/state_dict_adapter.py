@@ -13,37 +13,14 @@ from torchtitan.config.errors import CheckpointError
 from torchtitan.models.common.args import TransformerModelArgs
 from torchtitan.models.common.hf_config import HFConfig
 
-_EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
-_QK_NORMS = ("layers.{}.attention.q_norm.weight", "layers.{}.attention.k_norm.weight")
-_HF_NAMES = {  # {} stands for the layer's number
-    _EMBEDDING: "model.embed_tokens.weight",
-    "layers.{}.attention.wq.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "layers.{}.attention.wk.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "layers.{}.attention.wv.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "layers.{}.attention.wo.weight": "model.layers.{}.self_attn.o_proj.weight",
-    **{part: part.replace("layers", "model.layers").replace("attention", "self_attn") for part in _QK_NORMS},
-    "layers.{}.feed_forward.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "layers.{}.feed_forward.w2.weight": "model.layers.{}.mlp.down_proj.weight",
-    "layers.{}.feed_forward.w3.weight": "model.layers.{}.mlp.up_proj.weight",
-    "layers.{}.attention_norm.weight": "model.layers.{}.input_layernorm.weight",
-    "layers.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-    "norm.weight": "model.norm.weight",
-    _OUTPUT: "lm_head.weight",
-}
-
 
 class TransformerStateDictAdapter:
     def __init__(self, args: TransformerModelArgs, hf_config: HFConfig):
         self.args = args
         self._hf_config = hf_config
-        self.hf_names: Mapping[str, str] = {
-            part.format(i): theirs.format(i)
-            for part, theirs in _HF_NAMES.items()
-            if (args.qk_norm or part not in _QK_NORMS) and not (args.tie_embeddings and part == _OUTPUT)
-            for i in range(args.n_layers if "{}" in part else 1)
-        }
+        self.hf_names: Mapping[str, str] = hf_config.get_names(args)
+        self.hf_copies: Mapping[str, str] = hf_config.get_copies(args)
         self._own_names = {theirs: name for name, theirs in self.hf_names.items()}
-        self.hf_copies: Mapping[str, str] = {_HF_NAMES[_OUTPUT]: _HF_NAMES[_EMBEDDING]} if args.tie_embeddings else {}
 
     def to_hf(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename, and reorder the rows of wq and wk. Takes any part of the state dict; whole tensors, not shards."""
