@@ -36,6 +36,7 @@ from torchtitan.components.metrics import MetricsProcessor, build_metrics
 from torchtitan.components.optimizer import build_optimizer, get_weight_dtype
 from torchtitan.components.run_guard import RunGuard
 from torchtitan.components.runner import Runner, build_runner
+from torchtitan.components.source_losses import SourceLosses
 from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.components.validate import build_validator
 from torchtitan.config import ConfigManager, JobConfig
@@ -114,6 +115,7 @@ class Trainer:
 
         # what the run says, keeps and checks
         self.metrics = self._build_metrics()
+        self.source_losses = SourceLosses(self.loss, self.dataloader.get_tokens_by_source, self.mesh, self.device)
         self.checkpointer = self._build_checkpointer()
         self.validator = build_validator(
             config.validation,
@@ -143,7 +145,7 @@ class Trainer:
             SystemExit: with EXIT_PREEMPTED, after SIGTERM and a save.
         """
         config, steps, rank = self.config, self.config.training.steps, utils.get_world().rank
-        if self.checkpointer.load():
+        if self.checkpointer.load() and self.dataloader.seed != self.seed:
             self._report_seed()
         self.save_options()
         batches, first_step = self.batches(), self.step + 1
@@ -177,15 +179,14 @@ class Trainer:
         microbatches = [next(batches) for _ in range(self.num_microbatches)]
         # on the CPU, where the batches are, and by one rank of those that read the same sequences
         num_local_tokens = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in microbatches]).sum()
-        num_valid_tokens, stop = utils.sum_over_world_(
-            torch.stack([num_local_tokens * self.mesh.is_first("pp", "cp", "tp"), self.guard.stop_requested])
-            .float()
-            .to(self.device, non_blocking=True)
-        )
+        is_first = self.mesh.is_first("pp", "cp", "tp")
+        counts = torch.stack([num_local_tokens * is_first, self.guard.stop_requested]).float()
+        num_valid_tokens, stop = utils.sum_over_world_(counts.to(self.device, non_blocking=True))
         self.guard.note_stop(stop)
         scale = 1 / num_valid_tokens.clamp(min=1)
 
         loss = self.memory.run(partial(self._forward_backward, microbatches, scale), self.runner.model_parts)
+        self.source_losses.add_step(microbatches)
         grad_norm = utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         lr = self.lr_scheduler.lr
         self.checkpointer.maybe_wait_for_staging()
@@ -243,7 +244,7 @@ class Trainer:
         values = {"loss_avg": loss_avg, "loss_max": loss_max, "grad_norm": norm, "lr": lr}
         if self.z_loss.coefficient:  # which all tensor-parallel ranks have alike
             values["z_loss"] = utils.sum_over_world_(self.z_loss.sum * scale * self.mesh.is_first("tp")).item()
-        self.metrics.log(self.step, self.dataloader.get_tokens_by_source(), n_tokens_seen=self.n_tokens_seen, **values)
+        self.metrics.log(self.step, self.source_losses.report(), n_tokens_seen=self.n_tokens_seen, **values)
 
     def get_options_in_force(self) -> JobConfig:
         """The options, with the seed of the data's order, which may have been drawn, or come with a checkpoint."""
@@ -256,10 +257,9 @@ class Trainer:
             self.metrics.note("start", self.step, **get_environment(self.parallel_dims, self.device))
 
     def _report_seed(self) -> None:
-        if self.dataloader.seed != self.seed:
-            given = self.config.training.seed
-            without_effect = "" if given is None else f"; training.seed={given} changes nothing"
-            logger.info(f"The data's order goes on with the checkpoint's seed, {self.dataloader.seed}{without_effect}")
+        given = self.config.training.seed
+        without_effect = "" if given is None else f"; training.seed={given} changes nothing"
+        logger.info(f"The data's order goes on with the checkpoint's seed, {self.dataloader.seed}{without_effect}")
 
     def _stop(self) -> None:
         saved = self.checkpointer.save(self.step)

@@ -1,8 +1,8 @@
 """Any layout trains as one process does: the loss and the gradient norm of every step, in float32, by the real trainer.
 
 The global batches are the same in every layout, and their labels are ignored unevenly over ranks and microbatches.
-Rows of Llama with two microbatches train with z-loss. All runs of one number of processes share their processes, so
-that the suite costs three starts.
+Rows of Llama with two microbatches train with z-loss, and are of a mixture of datasets, each with a loss. All runs of
+one number of processes share their processes, so that the suite costs three starts.
 """
 
 from dataclasses import dataclass, replace
@@ -17,8 +17,10 @@ from tests.integration_tests.tiny_model import AttentiveTransformer
 from tests.integration_tests.tiny_runs import (
     EOS,
     GLOBAL_BATCH,
+    NUM_SOURCES,
     SEED,
     SEQ_LEN,
+    SOURCES,
     STEPS,
     Result,
     Run,
@@ -156,6 +158,10 @@ def test_every_step_equals_that_of_one_process(row: Row, results: dict[str, Resu
         for name in ("loss", "grad_norm", "z_loss"):
             value, correct = getattr(step, name), getattr(reference, name)
             assert value == pytest.approx(correct, rel=TOLERANCE, abs=0), f"{name} of step {number}"
+        if "implementation liger" not in row.options:  # which gives one sum
+            assert [loss is None for loss in step.by_source] == [loss is None for loss in reference.by_source]
+            told = [[loss for loss in losses if loss is not None] for losses in (step.by_source, reference.by_source)]
+            assert told[0] == pytest.approx(told[1], rel=TOLERANCE), f"the datasets' losses of step {number}"
 
 
 def test_the_largest_loss_is_that_of_one_data_rank(results: dict[str, Result]) -> None:
@@ -168,14 +174,18 @@ def test_the_largest_loss_is_that_of_one_data_rank(results: dict[str, Result]) -
 
 
 def test_the_first_step_of_one_process_is_that_of_plain_torch(results: dict[str, Result]) -> None:
-    tokens, labels, _ = global_batch(0)
+    tokens, labels, *_ = global_batch(0)
     for row, z_loss in ((ONE_PROCESS, 0.0), (WITH_Z_LOSS, Z_LOSS)):
         expected = plain_step([(tokens, labels)], z_loss=z_loss)
         assert get_first_step(results[str(row)]) == pytest.approx(expected, rel=TOLERANCE)
+    parts = [(tokens[i == SOURCES], labels[i == SOURCES]) for i in range(NUM_SOURCES)]
+    by_source = [plain_step([part])[0] for part in parts]
+    result = results[str(WITH_Z_LOSS)]
+    assert isinstance(result, list) and result[0].by_source == pytest.approx(by_source, rel=TOLERANCE)
 
 
 def test_documents_train_as_if_each_were_alone(results: dict[str, Result]) -> None:
-    tokens, labels, _ = global_batch(0)
+    tokens, labels, *_ = global_batch(0)
     documents = []
     for row_tokens, row_labels in zip(tokens, labels, strict=True):
         lengths = row_tokens.eq(EOS).nonzero().flatten().add(1).diff(prepend=torch.tensor([0]))

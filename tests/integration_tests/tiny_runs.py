@@ -22,9 +22,13 @@ from tests.integration_tests.tiny_sizes import ODD
 from tests.processes import FORKED
 from torchtitan.components.dataloader import Batch
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.config.sections import Training
 
 REPO = Path(__file__).parents[2]
 SEQ_LEN, GLOBAL_BATCH, STEPS, SEED = 64, 8, 5, 7
+NUM_SOURCES = 3
+SOURCES = torch.tensor([0, 1, 0, 2, 0, 1, 0, 0])
+"""Of each sequence of a global batch. The second step has no label of 1 and 2."""
 EOS = 1  # of tests/assets/tokenizer
 
 # What every run has in common. Learning rates are large, and the layers' weights (tiny_model.py), so that what is wrong
@@ -64,6 +68,8 @@ class Step:
     max_loss: float
     """The largest mean over one data rank's tokens."""
     z_loss: float = 0.0
+    by_source: tuple[float | None, ...] = ()
+    """The loss of each dataset of a mixture, where the loss tells it."""
 
 
 def global_batch(step: int) -> Batch:
@@ -82,7 +88,7 @@ def global_batch(step: int) -> Batch:
         labels[:, SEQ_LEN // 2 :] = IGNORE_INDEX
     elif step == 3:  # few labels, here and there
         labels[torch.rand(labels.shape, generator=generator) < 0.9] = IGNORE_INDEX
-    return Batch(tokens, labels)
+    return Batch(tokens, labels, sources=SOURCES)
 
 
 @dataclass(frozen=True)
@@ -93,22 +99,26 @@ class GlobalBatches:
     dp_world_size: int
     batch_size: int
     seed: int
+    is_mixture: bool
 
     def __iter__(self) -> Iterator[Batch]:
         for step in count():
             batch = global_batch(step)
             for rows in torch.arange(GLOBAL_BATCH).view(-1, self.dp_world_size, self.batch_size)[:, self.dp_rank]:
-                yield Batch(batch.tokens[rows], batch.labels[rows])
+                yield Batch(batch.tokens[rows], batch.labels[rows], sources=SOURCES[rows])
 
     def get_tokens_by_source(self) -> dict[str, int]:
-        return {}
+        return {str(i): 0 for i in range(NUM_SOURCES)} if self.is_mixture else {}
 
     def close(self) -> None:
         pass
 
 
-def build_global_batches(*, dp_rank: int, dp_world_size: int, batch_size: int, seed: int, **_: object) -> GlobalBatches:
-    return GlobalBatches(dp_rank, dp_world_size, batch_size, seed)
+def build_global_batches(
+    *, training: Training, dp_rank: int, dp_world_size: int, batch_size: int, seed: int, **_: object
+) -> GlobalBatches:
+    """What has a z-loss is a mixture, too."""
+    return GlobalBatches(dp_rank, dp_world_size, batch_size, seed, is_mixture=training.z_loss > 0)
 
 
 Result = list[Step] | Exception
@@ -167,7 +177,8 @@ def _to_step(line: str) -> Step:
     losses = {
         name: values.get(f"loss_metrics/{name}", 0.0) for name in ("global_avg_loss", "global_max_loss", "z_loss")
     }
-    return Step(losses["global_avg_loss"], values["grad_norm"], losses["global_max_loss"], losses["z_loss"])
+    by_source = tuple(values.get(f"loss_metrics/global_avg_loss/{i}") for i in range(NUM_SOURCES))
+    return Step(losses["global_avg_loss"], values["grad_norm"], losses["global_max_loss"], losses["z_loss"], by_source)
 
 
 def _work(rank: int, runs: Sequence[Run], folder: str, ports: Sequence[int], on_gpus: bool) -> None:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DatasetError
-from torchtitan.datasets import Source, open_dataset
+from torchtitan.datasets import HuggingFaceStream, Source, open_dataset
 from torchtitan.datasets.files import Files
 from torchtitan.distributed.utils import get_world
 
@@ -37,6 +37,8 @@ def open_together(dataset: str, path: str | None, *, skip_bad_rows: bool = False
     try:
         source = source or open_here(listing=found[0])
         told = f"{source.name} ({source.fingerprint})"
+        if isinstance(source, HuggingFaceStream) and source.order:
+            told += f" in the order {source.order}"
         # Ranks of one machine see the same files.
         if isinstance(source, Files) and get_world().local_rank == 0 and (other := source.find_other_size()):
             told = other

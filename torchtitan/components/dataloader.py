@@ -62,9 +62,12 @@ class Batch(NamedTuple):
     labels: Tensor  # (B, S) int64, IGNORE_INDEX where there is nothing to predict
     documents: Documents | None = None
     """Those that do not see each other, where document_mask.py has marked them."""
+    sources: Tensor | None = None  # (B,) int64
+    """Of a mixture, the number of each sequence's dataset."""
 
-    def to(self, device: torch.device) -> "Batch":
-        return tree_map(lambda x: x if x is None else x.to(device, non_blocking=True), self)
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Documents | None]:
+        """What the model works on."""
+        return tree_map(lambda x: x if x is None else x.to(device, non_blocking=True), tuple(self[:3]))
 
 
 def build_dataloader(
@@ -150,16 +153,16 @@ class TrainingDataLoader:
     start: Place
 
     def __post_init__(self) -> None:
-        self._ahead: Prefetcher[tuple[Rows, Place | None]] | None = None
+        self._ahead: Prefetcher[tuple[Rows, list[int], Place | None]] | None = None
         self.place = self._build_reader().get_place()
         """Behind the last whole step that was handed out; what is read ahead does not count."""
 
     def __iter__(self) -> Iterator[Batch]:
         if self._ahead is None:
             self._ahead = Prefetcher(self._build_reader().read())
-        for rows, place in self._ahead:
+        for rows, sources, place in self._ahead:
             self.place = place or self.place
-            yield _to_batch(rows)
+            yield _to_batch(rows)._replace(sources=torch.tensor(sources))
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of `place`."""

@@ -32,7 +32,7 @@ class DocumentMarker:
         begins[:, 1:] = self._begins(tokens[:, :-1], tokens[:, 1:])
         if not self.keeps_labels:
             labels.masked_fill_(self._begins(tokens, labels), IGNORE_INDEX)  # in place: they may be in pinned memory
-        return Batch(tokens, labels, get_documents(begins))
+        return batch._replace(documents=get_documents(begins))
 
     def _begins(self, before: Tensor, token: Tensor) -> Tensor:
         """Where `token` is the first of a document."""

@@ -183,7 +183,7 @@ class MetricsProcessor:
     def log(
         self,
         step: int,
-        n_tokens_of: Mapping[str, int] | None = None,
+        of_sources: Mapping[str, tuple[int, float | None]] | None = None,
         *,
         loss_avg: float,
         loss_max: float,
@@ -192,7 +192,10 @@ class MetricsProcessor:
         z_loss: float | None = None,
         n_tokens_seen: int,
     ) -> None:
-        """Say and write everything about the steps since the last log. n_tokens_of: by dataset, of a mixture."""
+        """Say and write everything about the steps since the last log.
+
+        of_sources: of each dataset of a mixture, the tokens seen and, if it is known, the mean loss.
+        """
         seconds = time.perf_counter() - self._last_log
         seconds_per_step = seconds / max(self._n_steps, 1)
         tps = self._tokens_per_second(self._n_tokens, seconds)
@@ -216,10 +219,16 @@ class MetricsProcessor:
             *((f"{name}: {share:.1f}%", _MAGENTA) for name, share in shares.items() if share >= _WORTH_SAYING_PCT),
             (f"eta: {eta}", _GREY),
         )
+        of_sources = of_sources or {}
+        losses = {dataset: loss for dataset, (_, loss) in of_sources.items() if loss is not None}
+        if of_sources:
+            told = (f"{dataset} {_or_dash(loss)} ({n:,} tokens)" for dataset, (n, loss) in of_sources.items())
+            self._say((f"step: {step:2}", _RED), *((f"loss of {text}", _GREEN) for text in told))
         values = {
             "loss_metrics/global_avg_loss": loss_avg,
             "loss_metrics/global_max_loss": loss_max,
             **({} if z_loss is None else {"loss_metrics/z_loss": z_loss}),
+            **{f"loss_metrics/global_avg_loss/{dataset}": loss for dataset, loss in losses.items()},
             "grad_norm": grad_norm,
             "throughput(tps)": tps,
             "tflops": flops / 1e12,
@@ -228,7 +237,7 @@ class MetricsProcessor:
             **{f"time_metrics/{name}(%)": share for name, share in shares.items()},
             **_memory_values("memory", memory),
             "n_tokens_seen": n_tokens_seen,
-            **{f"n_tokens_seen/{dataset}": n for dataset, n in (n_tokens_of or {}).items()},
+            **{f"n_tokens_seen/{dataset}": n for dataset, (n, _) in of_sources.items()},
             "lr": lr,
         }
         if mfu is not None:
@@ -377,6 +386,10 @@ def _memory_values(prefix: str, memory: MemoryStats) -> dict[str, float]:
     names = [f"max_{kind}({unit})" for kind in ("active", "reserved") for unit in ("GiB", "%")]
     values = zip([*names, "num_alloc_retries", "num_ooms"], memory, strict=True)
     return {f"{prefix}/{name}": value for name, value in values}
+
+
+def _or_dash(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.4f}"
 
 
 def _clock_time(seconds: float) -> str:

@@ -85,8 +85,8 @@ class SequenceReader:
         self._start = start
         self._readers = [_StreamReader(*both, division) for both in zip(sources, start.sources, strict=True)]
 
-    def read(self) -> Iterator[tuple[NDArray[np.int32], Place | None]]:
-        """Rows (batch_size, seq_len + 1), with the place behind them where they are the last of a step."""
+    def read(self) -> Iterator[tuple[NDArray[np.int32], list[int], Place | None]]:
+        """Rows (batch_size, seq_len + 1); of each, the number of its source; behind the last of a step, the place."""
         share = self._division.global_batch // self._division.world_size
         begin = self._division.rank * share
         taken = [place.taken for place in self._start.sources]
@@ -101,9 +101,10 @@ class SequenceReader:
             wanted.sort(key=lambda one: (one.source, one.stream, one.number))
             mine = wanted[begin : begin + share]
             for i in range(0, share, self._division.batch_size):
-                rows = np.stack(self._take(mine[i : i + self._division.batch_size]))
+                microbatch = mine[i : i + self._division.batch_size]
+                rows, sources = np.stack(self._take(microbatch)), [one.source for one in microbatch]
                 last = i + self._division.batch_size == share
-                yield rows, self._get_place(taken, scheduled) if last else None
+                yield rows, sources, self._get_place(taken, scheduled) if last else None
 
     def get_place(self) -> Place:
         """Where it begins, with this rank's part of the cursors."""

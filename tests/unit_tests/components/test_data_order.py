@@ -77,7 +77,7 @@ class Run:
             for step in steps:
                 for _ in range(global_batch // dp // batch):
                     assert place is not None or step
-                    microbatch, place = next(rows)
+                    microbatch, _, place = next(rows)
                     step += microbatch.tolist()
             assert place is not None
             state |= save_place(place, self.reading, seed=self.seed, rank=rank)
@@ -131,7 +131,7 @@ def test_another_length_goes_on_at_the_next_token(folder):
     cursors = run.place.sources[0].cursors
     streams = DocumentStreams(run.reading.sources[0], seed=0, infinite=True, dealing=run.place.sources[0].dealing)
     division = Division(0, 1, G, G, 50)
-    rows, _ = next(SequenceReader([streams], [1.0], TOKENIZER, division, run.place).read())
+    rows, *_ = next(SequenceReader([streams], [1.0], TOKENIZER, division, run.place).read())
     assert len(cursors) == streams.dealing.streams
     ends, begins = Counter(row[-1] for row in short[-1]), Counter(rows[:, 0].tolist())
     if streams.dealing.streams == G:

@@ -124,12 +124,25 @@ def log(metrics: MetricsProcessor, step: int) -> None:
     metrics.log(step, loss_avg=3.14159, loss_max=4.5, grad_norm=1.25, lr=8e-4, n_tokens_seen=12345)
 
 
-def test_tokens_of_a_mixture_are_counted_by_dataset(build: Build, clock: Clock, sink: Recorder) -> None:
+def test_tokens_and_loss_of_a_mixture_are_told_by_dataset(
+    build: Build, clock: Clock, sink: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
     metrics = build()
     clock.now += 1
-    metrics.log(1, {"c4": 70, "code": 30}, loss_avg=3.0, loss_max=4.5, grad_norm=1.25, lr=8e-4, n_tokens_seen=100)
+    metrics.log(
+        1,
+        {"c4": (7000, 2.5), "code": (30, None)},
+        loss_avg=3.0,
+        loss_max=4.5,
+        grad_norm=1.25,
+        lr=8e-4,
+        n_tokens_seen=100,
+    )
     ((_, values),) = sink.written
-    assert (values["n_tokens_seen"], values["n_tokens_seen/c4"], values["n_tokens_seen/code"]) == (100, 70, 30)
+    assert (values["n_tokens_seen"], values["n_tokens_seen/c4"], values["n_tokens_seen/code"]) == (100, 7000, 30)
+    names = [name for name in values if name.startswith("loss_metrics/global_avg_loss/")]  # of what is known
+    assert [values[name] for name in names] == [2.5] and names[0].endswith("/c4")
+    assert messages(caplog)[-1] == "step:  1  loss of c4 2.5000 (7,000 tokens)  loss of code - (30 tokens)"
 
 
 @pytest.mark.parametrize("failed", [False, True])

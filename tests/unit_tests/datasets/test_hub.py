@@ -56,6 +56,17 @@ def test_several_datasets_are_named():
         HuggingFaceStream(lambda: several, name="mine", text="text")
 
 
+@pytest.mark.parametrize("make", [make_iterable, lambda: datasets.Dataset.from_list(list(make_iterable()))])
+def test_a_shuffle_without_a_seed_is_named(make):
+    with pytest.raises(DatasetError, match=r"mine is in another order each time .*shuffle\(\) without a seed.*give it"):
+        HuggingFaceStream(lambda: make().shuffle(), name="mine", text="text")
+    one, same, other = (
+        HuggingFaceStream(lambda seed=seed: make().shuffle(seed=seed), name="mine", text="text") for seed in (1, 1, 2)
+    )
+    assert one.order == same.order != other.order  # which ranks compare
+    assert read_all(one) == read_all(same) != read_all(other)
+
+
 def test_wrong_rows_are_named():
     with pytest.raises(DatasetError, match="mine, row 1 of shard 0 has no field 'body' \\(it has 'text', 'id'\\)"):
         read_all(HuggingFaceStream(make_iterable, name="mine", text="body"))

@@ -22,8 +22,8 @@ from torchtitan.protocols.model import OutputHead
 IGNORE_INDEX = -100
 """Label of a token that has no target (the value of torch.nn.functional.cross_entropy)."""
 
-Sums = tuple[Tensor, Tensor | None]
-"""Of the token losses, and what of it is the z-loss; None without one."""
+Sums = tuple[Tensor, Tensor | None, Tensor | None]
+"""Of the token losses; what of it is the z-loss; that of each sequence, without z-loss. None where not asked for."""
 
 
 class CrossEntropyLoss:
@@ -34,6 +34,9 @@ class CrossEntropyLoss:
 
     def __init__(self, *, compile: bool = False, z_loss: ZLoss | None = None) -> None:
         self.sum = CrossEntropySum(compile=compile, z_loss=z_loss)
+
+    def note_sequences(self, sums: list[Tensor]) -> None:
+        self.sum.sequence_sums = sums
 
     def __call__(
         self,
@@ -52,6 +55,7 @@ class CrossEntropySum:
         self._whole: Callable[..., Sums] = torch.compile(_whole_sum) if compile else _whole_sum
         self._sharded: Callable[..., Sums] = torch.compile(_sharded_sum) if compile else _sharded_sum
         self._z_loss = z_loss or ZLoss()
+        self.sequence_sums: list[Tensor] | None = None
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         if not isinstance(logits, DTensor):
@@ -65,11 +69,14 @@ class CrossEntropySum:
         labels: Tensor,  # (...) int64, ids of the whole vocabulary
         shard: VocabShard | None,  # which columns these are; None: all
     ) -> Tensor:
-        coefficient = self._z_loss.coefficient
+        options = self._z_loss.coefficient, self.sequence_sums is not None
         if shard is None:
-            total, z_sum = self._whole(logits, labels, coefficient)
+            total, z_sum, of_sequences = self._whole(logits, labels, *options)
         else:
-            total, z_sum = self._sharded(logits, labels, shard.start, shard.vocab_size, shard.group, coefficient)
+            columns = shard.start, shard.vocab_size, shard.group
+            total, z_sum, of_sequences = self._sharded(logits, labels, *columns, *options)
+        if self.sequence_sums is not None and of_sequences is not None:
+            self.sequence_sums.append(of_sequences)
         return total if z_sum is None else self._z_loss.apart(total, z_sum)
 
 
@@ -86,10 +93,14 @@ def get_loss_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _whole_sum(logits: Tensor, labels: Tensor, z_loss: float = 0.0) -> Sums:
-    x, labels = logits.flatten(0, -2).to(get_loss_dtype(logits)), labels.flatten()
-    loss = F.cross_entropy(x, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-    return _with_z_loss(loss, x.logsumexp(dim=1), labels, z_loss) if z_loss else (loss, None)
+def _whole_sum(logits: Tensor, labels: Tensor, z_loss: float = 0.0, by_sequence: bool = False) -> Sums:
+    x, targets = logits.flatten(0, -2).to(get_loss_dtype(logits)), labels.flatten()
+    found = F.cross_entropy(x, targets, ignore_index=IGNORE_INDEX, reduction="none" if by_sequence else "sum")
+    of_sequences = found.detach().view(labels.shape).sum(-1) if by_sequence else None
+    loss, z_sum = found.sum(), None
+    if z_loss:
+        loss, z_sum = _with_z_loss(loss, x.logsumexp(dim=1), targets, z_loss)
+    return loss, z_sum, of_sequences
 
 
 def _sharded_sum(
@@ -99,9 +110,10 @@ def _sharded_sum(
     vocab_size: int,
     group: dist.ProcessGroup,
     z_loss: float = 0.0,
+    by_sequence: bool = False,
 ) -> Sums:
     x = logits.flatten(0, -2).to(get_loss_dtype(logits))  # (T, Vp)
-    labels = labels.flatten()
+    shape, labels = labels.shape, labels.flatten()
     if x.shape[1] == 0:  # more ranks than rows: this one only takes part in the reductions
         x = F.pad(x, (0, 1), value=float("-inf"))
     # all-reduce the max first: exp() of another shard's logits may overflow
@@ -116,11 +128,15 @@ def _sharded_sum(
     losses = (row_max - target) + log_sum  # in another order a sure token's loss would be lost in rounding
     is_word = (labels >= 0) & (labels < vocab_size)
     losses = torch.where(is_word, losses, float("inf"))  # an error would need the host to wait
-    loss = torch.where(labels == IGNORE_INDEX, 0.0, losses).sum()
-    return _with_z_loss(loss, row_max + log_sum, labels, z_loss) if z_loss else (loss, None)
+    losses = torch.where(labels == IGNORE_INDEX, 0.0, losses)
+    of_sequences = losses.detach().view(shape).sum(-1) if by_sequence else None
+    loss, z_sum = losses.sum(), None
+    if z_loss:
+        loss, z_sum = _with_z_loss(loss, row_max + log_sum, labels, z_loss)
+    return loss, z_sum, of_sequences
 
 
-def _with_z_loss(loss: Tensor, log_sum_exps: Tensor, labels: Tensor, z_loss: float) -> Sums:
+def _with_z_loss(loss: Tensor, log_sum_exps: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
     z_sum = z_loss * torch.where(labels == IGNORE_INDEX, 0.0, log_sum_exps).square().sum()
     return loss + z_sum, z_sum
 

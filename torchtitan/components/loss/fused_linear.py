@@ -53,6 +53,10 @@ class FusedLinearCrossEntropyLoss:
     ) -> None:
         self._options = {"budget_bytes": budget_bytes, "accum_dtype": accum_dtype}
         self._z_loss = z_loss or ZLoss()
+        self._sequence_sums: list[Tensor] | None = None
+
+    def note_sequences(self, sums: list[Tensor]) -> None:
+        self._sequence_sums = sums
 
     def __call__(
         self,
@@ -67,9 +71,11 @@ class FusedLinearCrossEntropyLoss:
         hidden, weight, shard = gather_hidden_local_weight(hidden, weight)
         options: dict[str, Any] = {"scale": scale, "shard": shard, **self._options}
         z_loss = self._z_loss.coefficient
-        if not z_loss:
+        if not z_loss and self._sequence_sums is None:
             return fused_linear_cross_entropy(hidden, weight, labels, **options)
         found = fused_linear_cross_entropy(hidden, weight, labels, z_loss=z_loss, return_outputs=True, **options)
+        if self._sequence_sums is not None:
+            self._sequence_sums.append(found.token_losses.sum(-1))
         return self._z_loss.apart(found.loss, z_loss * found.log_sum_exps.square().sum(), scale)
 
 
