@@ -78,30 +78,24 @@ ONE_PROCESS, TWO_RANKS = Row(ParallelDims()), Row(ParallelDims(dp_shard=2))
 ONE_PROCESS_MASKED = Row(ParallelDims(), MASKED)
 WITH_Z_LOSS = Row(ParallelDims(), z_loss=Z_LOSS)
 
-# With both losses and accumulation.
-LAYOUTS = [
-    ParallelDims(dp_shard=2),
-    ParallelDims(dp_replicate=2),
-    ParallelDims(dp_replicate=2, dp_shard=2),
-    ParallelDims(tp=2),
-    ParallelDims(tp=2, dp_shard=2),
-    ParallelDims(cp=2),
-    ParallelDims(cp=2, dp_shard=2),
+# One axis with each loss, with and without accumulation.
+AXES = [ParallelDims(), *(ParallelDims(**{axis: 2}) for axis in ("dp_shard", "dp_replicate", "tp", "cp"))]
+# Two with each loss, and each with accumulation once.
+PAIRS = [
+    *(ParallelDims(dp_shard=2, **{axis: 2}) for axis in ("dp_replicate", "tp", "cp")),
     ParallelDims(tp=2, cp=2),
 ]
-# With the standard loss, the only one that pipelines have, and accumulation.
-PIPELINES = [
-    *((ParallelDims(pp=2), s) for s in ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")),
-    (ParallelDims(pp=2, dp_shard=2), "1F1B"),
-    (ParallelDims(pp=2, tp=2), "1F1B"),
-]
+# With the standard loss, the only one that pipelines have.
+SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble")
 ROWS = [
-    *(Row(dims, loss, n) for dims, loss, n in product([ParallelDims(), *LAYOUTS], ("", FUSED), (1, 2))),
-    *(Row(dims, f"{SCHEDULE} {schedule}", n) for (dims, schedule), n in product(PIPELINES, (1, 2))),
+    *(Row(dims, loss, n) for dims, loss, n in product(AXES, ("", FUSED), (1, 2))),
+    *(Row(dims, loss, n) for i, dims in enumerate(PAIRS) for loss, n in (("", 1 + i % 2), (FUSED, 2 - i % 2))),
+    *(Row(ParallelDims(pp=2), f"{SCHEDULE} {schedule}", n) for schedule, n in product(SCHEDULES, (1, 2))),
+    *(Row(ParallelDims(pp=2, **{axis: 2}), f"{SCHEDULE} 1F1B", 2) for axis in ("dp_shard", "tp")),
     *(Row(ParallelDims(dp_shard=2, tp=2), f"{loss} --training.compile", n) for loss, n in (("", 2), (FUSED, 1))),
     Row(ParallelDims(tp=2), "--training.compile"),
     # some ranks and some microbatches have no label at all
-    *(Row(dims, loss, 4) for dims, loss in product([ParallelDims(), *LAYOUTS[:2]], ("", FUSED))),
+    *(Row(dims, loss, 4) for dims, loss in product(AXES[:3], ("", FUSED))),
     # what else may change when weights are gathered, and where they are
     *(
         Row(dims, f"{FUSED} {option}", 2)
