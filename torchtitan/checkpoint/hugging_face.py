@@ -45,6 +45,7 @@ from torchtitan.protocols.hf_folder import (
 from torchtitan.protocols.model import StateDictAdapter
 from torchtitan.tools.files import read_json
 from torchtitan.tools.logging import logger
+from torchtitan.tools.terminal import Progress
 
 BYTES_PER_FILE = 5 * 10**9
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -111,7 +112,11 @@ class HuggingFaceFormat:
         def write(number: int) -> None:
             if number < len(files):
                 weights = {name: torch.empty(entries[name].size, dtype=dtypes[name]) for name in files[number]}
-                load_alone(source, weights, metadata)
+                for name, weight in weights.items():
+                    load_alone(source, {name: weight}, metadata)
+                    done.append(num_bytes[name])
+                    if ranks.is_first:
+                        progress.show(sum(done))
                 converted = {name: weight.contiguous() for name, weight in self._adapter.to_hf(weights).items()}
                 try:
                     safetensors.torch.save_file(converted, target / titles[number], metadata={"format": "pt"})
@@ -128,8 +133,11 @@ class HuggingFaceFormat:
 
         held = list(zip(titles, files, strict=True))
         ranks.ask_first(begin)
-        for first in range(0, len(files), ranks.size):
-            ranks.together(partial(write, first + ranks.rank))
+        own = [num_bytes[name] for names in files[ranks.rank :: ranks.size] for name in names]
+        done: list[int] = []
+        with Progress(f"Writing {target.name}", sum(own)) as progress:
+            for first in range(0, len(files), ranks.size):
+                ranks.together(partial(write, first + ranks.rank))
         ranks.ask_first(finish)
 
     def _write_config(self, source: Path, target: Path, dtype: torch.dtype) -> None:
@@ -154,7 +162,12 @@ class HuggingFaceFormat:
         All weights are in memory at once. Raises as load does.
         """
         boxes = {name: (shape, (0,) * len(shape), tuple(shape)) for name, shape in shapes.items()}
-        weights = dict(self._read(source, boxes))
+        num_values = sum(shape.numel() for shape in shapes.values())
+        weights: dict[str, Tensor] = {}
+        with Progress(f"Reading {source}", num_values) as progress:
+            for name, weight in self._read(source, boxes):
+                weights[name] = weight
+                progress.show(sum(map(Tensor.numel, weights.values())))
         try:
             save_alone(target, weights)
         except CheckpointError as error:

@@ -20,6 +20,7 @@ from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.config.errors import ConfigError
 from torchtitan.datasets import DocumentStreams, Position, open_dataset
 from torchtitan.datasets.tokens import META
+from torchtitan.tools.terminal import Progress
 
 FILE_TOKENS = 2**26
 DOCUMENTS_TOGETHER = 256
@@ -54,15 +55,17 @@ def tokenize(dataset: str, dataset_path: str | None, tokenizer_path: str, output
     tokenizer = build_tokenizer(tokenizer_path)
     source = open_dataset(dataset, dataset_path)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    texts = (str(text) for _, text in DocumentStreams(source, seed=0, infinite=False).read(0, Position()))
+    documents = DocumentStreams(source, seed=0, infinite=False).read(0, Position())
     ids: list[int] = []
     num_tokens = num_files = 0
-    while group := list(islice(texts, DOCUMENTS_TOGETHER)):
-        for encoded in tokenizer.encode_batch(group, add_bos=True, add_eos=True):
-            ids += encoded
-        if len(ids) >= FILE_TOKENS:
-            np.save(output / f"tokens-{num_files:05}.npy", np.array(ids, dtype))
-            num_tokens, num_files, ids = num_tokens + len(ids), num_files + 1, []
+    with Progress(f"Tokenising {source.name}", len(source)) as progress:
+        while group := list(islice(documents, DOCUMENTS_TOGETHER)):
+            for encoded in tokenizer.encode_batch([str(text) for _, text in group], add_bos=True, add_eos=True):
+                ids += encoded
+            progress.show(group[-1][0].shard)
+            if len(ids) >= FILE_TOKENS:
+                np.save(output / f"tokens-{num_files:05}.npy", np.array(ids, dtype))
+                num_tokens, num_files, ids = num_tokens + len(ids), num_files + 1, []
     if ids:
         np.save(output / f"tokens-{num_files:05}.npy", np.array(ids, dtype))
         num_tokens, num_files = num_tokens + len(ids), num_files + 1

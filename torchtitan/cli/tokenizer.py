@@ -10,14 +10,16 @@ same file. The data is the training part of a dataset, in memory: choose a sampl
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from torchtitan.config.errors import ConfigError
 from torchtitan.datasets import open_dataset
+from torchtitan.tools.terminal import Progress
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
@@ -40,12 +42,11 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--output {args.output}: {error.strerror}")
     try:
         source = open_dataset(args.dataset, args.dataset_path)
-        documents = [
-            document
-            for shard in range(len(source))
-            for document in source.read(shard, 0, 1)
-            if isinstance(document, str)
-        ]
+        documents: list[str] = []
+        with Progress(f"Reading {source.name}", len(source)) as progress:
+            for shard in range(len(source)):
+                documents += (document for document in source.read(shard, 0, 1) if isinstance(document, str))
+                progress.show(shard + 1)
     except ConfigError as error:
         raise SystemExit(error.report()) from None
     print(f"{source.name}: {len(documents)} documents")
@@ -67,7 +68,7 @@ def train(documents: list[str], vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
     )
     tokenizer.train_from_iterator(documents, trainer)
     # As Llama 3's own: whoever encodes with special tokens gets the begin token.
@@ -83,14 +84,12 @@ def train(documents: list[str], vocab_size: int) -> Tokenizer:
 
 def measure(tokenizer: Tokenizer, documents: list[str]) -> str:
     begin = time.perf_counter()
-    num_tokens = sum(
-        len(encoding.ids) for group in _groups(documents) for encoding in tokenizer.encode_batch_fast(group)
-    )
+    num_tokens = 0
+    with Progress("Measuring it", len(documents)) as progress:
+        for first in range(0, len(documents), 64):
+            group = tokenizer.encode_batch_fast(documents[first : first + 64])
+            num_tokens += sum(len(encoding.ids) for encoding in group)
+            progress.show(first)
     seconds = time.perf_counter() - begin
     num_bytes = sum(len(document.encode()) for document in documents)
     return f"{num_bytes / num_tokens:.2f} bytes per token, {num_tokens / seconds:,.0f} tokens/s"
-
-
-def _groups(documents: list[str], size: int = 64) -> Iterator[list[str]]:
-    for begin in range(0, len(documents), size):
-        yield documents[begin : begin + size]

@@ -25,9 +25,7 @@ from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import Metrics
 from torchtitan.tools.device import DeviceMemoryMonitor, MemoryStats, get_peak_flops
 from torchtitan.tools.logging import logger
-from torchtitan.tools.terminal import send_progress
-
-_PROGRESS_INTERVAL_S = 0.2
+from torchtitan.tools.terminal import REDRAWN_EVERY_S, clock_time, send_progress
 
 _WORTH_SAYING_PCT = 1
 """The line has the shares of time that waiting for data and validation take from here on."""
@@ -163,7 +161,7 @@ class MetricsProcessor:
         self._step = step
         self._n_steps += 1
         now = time.perf_counter()
-        if self.show_progress and now - self._last_progress > _PROGRESS_INTERVAL_S:
+        if self.show_progress and now - self._last_progress > REDRAWN_EVERY_S:
             self._last_progress = now
             bar = ("=" * round(20 * (step - 1) / self.total_steps)).ljust(20)
             memory = f"{self.memory.get_peak().max_reserved_gib:.1f} GiB"
@@ -202,7 +200,7 @@ class MetricsProcessor:
         flops = self.num_flops_per_token * tps
         mfu = None if self._peak_flops is None else 100 * flops / self._peak_flops
         memory = self._get_peak_memory()
-        eta = _clock_time((self.total_steps - step) * seconds_per_step)
+        eta = clock_time((self.total_steps - step) * seconds_per_step)
         self._status = f"loss {loss_avg:.4f}  {tps:,.0f} tokens/s  {eta} left"
         shares = {
             "data_loading": 100 * self._data_loading_s / seconds,  # of the steps' time
@@ -390,9 +388,3 @@ def _memory_values(prefix: str, memory: MemoryStats) -> dict[str, float]:
 
 def _or_dash(loss: float | None) -> str:
     return "-" if loss is None else f"{loss:.4f}"
-
-
-def _clock_time(seconds: float) -> str:
-    """3725 -> 1:02:05"""
-    minutes, s = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{s:02}"

@@ -1,4 +1,5 @@
 import io
+import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -6,7 +7,8 @@ from contextlib import contextmanager, redirect_stdout
 
 import pytest
 
-from torchtitan.tools.terminal import ProgressTerminal, send_progress
+from torchtitan.tools import terminal as module
+from torchtitan.tools.terminal import Progress, ProgressTerminal, send_progress
 
 CLEAR = "\r\x1b[K"
 
@@ -65,3 +67,37 @@ def test_threads_do_not_mix_their_lines(monkeypatch: pytest.MonkeyPatch) -> None
     lines = [line.rpartition(CLEAR)[2] for line in screen.getvalue().split("\n")[:-1]]
     for name in "ab":
         assert [line for line in lines if line[0] == name] == [f"{name} {i}" for i in range(200)]
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def work(monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO) -> str:
+    """Ten parts of 4 seconds each, on a screen 40 columns wide; what was written."""
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("COLUMNS", "40")
+    with Progress("Reading " + "x" * 10, total=10) as progress:
+        for done in range(1, 11):
+            progress.show(done)
+    return stderr.getvalue()
+
+
+def test_progress_is_a_line_that_is_redrawn_and_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = work(monkeypatch, Screen()).split(CLEAR)
+    assert lines[0] == lines[-1] == ""
+    assert lines[1] == "Reading xxxxxxxxxx: 10%, 0:00:36 left"
+    assert len(lines) == 12 and max(map(len, lines)) < 40
+
+
+def test_progress_elsewhere_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = [f"Reading xxxxxxxxxx: {done}0%, 0:00:{4 * (10 - done):02} left" for done in (3, 6, 9)]
+    work(monkeypatch, io.StringIO())
+    assert caplog.messages == expected  # of a run, in its log
+    logging.getLogger("torchtitan").setLevel(logging.WARNING)  # a command's
+    assert work(monkeypatch, io.StringIO()).splitlines() == expected
