@@ -179,9 +179,8 @@ class Trainer:
         microbatches = [next(batches) for _ in range(self.num_microbatches)]
         # on the CPU, where the batches are, and by one rank of those that read the same sequences
         num_local_tokens = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in microbatches]).sum()
-        is_first = self.mesh.is_first("pp", "cp", "tp")
-        counts = torch.stack([num_local_tokens * is_first, self.guard.stop_requested]).float()
-        num_valid_tokens, stop = utils.sum_over_world_(counts.to(self.device, non_blocking=True))
+        counts = torch.stack([num_local_tokens * self.mesh.is_first("pp", "cp", "tp"), self.guard.stop_requested])
+        num_valid_tokens, stop = utils.sum_over_world_(counts.float().to(self.device, non_blocking=True))
         self.guard.note_stop(stop)
         scale = 1 / num_valid_tokens.clamp(min=1)
 
@@ -204,9 +203,11 @@ class Trainer:
         self.optimizer.zero_grad()
         self.z_loss.reset()
         loss = torch.zeros((), device=self.device)
+        labels_stay = getattr(self.loss, "takes_host_labels", False)
         for batch in microbatches:
             reduce_over_copies(self.runner.model_parts, now=batch is microbatches[-1])
-            loss += self.runner.forward_backward(*self.shard_context(*batch.to(self.device)), scale)
+            place = self.shard_context(*batch.to(self.device, labels_stay=labels_stay))
+            loss += self.runner.forward_backward(*place, scale)
         return loss
 
     def close(self, *, failed: bool = False) -> None:

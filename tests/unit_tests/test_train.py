@@ -5,8 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from torchtitan import train
+from torchtitan.components.dataloader import Batch
+from torchtitan.components.loss import CrossEntropyLoss, ZLoss
 from torchtitan.config import JobConfig
 from torchtitan.config.errors import NonFiniteError
 
@@ -62,6 +65,28 @@ def test_weights_that_do_not_fit_are_answered_with_what_would_free_memory(
     )
     assert "--liger_kernel.enable_fused_linear_cross_entropy" in message
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_labels_stay_on_the_host_for_a_loss_that_takes_them_there(stays: bool) -> None:
+    """A device that is not the CPU, as a GPU: the host then knows which tokens need no computing."""
+    devices = []
+
+    def forward_backward(tokens: Tensor, labels: Tensor, sequences: None, scale: Tensor) -> Tensor:
+        devices.append((tokens.device.type, labels.device.type))
+        return scale
+
+    trainer = SimpleNamespace(
+        device=torch.device("meta"),
+        optimizer=SimpleNamespace(zero_grad=lambda: None),
+        z_loss=ZLoss(),
+        loss=SimpleNamespace(takes_host_labels=True) if stays else CrossEntropyLoss(),
+        runner=SimpleNamespace(model_parts=[], forward_backward=forward_backward),
+        shard_context=lambda tokens, labels, documents: (tokens, labels, documents),
+    )
+    batch = Batch(*torch.zeros(2, 1, 4, dtype=torch.int64))
+    train.Trainer._forward_backward(trainer, [batch], torch.ones((), device="meta"))  # type: ignore[arg-type]
+    assert devices == [("meta", "cpu" if stays else "meta")]
 
 
 def test_a_machine_s_memory_that_does_not_suffice_is_one_message(

@@ -65,9 +65,12 @@ class Batch(NamedTuple):
     sources: Tensor | None = None  # (B,) int64
     """Of a mixture, the number of each sequence's dataset."""
 
-    def to(self, device: torch.device) -> tuple[Tensor, Tensor, Documents | None]:
-        """What the model works on."""
-        return tree_map(lambda x: x if x is None else x.to(device, non_blocking=True), tuple(self[:3]))
+    def to(self, device: torch.device, *, labels_stay: bool = False) -> tuple[Tensor, Tensor, Documents | None]:
+        """What the model works on; with labels_stay the labels are left where they are."""
+        staying = (None, self.labels if labels_stay else None)
+        return tree_map(
+            lambda x: x if any(x is y for y in staying) else x.to(device, non_blocking=True), tuple(self[:3])
+        )
 
 
 def build_dataloader(

@@ -22,7 +22,8 @@ Every loss is called as `loss(hidden, head, labels, scale)`:
 
     hidden   (B, S, D) hidden states after the final norm (a DTensor under tensor parallelism)
     head     the model's `output`, an OutputHead with weight (V, D)
-    labels   (B, S) int64; IGNORE_INDEX marks tokens without a target
+    labels   (B, S) int64; IGNORE_INDEX marks tokens without a target. On the device, or, where the loss has a true
+             `takes_host_labels`, on the host: ignored tokens are then not computed
     scale    0-dim float32 tensor, 1 / (valid tokens of the whole global batch)
 
 and returns `scale * sum of this rank's cross entropies`, a float32 scalar, whose gradients are also those of the z-loss

@@ -48,6 +48,8 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class FusedLinearCrossEntropyLoss:
     """The in-tree loss behind the contract of all losses (`loss(hidden, head, labels, scale)`)."""
 
+    takes_host_labels = True
+
     def __init__(
         self, *, budget_bytes: int, accum_dtype: torch.dtype | None = None, z_loss: ZLoss | None = None
     ) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchtitan.components.loss.chunking import liger_chunk_mem_const, rows_in_budget
 from torchtitan.components.loss.cross_entropy import IGNORE_INDEX
 from torchtitan.components.loss.gradients import OneBackward
+from torchtitan.components.loss.valid_rows import ValidRows
 from torchtitan.components.loss.z_loss import ZLoss
 from torchtitan.config.errors import LigerTooOldError
 from torchtitan.protocols.model import OutputHead
@@ -33,12 +34,15 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
     """`LigerFusedLinearCrossEntropyLoss` on `output.weight`, with chunks of at most `budget_bytes` of logits.
 
     Liger rounds a chunk to a power of two rows and needs no less than its own default chunk; a smaller budget
-    than that has no effect. On the host, its forward reads the number of valid tokens once per call, and its backward
-    whether the incoming gradient is 1. There is one backward, and no second derivative.
+    than that has no effect. Ignored tokens are left out before, where the labels are on the host.
+    There its forward reads the number of valid tokens once per call, and its backward whether the incoming gradient is
+    1. There is one backward, and no second derivative.
 
     Raises:
         ImportError: liger-kernel is older than `MIN_VERSION`.
     """
+
+    takes_host_labels = True
 
     def __init__(
         self, *, budget_bytes: int, accum_dtype: torch.dtype | None = None, z_loss: ZLoss | None = None
@@ -58,7 +62,8 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
         return head.with_weight(partial(self._scaled_sum, labels=labels, scale=scale), hidden)
 
     def _scaled_sum(self, hidden: Tensor, weight: Tensor, *, labels: Tensor, scale: Tensor) -> Tensor:
-        hidden, labels = hidden.flatten(0, -2), labels.flatten()  # (B, S, D) -> (T, D); (B, S) -> (T,)
+        valid = ValidRows.of(labels, hidden.device)  # (B, S) -> at most (T,)
+        hidden, labels = valid.take(hidden.flatten(0, -2)), valid.labels
         if not torch.is_grad_enabled():  # a parameter asks for its gradient all the same
             hidden, weight = hidden.detach(), weight.detach()
         elif weight.requires_grad and not hidden.requires_grad:

@@ -34,7 +34,7 @@ class ValidRows:
             size = -(-len(labels) // _NUM_SIZES)
             wanted = -(-int(is_valid.sum()) // max(size, 1)) * size
             if wanted < len(labels):
-                rows = is_valid.to(torch.int8).argsort(descending=True, stable=True)[:wanted]
+                rows = torch.cat([is_valid.nonzero(), (~is_valid).nonzero()]).flatten()[:wanted]
         taken = labels if rows is None else labels[rows]
         return cls(_to(taken.contiguous(), device), len(labels), None if rows is None else _to(rows, device))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from torchtitan.components.loss import (
     IGNORE_INDEX,
@@ -214,6 +215,19 @@ def test_what_is_frozen_gets_no_gradient_and_the_other_the_right_one(name: str, 
         assert (leaf.grad is not None) == leaf.requires_grad
         if leaf.grad is not None:
             torch.testing.assert_close(leaf.grad.double(), 2 * true, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", [name for name in FUSED if name.endswith("one chunk")])  # the counter misses sums
+def test_ignored_tokens_are_not_computed(name: str) -> None:
+    """Of 16 tokens; their products are three."""
+    hidden, weight, labels = torch.randn(2, 8, DIM), torch.randn(VOCAB, DIM), torch.randint(VOCAB, (2, 8))
+    products = []
+    for num_valid in (16, 5, 0):
+        labels.view(-1)[num_valid:] = IGNORE_INDEX
+        with FlopCounterMode(display=False) as counter:
+            run(LOSSES[name], hidden, weight, labels)
+        products.append(counter.get_total_flops())
+    assert products == [3 * 2 * num_valid * VOCAB * DIM for num_valid in (16, 5, 0)]
 
 
 @pytest.mark.parametrize("factor", [float("inf"), float("nan")])

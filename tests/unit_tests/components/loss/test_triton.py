@@ -139,10 +139,12 @@ def test_gpu_path_equals_plain_torch_to_bfloat16_rounding(num_tokens: int, vocab
 def test_nothing_waits_for_the_gpu() -> None:
     hidden = torch.randn(2048, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(1000, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    labels = torch.randint(1000, (2048,), device="cuda")
+    on_host = torch.randint(1000, (2048,)).pin_memory()
+    on_host[::2] = IGNORE_INDEX
     factor = torch.tensor(3.0, device="cuda")
-    scales = (None, 0.01), (torch.float32, torch.tensor(0.01, device="cuda"))
-    for (accum_dtype, scale), budget in product(scales, (8 << 20, 1100 * 2000)):  # one chunk, two
+    scales = (None, 1.0), (torch.float32, torch.tensor(0.01, device="cuda"))
+    # one chunk, two
+    for (accum_dtype, scale), budget, labels in product(scales, (8 << 20, 1100 * 2000), (on_host, on_host.cuda())):
         for debug_mode in ("default", "error"):  # the first round compiles the kernels
             torch.cuda.set_sync_debug_mode(debug_mode)
             try:
