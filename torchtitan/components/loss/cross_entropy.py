@@ -13,9 +13,8 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from torchtitan.components.loss.vocab_shard import VocabShard, vocab_shard_of
+from torchtitan.components.loss.vocab_shard import VocabShard, is_dtensor, vocab_shard_of
 from torchtitan.components.loss.z_loss import ZLoss
 from torchtitan.protocols.model import OutputHead
 
@@ -58,7 +57,7 @@ class CrossEntropySum:
         self.sequence_sums: list[Tensor] | None = None
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if not isinstance(logits, DTensor):
+        if not is_dtensor(logits):
             return self.of_local(logits, labels, None)
         local = logits.to_local(grad_placements=logits.placements)
         return self.of_local(local, labels, vocab_shard_of(logits, dim=-1))

@@ -30,7 +30,6 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from torchtitan.components.loss.cross_entropy import IGNORE_INDEX, get_loss_dtype
 from torchtitan.components.loss.gradients import OneBackward
@@ -38,7 +37,7 @@ from torchtitan.components.loss.operators import EagerLinearCrossEntropy, linear
 from torchtitan.components.loss.softmax_gradient import ARG_MAX, cross_entropies, entropies, log_sum_exps
 from torchtitan.components.loss.terms import Terms
 from torchtitan.components.loss.valid_rows import ValidRows
-from torchtitan.components.loss.vocab_shard import VocabShard, gather_hidden_local_weight
+from torchtitan.components.loss.vocab_shard import VocabShard, gather_hidden_local_weight, is_dtensor
 from torchtitan.components.loss.z_loss import ZLoss
 from torchtitan.protocols.model import OutputHead
 
@@ -226,7 +225,7 @@ def check_inputs(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | 
             "torch.func's transforms (vmap, grad, jvp, ...) do not know the fused linear cross entropy: "
             "use torch.autograd and a batch dim of the hidden states, or cross_entropy_sum of the logits"
         )
-    if isinstance(weight, DTensor):
+    if is_dtensor(weight):
         raise ValueError("the weight is sharded: gather it, or call the loss through OutputHead.with_weight")
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[-1] or weight.ndim != 2:
         raise ValueError(

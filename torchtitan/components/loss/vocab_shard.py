@@ -1,15 +1,22 @@
 """Which rows of the vocabulary a rank holds, and the step from DTensors to this rank's tensors.
 
+DTensor is imported where one is met: who has plain tensors need not have it.
+
 Shapes: B sequences, S tokens each, T = B * S, D model dim, V vocabulary, Vp this rank's rows of it.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,16 @@ class VocabShard:
         return cls(start, c10d._resolve_process_group(group_name), rows_per_rank, vocab_size)  # type: ignore[arg-type, attr-defined]
 
 
-def vocab_shard_of(sharded: DTensor, *, dim: int) -> VocabShard:
+def is_dtensor(tensor: Tensor) -> "TypeIs[DTensor]":
+    """Without importing what it is."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def vocab_shard_of(sharded: "DTensor", *, dim: int) -> VocabShard:
     """The rows of dim `dim`, sharded over a one-axis mesh, that this rank holds. Raises ValueError otherwise."""
+    from torch.distributed.tensor import Shard
+
     dim = dim % sharded.ndim
     if sharded.device_mesh.ndim != 1 or sharded.placements != (Shard(dim),):
         raise ValueError(f"expected dim {dim} sharded over one mesh axis, got {sharded.placements}")
@@ -59,9 +74,11 @@ def gather_hidden_local_weight(
     rank's hidden gradient sums over its own rows only, so it is a *partial sum*, reduce-scattered once in backward.
     Labelled `Replicate` instead it would lose the other ranks' part without an error.
     """
-    if not isinstance(weight, DTensor):
+    if not is_dtensor(weight):
         return hidden, weight, None
-    assert isinstance(hidden, DTensor), f"expected a DTensor beside a sharded weight, got {type(hidden)}"
+    from torch.distributed.tensor import Partial, Replicate
+
+    assert is_dtensor(hidden), f"expected a DTensor beside a sharded weight, got {type(hidden)}"
     shard = vocab_shard_of(weight, dim=0)
     gathered = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
     return gathered, weight.to_local(), shard
