@@ -203,11 +203,10 @@ class Trainer:
         self.optimizer.zero_grad()
         self.z_loss.reset()
         loss = torch.zeros((), device=self.device)
-        labels_stay = getattr(self.loss, "takes_host_labels", False)
+        stay = getattr(self.loss, "takes_host_labels", False)  # the labels, on the host
         for batch in microbatches:
             reduce_over_copies(self.runner.model_parts, now=batch is microbatches[-1])
-            place = self.shard_context(*batch.to(self.device, labels_stay=labels_stay))
-            loss += self.runner.forward_backward(*place, scale)
+            loss += self.runner.forward_backward(*self.shard_context(*batch.to(self.device, labels_stay=stay)), scale)
         return loss
 
     def close(self, *, failed: bool = False) -> None:
