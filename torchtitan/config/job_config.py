@@ -3,44 +3,28 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torchtitan.config.sections import (
-    ActivationCheckpoint,
-    Checkpoint,
-    Comm,
-    Experimental,
-    Float8,
-    Job,
-    LigerKernel,
-    LRScheduler,
-    Metrics,
-    Model,
-    Optimizer,
-    Parallelism,
-    Profiling,
-    Training,
-    Validation,
-)
+from torchtitan.config import sections
 
 
 @dataclass
 class JobConfig:
     """All sections."""
 
-    job: Job = field(default_factory=Job)
-    profiling: Profiling = field(default_factory=Profiling)
-    metrics: Metrics = field(default_factory=Metrics)
-    model: Model = field(default_factory=Model)
-    float8: Float8 = field(default_factory=Float8)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
-    training: Training = field(default_factory=Training)
-    parallelism: Parallelism = field(default_factory=Parallelism)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
-    liger_kernel: LigerKernel = field(default_factory=LigerKernel)
-    comm: Comm = field(default_factory=Comm)
-    validation: Validation = field(default_factory=Validation)
-    experimental: Experimental = field(default_factory=Experimental)
+    job: sections.Job = field(default_factory=sections.Job)
+    profiling: sections.Profiling = field(default_factory=sections.Profiling)
+    metrics: sections.Metrics = field(default_factory=sections.Metrics)
+    model: sections.Model = field(default_factory=sections.Model)
+    float8: sections.Float8 = field(default_factory=sections.Float8)
+    optimizer: sections.Optimizer = field(default_factory=sections.Optimizer)
+    lr_scheduler: sections.LRScheduler = field(default_factory=sections.LRScheduler)
+    training: sections.Training = field(default_factory=sections.Training)
+    parallelism: sections.Parallelism = field(default_factory=sections.Parallelism)
+    checkpoint: sections.Checkpoint = field(default_factory=sections.Checkpoint)
+    activation_checkpoint: sections.ActivationCheckpoint = field(default_factory=sections.ActivationCheckpoint)
+    liger_kernel: sections.LigerKernel = field(default_factory=sections.LigerKernel)
+    comm: sections.Comm = field(default_factory=sections.Comm)
+    validation: sections.Validation = field(default_factory=sections.Validation)
+    experimental: sections.Experimental = field(default_factory=sections.Experimental)
 
     @property
     def max_seq_len(self) -> int:

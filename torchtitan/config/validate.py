@@ -10,12 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.errors import (
-    ConfigError,
-    FusedLossWithPipelineError,
-    LigerNotInstalledError,
-    raise_all,
-)
+from torchtitan.config.errors import ConfigError, FusedLossWithPipelineError, LigerNotInstalledError, raise_all
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.mixture import parse_mixture
 from torchtitan.config.pipeline_split import ONE_STAGE, TWO_STAGES, ZERO_BUBBLE, get_num_stages
@@ -40,10 +35,10 @@ def validate(
     *,
     world_size: int,
     model: ModelShape | None,
-    problems: Sequence[str] = (),
-    num_gpus: int | None = None,
+    problems: Sequence[str],
+    num_gpus: int | None,
     liger_installed: bool,
-    local_world_size: int | None = None,
+    local_world_size: int | None,
 ) -> None:
     """Raise ConfigError with every rule that the configuration breaks.
 
@@ -57,14 +52,12 @@ def validate(
         *_about_devices(num_gpus, local_world_size or world_size),
         *problems,
         *_about_activation_checkpoint(config),
-        *_about_fused_loss(config),
+        *_about_tensor_parallel(config, num_gpus),
         *_about_converters(config),
         *_about_state_precision(config),
-        *_about_async_tensor_parallel(config, num_gpus),
         *_about_checkpoint(config, world_size),
         *_about_length(config),
-        *_about_prompts(config),
-        *_about_mixture(config),
+        *_about_data(config),
         *(_about_heads(config, model) if model else ()),
         *(_about_pipeline(config, model) if model else ()),
     ]
@@ -93,20 +86,25 @@ def _about_devices(num_gpus: int | None, local_world_size: int) -> Iterator[str]
 
 
 def _about_activation_checkpoint(config: JobConfig) -> Iterator[str]:
-    option = config.activation_checkpoint.selective_ac_option
+    activation_checkpoint, option = config.activation_checkpoint, config.activation_checkpoint.selective_ac_option
     if option != "op" and not (option.isdecimal() and len(option) < 19 and int(option) > 0):
-        yield f"{_show(config, 'activation_checkpoint.selective_ac_option')} must be op or a positive integer"
+        yield f"{activation_checkpoint.selective_ac_option=!s} must be op or a positive integer"
 
 
-def _about_fused_loss(config: JobConfig) -> Iterator[str]:
-    liger = config.liger_kernel
-    split = config.parallelism.tensor_parallel_degree > 1
-    if liger.enable_fused_linear_cross_entropy and liger.implementation == "liger" and split:
+def _about_tensor_parallel(config: JobConfig, num_gpus: int | None) -> Iterator[str]:
+    parallelism, liger_kernel = config.parallelism, config.liger_kernel
+    if parallelism.tensor_parallel_degree == 1:
+        return
+    if liger_kernel.enable_fused_linear_cross_entropy and liger_kernel.implementation == "liger":
         yield (
-            f"{_show(config, 'liger_kernel.implementation')} needs the whole vocabulary on each rank, and"
-            f" {_show(config, 'parallelism.tensor_parallel_degree')} splits it; use implementation auto or native,"
+            f"{liger_kernel.implementation=!s} needs the whole vocabulary on each rank, and"
+            f" {parallelism.tensor_parallel_degree=} splits it; use implementation auto or native,"
             " the in-tree fused loss, or a degree of 1"
         )
+    if parallelism.enable_async_tensor_parallel and not config.training.compile:
+        yield "parallelism.enable_async_tensor_parallel needs the compiler; add --training.compile"
+    if parallelism.enable_async_tensor_parallel and num_gpus == 0:
+        yield "parallelism.enable_async_tensor_parallel needs GPUs; leave it off on CPU"
 
 
 def _about_converters(config: JobConfig) -> Iterator[str]:
@@ -115,12 +113,12 @@ def _about_converters(config: JobConfig) -> Iterator[str]:
             yield f"model.converters has {name!r}, which is unknown; {meant_or_known(name, _CONVERTERS)}"
     if "float8" not in config.model.converters:
         return
-    if config.float8.enable_fsdp_float8_all_gather and config.float8.recipe_name != "tensorwise":
+    float8, parallelism, training = config.float8, config.parallelism, config.training
+    if float8.enable_fsdp_float8_all_gather and float8.recipe_name != "tensorwise":
         yield (
-            f"float8.enable_fsdp_float8_all_gather does not work with {_show(config, 'float8.recipe_name')}, because it"
+            f"float8.enable_fsdp_float8_all_gather does not work with {float8.recipe_name=!s}, because it"
             " gathers no scales of rows; leave it off, or use tensorwise"
         )
-    parallelism, training = config.parallelism, config.training
     piped = parallelism.pipeline_parallel_degree > 1
     sequences = parallelism.pipeline_parallel_microbatch_size if piped else training.local_batch_size
     num_tokens = sequences * training.seq_len // parallelism.context_parallel_degree
@@ -132,34 +130,25 @@ def _about_converters(config: JobConfig) -> Iterator[str]:
 
 
 def _about_state_precision(config: JobConfig) -> Iterator[str]:
-    optimizer = config.optimizer
-    if config.training.dtype == "bfloat16" and config.training.mixed_precision_param != "bfloat16":
+    optimizer, training = config.optimizer, config.training
+    if training.dtype == "bfloat16" and training.mixed_precision_param != "bfloat16":
         yield (
             "training.dtype=bfloat16 keeps nothing that more precise products would use; leave"
             " training.mixed_precision_param at bfloat16"
         )
     if optimizer.state_precision == "float32":
         return
-    given = _show(config, "optimizer.state_precision")
+    given = f"{optimizer.state_precision=!s}"
     if (optimizer.name, optimizer.implementation) != ("AdamW", "fused"):
         yield f"{given} has one optimizer, the fused AdamW; leave optimizer.name and optimizer.implementation at those"
-    if config.training.mixed_precision_param != "bfloat16":
+    if training.mixed_precision_param != "bfloat16":
         yield f"{given} keeps weights as bfloat16 with a correction; leave training.mixed_precision_param at bfloat16"
-    if config.training.dtype != "float32":
-        yield f"{given} and {_show(config, 'training.dtype')} both say how weights are stored; use one of them"
-    if config.training.enable_cpu_offload:
+    if training.dtype != "float32":
+        yield f"{given} and {training.dtype=!s} both say how weights are stored; use one of them"
+    if training.enable_cpu_offload:
         yield f"{given} does not work with training.enable_cpu_offload; use one of them"
     if "float8" in config.model.converters and config.float8.enable_fsdp_float8_all_gather:
         yield f"{given} does not work with float8.enable_fsdp_float8_all_gather; use one of them"
-
-
-def _about_async_tensor_parallel(config: JobConfig, num_gpus: int | None) -> Iterator[str]:
-    if not config.parallelism.enable_async_tensor_parallel or config.parallelism.tensor_parallel_degree == 1:
-        return
-    if not config.training.compile:
-        yield "parallelism.enable_async_tensor_parallel needs the compiler; add --training.compile"
-    if num_gpus == 0:
-        yield "parallelism.enable_async_tensor_parallel needs GPUs; leave it off on CPU"
 
 
 def _about_checkpoint(config: JobConfig, world_size: int) -> Iterator[str]:
@@ -173,52 +162,54 @@ def _about_checkpoint(config: JobConfig, world_size: int) -> Iterator[str]:
         )
     if checkpoint.initial_load_in_hf and not checkpoint.initial_load_model_only:
         yield "checkpoint.initial_load_in_hf loads weights only; set checkpoint.initial_load_model_only=true as well"
-    asked_for = {
+    saving = {
         "create_seed_checkpoint": checkpoint.create_seed_checkpoint,
         "last_save_in_hf": checkpoint.last_save_in_hf,
-        f"load_step={checkpoint.load_step}": checkpoint.load_step != -1,
-        "load_only": checkpoint.load_only,
     }
-    for option in [option for option, is_set in asked_for.items() if is_set and not checkpoint.enable_checkpoint]:
-        yield f"checkpoint.{option} needs checkpoint.enable_checkpoint=true"
-    for option in ("create_seed_checkpoint", "last_save_in_hf"):
-        if checkpoint.load_only and getattr(checkpoint, option):
+    loading = {f"load_step={checkpoint.load_step}": checkpoint.load_step != -1, "load_only": checkpoint.load_only}
+    for option, is_set in (saving | loading).items():
+        if is_set and not checkpoint.enable_checkpoint:
+            yield f"checkpoint.{option} needs checkpoint.enable_checkpoint=true"
+    for option, is_set in saving.items():
+        if is_set and checkpoint.load_only:
             yield f"checkpoint.{option} saves, and checkpoint.load_only does not; use one of them"
     if checkpoint.create_seed_checkpoint and world_size != 1:
         yield f"checkpoint.create_seed_checkpoint runs on one process, not on {world_size}; start it with NGPU=1"
     for state in checkpoint.exclude_from_loading:
         if state not in _CHECKPOINT_STATES:
-            yield (
-                f"checkpoint.exclude_from_loading has {state!r}, which is none;"
-                f" {meant_or_known(state, _CHECKPOINT_STATES)}"
-            )
+            hint = meant_or_known(state, _CHECKPOINT_STATES)
+            yield f"checkpoint.exclude_from_loading has {state!r}, which is none; {hint}"
 
 
 def _about_batch(config: JobConfig, dims: ParallelDims) -> Iterator[str]:
-    at_once = config.training.local_batch_size * dims.dp
-    if config.training.global_batch_size != -1 and config.training.global_batch_size % at_once:
+    training = config.training
+    at_once = training.local_batch_size * dims.dp
+    if training.global_batch_size != -1 and training.global_batch_size % at_once:
         yield (
-            f"{_show(config, 'training.global_batch_size')} is not a multiple of {at_once}, which is"
-            f" {_show(config, 'training.local_batch_size')} on each of {dims.dp} data-parallel ranks;"
-            f" use {_multiples_near(config.training.global_batch_size, at_once)}"
+            f"{training.global_batch_size=} is not a multiple of {at_once}, which is {training.local_batch_size=} on"
+            f" each of {dims.dp} data-parallel ranks; use {_multiples_near(training.global_batch_size, at_once)}"
         )
 
 
-def _about_mixture(config: JobConfig) -> Iterator[str]:
+def _about_data(config: JobConfig) -> Iterator[str]:
+    if config.validation.prompts and not config.validation.enabled:
+        yield "validation.prompts are continued at validations, and there are none; set validation.enabled"
+    training = config.training
     try:
-        parts = parse_mixture(config.training.datasets)
+        parts = parse_mixture(training.datasets)
     except ConfigError as error:
         yield str(error)
         return
-    if parts and config.training.dataset_path is not None:
+    if parts and training.dataset_path is not None:
         yield (
-            f"training.datasets and training.dataset_path={config.training.dataset_path} both say what is read; give"
+            f"training.datasets and {training.dataset_path=!s} both say what is read; give"
             " the path as an entry of the mixture, or leave the mixture out"
         )
 
 
 def _about_length(config: JobConfig) -> Iterator[str]:
-    cp, tp = config.parallelism.context_parallel_degree, config.parallelism.tensor_parallel_degree
+    parallelism = config.parallelism
+    cp, tp = parallelism.context_parallel_degree, parallelism.tensor_parallel_degree
     # A context-parallel rank holds a chunk of the head and one of the tail; tensor parallelism splits what it holds.
     chunks = math.lcm(2 * cp if cp > 1 else 1, cp * tp)
     lengths = {"training.seq_len": config.training.seq_len}
@@ -227,36 +218,27 @@ def _about_length(config: JobConfig) -> Iterator[str]:
     for name, seq_len in lengths.items():
         if seq_len % chunks:
             yield (
-                f"{name}={seq_len} is not a multiple of {chunks}, which"
-                f" {_show(config, 'parallelism.context_parallel_degree')} and"
-                f" {_show(config, 'parallelism.tensor_parallel_degree')} need; use {_multiples_near(seq_len, chunks)}"
+                f"{name}={seq_len} is not a multiple of {chunks}, which {parallelism.context_parallel_degree=} and"
+                f" {parallelism.tensor_parallel_degree=} need; use {_multiples_near(seq_len, chunks)}"
             )
 
 
-def _about_prompts(config: JobConfig) -> Iterator[str]:
-    if config.validation.prompts and not config.validation.enabled:
-        yield "validation.prompts are continued at validations, and there are none; set validation.enabled"
-
-
 def _about_heads(config: JobConfig, model: ModelShape) -> Iterator[str]:
-    shared = math.gcd(model.n_heads, model.n_kv_heads)
-    if shared % config.parallelism.tensor_parallel_degree:
-        yield (
-            f"{_show(config, 'parallelism.tensor_parallel_degree')} does not divide n_heads={model.n_heads} and"
-            f" n_kv_heads={model.n_kv_heads} of {_named(config)}; use {either(_divisors(shared))}"
-        )
+    parallelism, title = config.parallelism, config.model.title
+    tp, shared = parallelism.tensor_parallel_degree, math.gcd(model.n_heads, model.n_kv_heads)
     ffn_hidden_dim = getattr(model, "ffn_hidden_dim", 0)  # not every family has one
-    if ffn_hidden_dim % config.parallelism.tensor_parallel_degree:
+    given = f"{parallelism.tensor_parallel_degree=}"
+    if shared % tp:
         yield (
-            f"{_show(config, 'parallelism.tensor_parallel_degree')} does not divide ffn_hidden_dim={ffn_hidden_dim} of"
-            f" {_named(config)}; use {either(_divisors(math.gcd(shared, ffn_hidden_dim)))}"
+            f"{given} does not divide n_heads={model.n_heads} and n_kv_heads={model.n_kv_heads} of {title};"
+            f" use {either(_divisors(shared))}"
         )
-    if not _gives_all_ranks_words(model.vocab_size, config.parallelism.tensor_parallel_degree):
+    if ffn_hidden_dim % tp:
+        fits = _divisors(math.gcd(shared, ffn_hidden_dim))
+        yield f"{given} does not divide {ffn_hidden_dim=} of {title}; use {either(fits)}"
+    if not _gives_all_ranks_words(model.vocab_size, tp):
         fits = [degree for degree in _divisors(shared) if _gives_all_ranks_words(model.vocab_size, degree)]
-        yield (
-            f"{_show(config, 'parallelism.tensor_parallel_degree')} leaves a rank without words of the"
-            f" {model.vocab_size} of {_named(config)}; use {either(fits)}"
-        )
+        yield f"{given} leaves a rank without words of the {model.vocab_size} of {title}; use {either(fits)}"
 
 
 def _gives_all_ranks_words(vocab_size: int, tp: int) -> bool:
@@ -265,41 +247,39 @@ def _gives_all_ranks_words(vocab_size: int, tp: int) -> bool:
 
 
 def _about_pipeline(config: JobConfig, model: ModelShape) -> Iterator[str]:
-    pp = config.parallelism.pipeline_parallel_degree
-    if pp == 1:
+    parallelism = config.parallelism
+    if parallelism.pipeline_parallel_degree == 1:
         return
     if getattr(model, "tie_embeddings", False):  # a family outside this package need not know the word
         yield (
-            f"{_show(config, 'parallelism.pipeline_parallel_degree')} puts embedding and output on two ranks, and"
-            f" {_named(config)} has one weight for both; use a degree of 1"
+            f"{parallelism.pipeline_parallel_degree=} puts embedding and output on two ranks, and"
+            f" {config.model.title} has one weight for both; use a degree of 1"
         )
-    if config.parallelism.module_fqns_per_model_part is not None:
-        yield from _about_stage_modules(config.parallelism.module_fqns_per_model_part, model.n_layers)
-    yield from _about_stages(config, pp, model.n_layers)
-    yield from _about_microbatches(config, pp)
+    if parallelism.module_fqns_per_model_part is not None:
+        yield from _about_stage_modules(parallelism.module_fqns_per_model_part, model.n_layers)
+    yield from _about_stages(config, model.n_layers)
+    yield from _about_microbatches(config)
     yield from _about_zero_bubble(config)
 
 
 def _about_zero_bubble(config: JobConfig) -> Iterator[str]:
-    if config.parallelism.pipeline_parallel_schedule not in ZERO_BUBBLE:
+    parallelism, checkpointing = config.parallelism, config.activation_checkpoint
+    if parallelism.pipeline_parallel_schedule not in ZERO_BUBBLE:
         return
-    schedule = f"{_show(config, 'parallelism.pipeline_parallel_schedule')} computes the gradients of inputs and weights"
+    apart = f"{parallelism.pipeline_parallel_schedule=!s} computes the gradients of inputs and weights apart"
+    others = "use 1F1B or Interleaved1F1B"
     if config.training.compile:
-        yield (
-            f"{schedule} apart, which compiled blocks cannot; leave training.compile off, or use 1F1B or"
-            " Interleaved1F1B"
-        )
+        yield f"{apart}, which compiled blocks cannot; leave training.compile off, or {others}"
     if "float8" in config.model.converters:
-        yield f"{schedule} apart, which float8 layers cannot; leave float8 off, or use 1F1B or Interleaved1F1B"
-    if config.parallelism.fsdp_reshard_after_forward == "always":
+        yield f"{apart}, which float8 layers cannot; leave float8 off, or {others}"
+    if parallelism.fsdp_reshard_after_forward == "always":
         yield (
-            f"{schedule} apart, and misses those of weights that are gathered anew between:"
+            f"{apart}, and misses those of weights that are gathered anew between:"
             " parallelism.fsdp_reshard_after_forward=always does not work with it; use default or never"
         )
-    checkpointing = config.activation_checkpoint
     if checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op":
         yield (
-            f"{schedule} apart, which blocks that are recomputed by op allow only once; use activation_checkpoint.mode"
+            f"{apart}, which blocks that are recomputed by op allow only once; use activation_checkpoint.mode"
             " full or none, or a number as activation_checkpoint.selective_ac_option"
         )
 
@@ -318,18 +298,18 @@ def _about_stage_modules(parts: list[list[str]], n_layers: int) -> Iterator[str]
         yield f"{option} must name each module once, the parts in the model's order: {', '.join(modules)}"
 
 
-def _about_stages(config: JobConfig, pp: int, n_layers: int) -> Iterator[str]:
+def _about_stages(config: JobConfig, n_layers: int) -> Iterator[str]:
     parallelism = config.parallelism
-    schedule = parallelism.pipeline_parallel_schedule
+    pp, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
     first = parallelism.pipeline_parallel_first_stage_less_layers
     last = parallelism.pipeline_parallel_last_stage_less_layers
     num_stages = get_num_stages(parallelism, n_layers)
     if parallelism.module_fqns_per_model_part is not None:
         source = "parallelism.module_fqns_per_model_part"
     elif parallelism.pipeline_parallel_layers_per_stage is not None:
-        source = _show(config, "parallelism.pipeline_parallel_layers_per_stage")
+        source = f"{parallelism.pipeline_parallel_layers_per_stage=}"
     else:
-        source = f"{_show(config, 'parallelism.pipeline_parallel_degree')} with {schedule}"
+        source = f"{parallelism.pipeline_parallel_degree=} with {schedule}"
 
     if schedule in ONE_STAGE:
         fits, wanted = num_stages == pp, f"{pp}"
@@ -338,49 +318,35 @@ def _about_stages(config: JobConfig, pp: int, n_layers: int) -> Iterator[str]:
     else:
         fits, wanted = num_stages % pp == 0 and num_stages > pp, f"{2 * pp}, {3 * pp}, {4 * pp}, ..."
     if not fits:
-        yield (
-            f"{source} makes {num_stages} stages, and {_show(config, 'parallelism.pipeline_parallel_schedule')} on"
-            f" {pp} ranks takes {wanted}"
-        )
+        given = f"{parallelism.pipeline_parallel_schedule=!s}"
+        yield f"{source} makes {num_stages} stages, and {given} on {pp} ranks takes {wanted}"
 
     share, rest = divmod(n_layers + first + last, max(1, num_stages))
     if parallelism.module_fqns_per_model_part is None and (share == 0 or share + bool(rest) < first or share < last):
         yield (
-            f"{source} makes {num_stages} stages, and {_named(config)} has {n_layers} layers for them, beside"
-            f" {_show(config, 'parallelism.pipeline_parallel_first_stage_less_layers')} and"
-            f" {_show(config, 'parallelism.pipeline_parallel_last_stage_less_layers')}; use fewer stages"
+            f"{source} makes {num_stages} stages, and {config.model.title} has {n_layers} layers for them, beside"
+            f" {parallelism.pipeline_parallel_first_stage_less_layers=} and"
+            f" {parallelism.pipeline_parallel_last_stage_less_layers=}; use fewer stages"
             f"{f', or count at most {share} for embedding and output' if share else ''}"
         )
 
 
-def _about_microbatches(config: JobConfig, pp: int) -> Iterator[str]:
-    schedule, microbatch = "parallelism.pipeline_parallel_schedule", "parallelism.pipeline_parallel_microbatch_size"
-    size, microbatch_size = config.training.local_batch_size, config.parallelism.pipeline_parallel_microbatch_size
-    if size % microbatch_size:
-        yield (
-            f"{_show(config, microbatch)} does not divide {_show(config, 'training.local_batch_size')};"
-            f" use {either(_divisors(size))}"
-        )
+def _about_microbatches(config: JobConfig) -> Iterator[str]:
+    parallelism, training = config.parallelism, config.training
+    pp, schedule = parallelism.pipeline_parallel_degree, f"{parallelism.pipeline_parallel_schedule=!s}"
+    num_microbatches, rest = divmod(training.local_batch_size, parallelism.pipeline_parallel_microbatch_size)
+    microbatch = f"{parallelism.pipeline_parallel_microbatch_size=}"
+    if rest:
+        fits = either(_divisors(training.local_batch_size))
+        yield f"{microbatch} does not divide {training.local_batch_size=}; use {fits}"
         return
-    num_microbatches = size // microbatch_size
-    made = f"training.local_batch_size makes {num_microbatches} with {_show(config, microbatch)}"
-    match config.parallelism.pipeline_parallel_schedule:
+    made = f"training.local_batch_size makes {num_microbatches} with {microbatch}"
+    match parallelism.pipeline_parallel_schedule:
         case "1F1B" if num_microbatches < pp:
-            yield f"{_show(config, schedule)} needs at least {pp} microbatches, one a stage; {made}; GPipe takes fewer"
+            yield f"{schedule} needs at least {pp} microbatches, one a stage; {made}; GPipe takes fewer"
         case "Interleaved1F1B" | "InterleavedZeroBubble" if num_microbatches % max(1, num_microbatches // pp):
-            yield (
-                f"{_show(config, schedule)} takes microbatches in equal rounds of {pp} or more; {made};"
-                f" use {_multiples_near(num_microbatches, pp)}"
-            )
-
-
-def _show(config: JobConfig, name: str) -> str:
-    section, field = name.split(".")
-    return f"{name}={getattr(getattr(config, section), field)}"
-
-
-def _named(config: JobConfig) -> str:
-    return config.model.title
+            fits = _multiples_near(num_microbatches, pp)
+            yield f"{schedule} takes microbatches in equal rounds of {pp} or more; {made}; use {fits}"
 
 
 def _divisors(number: int) -> list[int]:
