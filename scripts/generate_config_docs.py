@@ -83,10 +83,10 @@ def _upstream() -> Iterator[str]:
     for name, entry in UPSTREAM_OPTIONS.items():
         if entry.here:
             accepted = f"`{entry.here}`"
-        elif entry.harmless is None:
-            accepted = "any value, without effect"
+        elif entry.only:
+            accepted = f"only `{shown(entry.option.default)}`: {entry.instead}"
         else:
-            accepted = "only " + " or ".join(f"`{shown(value)}`" for value in entry.harmless) + f": {entry.instead}"
+            accepted = "any value, without effect"
         yield f"| `{name}` | {accepted} |"
     for name, values in [*UPSTREAM_VALUES.items(), *UPSTREAM_NAMES.items()]:
         for value, other in values.items():

@@ -9,178 +9,140 @@ instead.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from torchtitan.config.schema import Option, get_options, option_of, shown
 
 
 @dataclass(frozen=True)
 class UpstreamOption:
-    """`harmless` holds the values that change nothing here, upstream's default and its equals; None means that every
-    value does."""
+    """Its default asks for nothing, nor do None and an empty text."""
 
     option: Option
     here: str = ""  # the option of this package that it is, if it is one
-    harmless: tuple[Any, ...] | None = None
-    instead: str = ""  # why other values are refused, or what to do instead
+    only: bool = False  # whether other values than the default are refused
+    instead: str = ""  # why they are, or what to do instead
 
 
-def _renamed(name: str, here: str) -> UpstreamOption:
-    return UpstreamOption(replace(get_options()[here], name=name), here)
+# Upstream's name: ours.
+_RENAMED = {
+    "job.print_config": "job.print_args",
+    "model.hf_assets_path": "model.tokenizer_path",
+    "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
+    "compile.enable": "training.compile",
+    "debug.seed": "training.seed",
+    "debug.deterministic": "training.deterministic",
+    "checkpoint.enable": "checkpoint.enable_checkpoint",
+    "checkpoint.initial_load_model_weights_only": "checkpoint.initial_load_model_only",
+    "checkpoint.last_save_model_weights_only": "checkpoint.last_save_model_only",
+    "validation.enable": "validation.enabled",
+    **{f"quantize.linear.{name}": name for name in get_options() if name.startswith("float8.")},
+}
 
+_DATALOADER = {"num_workers": 0, "persistent_workers": False, "pin_memory": False, "prefetch_factor": None}
+_MX = {"mxfp8_dim1_cast_kernel_choice": "triton", "recipe_name": "mxfp8_cublas", "filter_fqns": ["output"]}
+# Without effect: by section, each with upstream's default, which tells the type.
+_NO_EFFECT: Mapping[str, Mapping[str, Any]] = {
+    "job": {"use_for_integration_test": False, "save_config_file": None},  # config.toml is written anyway
+    "profiling": {"profiler_active": 1, "profiler_warmup": 3},
+    "comm": {"save_traces_file_prefix": "rank_"},
+    "memory_estimation": {"disable_fake_mode": False},
+    "fault_tolerance": {  # which acts only where it is enabled
+        "process_group": "gloo",
+        "process_group_timeout_ms": 10000,
+        "replica_id": 0,
+        "group_size": 0,
+        "min_replica_size": 1,
+        "semi_sync_method": None,
+        "sync_steps": 5,
+        "should_quantize": False,
+        "fragment_sync_delay": 0,
+        "fragment_update_alpha": 0.0,
+    },
+    "model": {"print_after_conversion": False},
+    "debug": {"deterministic_warn_only": False, "moe_force_load_balance": False},
+    "training": {"debug_moe_force_load_balance": False},
+    "compile": {"components": ["model", "loss"]},  # training.compile compiles both
+    # Batches are read ahead by a thread of the process.
+    "training.dataloader": _DATALOADER,
+    "validation.dataloader": _DATALOADER,
+    # mx and grouped_mm configure converters that are not here (below), and moe_fqns_prototype layers that models lack.
+    "float8": {"force_recompute_fp8_weight_in_bwd": False, "moe_fqns_prototype": []},
+    "mx": {"use_fp8_dim1_cast_triton_kernel": True, "moe_fqns_prototype": [], **_MX},
+    "quantize.linear.mx": _MX,
+    "quantize.grouped_mm.float8": {"fqns": []},
+    "quantize.grouped_mm.mx": {"recipe_name": "mxfp8", "fqns": []},
+    "parallelism": {
+        # How context-parallel ranks exchange keys and values, and which parts of a sequence each has: one step.
+        "context_parallel_rotate_method": "allgather",
+        "context_parallel_load_balancer": "headtail",
+        "expert_parallel_comm_backend": "standard",
+        "pipeline_parallel_expert_parallel_overlap": True,
+    },
+    "activation_checkpoint": {
+        "per_op_sac_force_recompute_mm_shapes_by_fqns": ["moe.router.gate"],
+        "preserve_rng_state": True,  # nothing in a block is drawn
+        "early_stop": False,
+        "determinism_check": "default",
+        "debug": False,
+        # of the mode memory_budget (below)
+        "memory_budget": 0.5,
+        "visualize_memory_budget_pareto": False,
+    },
+    "checkpoint": {"enable_ft_dataloader_checkpoints": True},
+}
 
-def _no_effect(name: str, annotation: Any, default: Any) -> UpstreamOption:
-    return UpstreamOption(option_of(name, annotation, default))
-
-
-def _only(name: str, annotation: Any, harmless: tuple[Any, ...], instead: str) -> UpstreamOption:
-    return UpstreamOption(option_of(name, annotation, harmless[0]), harmless=harmless, instead=instead)
-
-
-_TEXTS = list[str]
 _NO_EXPERTS = "the models of this package have no experts"
 _ESTIMATE = "python -m torchtitan estimate, with the run's options, tells the memory that it needs"
 _OWN_OPTIONS = "options cannot be added; experimental.custom_import registers models and datasets"
-
-_RENAMED = (
-    _renamed("job.print_config", "job.print_args"),
-    _renamed("model.hf_assets_path", "model.tokenizer_path"),
-    _renamed("lr_scheduler.lr_min", "lr_scheduler.min_lr_factor"),
-    _renamed("compile.enable", "training.compile"),
-    _renamed("debug.seed", "training.seed"),
-    _renamed("debug.deterministic", "training.deterministic"),
-    _renamed("checkpoint.enable", "checkpoint.enable_checkpoint"),
-    _renamed("checkpoint.initial_load_model_weights_only", "checkpoint.initial_load_model_only"),
-    _renamed("checkpoint.last_save_model_weights_only", "checkpoint.last_save_model_only"),
-    _renamed("validation.enable", "validation.enabled"),
-    *(
-        _renamed(f"quantize.linear.{name}", name)
-        for name in (
-            "float8.enable_fsdp_float8_all_gather",
-            "float8.precompute_float8_dynamic_scale_for_fsdp",
-            "float8.recipe_name",
-            "float8.filter_fqns",
-            "float8.emulate",
-        )
-    ),
-)
-
-_RUN = (
-    _no_effect("job.use_for_integration_test", bool, False),
-    _no_effect("job.save_config_file", str | None, None),  # config.toml is written anyway
-    _only("job.custom_config_module", str, ("",), _OWN_OPTIONS),
-    _only("experimental.custom_args_module", str, ("",), _OWN_OPTIONS),
-    _no_effect("profiling.profiler_active", int, 1),
-    _no_effect("profiling.profiler_warmup", int, 3),
-    _no_effect("comm.save_traces_file_prefix", str, "rank_"),
-    _only("comm.mode", Literal["default", "fake_backend", "local_tensor"], ("default",), _ESTIMATE),
-    _only("memory_estimation.enabled", bool, (False,), _ESTIMATE),
-    _only("memory_estimation.enable", bool, (False,), _ESTIMATE),
-    _no_effect("memory_estimation.disable_fake_mode", bool, False),
-    _only(
-        "fault_tolerance.enable", bool, (False,), "TorchFT is not part of this package; --max_restarts restarts runs"
-    ),
-    # The rest of fault_tolerance acts only where it is enabled.
-    _no_effect("fault_tolerance.process_group", str, "gloo"),
-    _no_effect("fault_tolerance.process_group_timeout_ms", int, 10000),
-    _no_effect("fault_tolerance.replica_id", int, 0),
-    _no_effect("fault_tolerance.group_size", int, 0),
-    _no_effect("fault_tolerance.min_replica_size", int, 1),
-    _no_effect("fault_tolerance.semi_sync_method", str | None, None),
-    _no_effect("fault_tolerance.sync_steps", int, 5),
-    _no_effect("fault_tolerance.should_quantize", bool, False),
-    _no_effect("fault_tolerance.fragment_sync_delay", int, 0),
-    _no_effect("fault_tolerance.fragment_update_alpha", float, 0.0),
-)
-
-_LEARNING = (
-    _no_effect("model.print_after_conversion", bool, False),
-    _no_effect("debug.deterministic_warn_only", bool, False),
-    _no_effect("debug.moe_force_load_balance", bool, False),
-    _no_effect("training.debug_moe_force_load_balance", bool, False),
-    _no_effect("compile.components", _TEXTS, ["model", "loss"]),  # training.compile compiles both
-    _only("compile.backend", str, ("inductor",), "torch.compile's own backend is the one that is used"),
-    _only(
-        "optimizer.early_step_in_backward",
-        bool,
-        (False,),
+# Restricted: the value that changes nothing, upstream's default, and why others are refused or what to do instead.
+_ONLY: Mapping[str, tuple[Any, str]] = {
+    "job.custom_config_module": ("", _OWN_OPTIONS),
+    "experimental.custom_args_module": ("", _OWN_OPTIONS),
+    "comm.mode": ("default", _ESTIMATE),
+    "memory_estimation.enabled": (False, _ESTIMATE),
+    "memory_estimation.enable": (False, _ESTIMATE),
+    "fault_tolerance.enable": (False, "TorchFT is not part of this package; --max_restarts restarts runs"),
+    "compile.backend": ("inductor", "torch.compile's own backend is the one that is used"),
+    "optimizer.early_step_in_backward": (
+        False,
         "the optimizer steps after backward, because gradients are clipped by their global norm",
     ),
-    # Batches are read ahead by a thread of the process.
-    *(
-        entry
-        for loader in ("training.dataloader", "validation.dataloader")
-        for entry in (
-            _no_effect(f"{loader}.num_workers", int, 0),
-            _no_effect(f"{loader}.persistent_workers", bool, False),
-            _no_effect(f"{loader}.pin_memory", bool, False),
-            _no_effect(f"{loader}.prefetch_factor", int | None, None),
-        )
-    ),
-    # mx and grouped_mm configure converters that are not here (below), and moe_fqns_prototype layers that models lack.
-    _no_effect("float8.force_recompute_fp8_weight_in_bwd", bool, False),
-    _no_effect("float8.moe_fqns_prototype", _TEXTS, []),
-    _no_effect("mx.use_fp8_dim1_cast_triton_kernel", bool, True),
-    *(
-        entry
-        for mx in ("mx", "quantize.linear.mx")
-        for entry in (
-            _no_effect(f"{mx}.mxfp8_dim1_cast_kernel_choice", Literal["triton", "cuda", "torch"], "triton"),
-            _no_effect(f"{mx}.recipe_name", str, "mxfp8_cublas"),
-            _no_effect(f"{mx}.filter_fqns", _TEXTS, ["output"]),
-        )
-    ),
-    _no_effect("mx.moe_fqns_prototype", _TEXTS, []),
-    _no_effect("quantize.grouped_mm.float8.fqns", _TEXTS, []),
-    _no_effect("quantize.grouped_mm.mx.recipe_name", str, "mxfp8"),
-    _no_effect("quantize.grouped_mm.mx.fqns", _TEXTS, []),
-)
-
-_LAYOUT = (
-    _only(
-        "parallelism.enable_compiled_autograd",
-        bool,
-        (False,),
+    "parallelism.enable_compiled_autograd": (
+        False,
         "compiled autograd is not supported; training.compile compiles the blocks and the loss",
     ),
-    # How context-parallel ranks exchange keys and values, and which parts of a sequence each has: the step is the same.
-    _no_effect("parallelism.context_parallel_rotate_method", Literal["allgather", "alltoall"], "allgather"),
-    _no_effect("parallelism.context_parallel_load_balancer", str | None, "headtail"),
-    _only("parallelism.expert_parallel_degree", int, (1,), _NO_EXPERTS),
-    _only("parallelism.expert_tensor_parallel_degree", int, (1,), _NO_EXPERTS),
-    _no_effect("parallelism.expert_parallel_comm_backend", Literal["standard", "deepep"], "standard"),
-    _no_effect("parallelism.pipeline_parallel_expert_parallel_overlap", bool, True),
-    _only(
-        "parallelism.pipeline_parallel_split_points",
-        _TEXTS,
-        ([],),
+    "parallelism.expert_parallel_degree": (1, _NO_EXPERTS),
+    "parallelism.expert_tensor_parallel_degree": (1, _NO_EXPERTS),
+    "parallelism.pipeline_parallel_split_points": (
+        [],
         "name the modules of each stage in parallelism.module_fqns_per_model_part",
     ),
-    _only(
-        "parallelism.pipeline_parallel_schedule_csv",
-        str | None,
-        ("", None),
+    "parallelism.pipeline_parallel_schedule_csv": (
+        None,
         "choose a schedule with parallelism.pipeline_parallel_schedule",
     ),
-    _no_effect("activation_checkpoint.per_op_sac_force_recompute_mm_shapes_by_fqns", _TEXTS, ["moe.router.gate"]),
-    _no_effect("activation_checkpoint.early_stop", bool, False),
-    _no_effect("activation_checkpoint.preserve_rng_state", bool, True),  # nothing in a block is drawn
-    _no_effect("activation_checkpoint.determinism_check", str, "default"),
-    _no_effect("activation_checkpoint.debug", bool, False),
-    # of the mode memory_budget (below)
-    _no_effect("activation_checkpoint.memory_budget", float, 0.5),
-    _no_effect("activation_checkpoint.visualize_memory_budget_pareto", bool, False),
-    _no_effect("checkpoint.enable_ft_dataloader_checkpoints", bool, True),
-    _only(
-        "checkpoint.initial_load_in_hf_quantized",
-        bool,
-        (False,),
+    "checkpoint.initial_load_in_hf_quantized": (
+        False,
         "save the weights unquantised first, by from_pretrained and save_pretrained of transformers",
     ),
-)
+}
+
+
+def _option(name: str, default: Any) -> Option:
+    if default is None:
+        return option_of(name, int | None if name.endswith("prefetch_factor") else str | None, default)
+    return option_of(name, list[str] if isinstance(default, list) else type(default), default)
+
 
 UPSTREAM_OPTIONS: Mapping[str, UpstreamOption] = {
-    entry.option.name: entry for entry in (*_RENAMED, *_RUN, *_LEARNING, *_LAYOUT)
+    **{name: UpstreamOption(replace(get_options()[ours], name=name), ours) for name, ours in _RENAMED.items()},
+    **{
+        f"{section}.{field}": UpstreamOption(_option(f"{section}.{field}", default))
+        for section, fields in _NO_EFFECT.items()
+        for field, default in fields.items()
+    },
+    **{name: UpstreamOption(_option(name, value), only=True, instead=why) for name, (value, why) in _ONLY.items()},
 }
 
 
@@ -263,15 +225,15 @@ def _about(value: str, entry: UpstreamValue) -> str:
 def refusal(name: str, value: object) -> str | None:
     """Why an option of the table cannot have this value; None if it can."""
     entry = UPSTREAM_OPTIONS[name]
-    if entry.harmless is None or value in entry.harmless:
+    if not entry.only or value in (None, "", entry.option.default):
         return None
-    return f"upstream's option, of which only {shown(entry.harmless[0])} is supported here: {entry.instead}"
+    return f"upstream's option, of which only {shown(entry.option.default)} is supported here: {entry.instead}"
 
 
 def is_worth_a_warning(name: str, value: object) -> bool:
     """Whether an accepted value says what is not done here: upstream's own defaults ask for nothing."""
     entry = UPSTREAM_OPTIONS[name]
-    return entry.harmless is None and value != entry.option.default
+    return not entry.only and value not in (None, "", entry.option.default)
 
 
 def no_effect_warning(names: list[str]) -> str:
