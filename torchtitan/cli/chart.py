@@ -21,7 +21,7 @@ class Curve:
     points: Sequence[Point]
     color: str
     kind: str = "line"
-    """Or "dots": few values, drawn with their places; "lost": what a later start trained again."""
+    """Or "line under": another may cover it; "dots": few values, drawn with their places; "lost": trained again."""
 
 
 @dataclass(frozen=True)

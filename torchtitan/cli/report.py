@@ -26,6 +26,7 @@ from torchtitan.cli.runs import (
     MEMORY_PCT,
     MFU,
     SPEED,
+    VALIDATION,
     VALIDATION_LOSS,
     Difference,
     Run,
@@ -37,18 +38,24 @@ from torchtitan.config.errors import ConfigError
 
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #1f2937 }
+:root { color-scheme: light dark; --text: #1f2937; --pale: #6b7280; --rule: #e5e7eb; --box: #f3f4f6; --back: #fff }
+@media (prefers-color-scheme: dark) {
+:root { --text: #e5e7eb; --pale: #9ca3af; --rule: #374151; --box: #1f2937; --back: #111827 }
+polyline, circle, .mark, .key { filter: brightness(1.5) } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em }
+body { color: var(--text); background: var(--back) }
 h1 { font-size: 1.5em; margin-bottom: 0 } h2 { font-size: 1.15em; margin: 2em 0 0.5em }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1em 2em }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 1em 2em }
 figure { margin: 0 } figcaption { font-weight: 600 } svg { width: 100%; height: auto; display: block }
-svg text { font-size: 11px; fill: #6b7280 } text.y { text-anchor: end } text.x { text-anchor: middle }
-.grid { stroke: #e5e7eb } .mark { stroke-width: 1.5; stroke-dasharray: 3 3 }
+svg text { font-size: 11px; fill: var(--pale) } text.y { text-anchor: end } text.x { text-anchor: middle }
+.grid { stroke: var(--rule) } .mark { stroke-width: 1.5; stroke-dasharray: 3 3 }
 polyline { fill: none; stroke-width: 1.6 } .dots { stroke-dasharray: 5 4; stroke-width: 1 }
-.lost { stroke-width: 3; opacity: 0.25 } table { border-collapse: collapse; margin: 0.5em 0 }
-td, th { text-align: left; vertical-align: top; padding: 0.15em 1.2em 0.15em 0; border-bottom: 1px solid #e5e7eb }
-td { font-variant-numeric: tabular-nums }
-.key { display: inline-block; width: 1.6em; height: 0.25em; margin: 0.2em 0.5em }
-pre { white-space: pre-wrap; margin: 0.3em 0; padding: 0.6em; background: #f3f4f6 }
+.lost { stroke-width: 3; opacity: 0.3 } .under { stroke-width: 5; opacity: 0.55 }
+table { border-collapse: collapse; margin: 0.5em 0; overflow-wrap: anywhere }
+td, th { text-align: left; vertical-align: top; padding: 0.15em 1.2em 0.15em 0; border-bottom: 1px solid var(--rule) }
+td { font-variant-numeric: tabular-nums } td:first-child, th { overflow-wrap: normal }
+.key { display: inline-block; width: 1.6em; height: 0.25em; margin: 0.2em 0.5em } .note { color: var(--pale) }
+pre { white-space: pre-wrap; margin: 0.3em 0; padding: 0.6em; background: var(--box) }
 """.strip()
 
 
@@ -64,7 +71,8 @@ def to_html(runs: Sequence[Run]) -> str:
         *_section("What happened", _course(runs)),
         *_section("Texts", _texts(runs)),
         *_section("Where it ran", _by_run(runs, lambda run: run.environment)),
-        *_section("Options that are not the defaults", _by_run(runs, lambda run: run.options, only_different=False)),
+        *_section("Options that are not the defaults", _by_run(runs, lambda run: run.options)),
+        *_folded("All others", _by_run(runs, lambda run: run.defaults)),
     ]
     head = f'<meta charset="utf-8"/><title>{escape(str(title))}</title><style>{STYLE}</style>'
     return f"<!DOCTYPE html>\n<html><head>{head}</head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
@@ -86,7 +94,8 @@ def _charts(runs: Sequence[Run]) -> Iterator[str]:
     def curves(key: str) -> Iterator[Curve]:
         for run, color in colored:
             yield from (Curve(f"{run.name}, trained again", to_curve(lost, key), color, "lost") for lost in run.lost)
-            yield Curve(run.name, run.curve(key), color)
+            # one that the others may hide is wider than they
+            yield Curve(run.name, run.curve(key), color, "line under" if run is not runs[-1] else "line")
 
     validation = [
         Curve(f"{run.name}, validation", to_curve(run.validations, VALIDATION_LOSS), color, "dots")
@@ -107,6 +116,8 @@ def _charts(runs: Sequence[Run]) -> Iterator[str]:
     name = "Peak memory, GiB, of all that the device has (dashed)" if capacity else "Peak memory, GiB"
     yield _figure(name, draw([*curves(MEMORY), *capacity], marks=marks, from_zero=True))
     yield _figure("Waiting for data, % of a step", draw(list(curves(DATA)), marks=marks, from_zero=True))
+    if any(share for run in runs for _, share in run.curve(VALIDATION)):
+        yield _figure("Validation, % of all time", draw(list(curves(VALIDATION)), marks=marks, from_zero=True))
     for what, key in (("loss", LOSS), ("gradient norm", GRAD_NORM)):
         differences = [
             Curve(f"{run.name} - {runs[0].name}", list(Difference.of(what, key, runs[0], run).by_step.items()), color)
@@ -156,7 +167,7 @@ def _course(runs: Sequence[Run]) -> str:
             if event["event"] == "start" and before["event"] == "start":
                 rows.append([run.name, "", "ended without a word: killed, or its machine was"])
             rows.append([run.name, _clock(event.get("time", 0)), _describe(event)])
-    return _table(["run", "", ""], rows)
+    return _table(["run", "when", "what"], rows)
 
 
 def _texts(runs: Sequence[Run]) -> str:
@@ -169,8 +180,7 @@ def _texts(runs: Sequence[Run]) -> str:
         if event["event"] == "text"
     ]
     newest, older = rows[:8], rows[8:]
-    more = f"<details><summary>{len(older)} earlier ones</summary>{''.join(older)}</details>" if older else ""
-    return "".join(newest) + more
+    return "".join([*newest, *_folded(f"{len(older)} earlier ones", "".join(older))])
 
 
 def _summary(runs: Sequence[Run]) -> str:
@@ -203,22 +213,23 @@ def _differences(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs[1:]:
         if not run.steps.keys() & runs[0].steps.keys():
-            rows.append([run.name, "no logged step in common", "", ""])
+            rows.append([run.name, "no logged step in common", "", "", "0"])
             continue
         for what, key in (("loss", LOSS), ("gradient norm", GRAD_NORM)):
             found = Difference.of(what, key, runs[0], run)
-            rows.append([run.name, what, f"{found.largest:.3g}", f"{found.worst_step} of {len(found.by_step)} steps"])
-    return _table(["run", "", "largest", "at step"], rows) + _by_run(runs, lambda run: run.options)
+            rows.append([run.name, what, f"{found.largest:.3g}", str(found.worst_step), str(len(found.by_step))])
+    table = _table(["run", "", "largest", "at step", "steps in common"], rows)
+    return table + _by_run(runs, lambda run: run.options | run.environment, only_different=True)
 
 
-def _by_run(runs: Sequence[Run], get: Callable[[Run], dict[str, Any]], *, only_different: bool = True) -> str:
-    """A row for each name. Of several runs all that they have, or only what is not the same in all."""
+def _by_run(runs: Sequence[Run], get: Callable[[Run], dict[str, Any]], *, only_different: bool = False) -> str:
+    """A row for each name that a run has, or for each whose value is not the same in all runs."""
     found = [get(run) for run in runs]
     names = dict.fromkeys(name for values in found for name in values)
     rows = [[name, *(_value(values.get(name)) for values in found)] for name in names]
-    if only_different and len(runs) > 1:
-        rows = [row for row in rows if len(set(row[1:])) > 1] or [["the same", *[""] * len(runs)]]
-    return _table(["", *(run.name for run in runs)], rows) if names else ""
+    if only_different:
+        rows = [row for row in rows if len(set(row[1:])) > 1]
+    return _table(["", *(run.name for run in runs)], rows)
 
 
 def _value(value: object) -> str:
@@ -231,6 +242,10 @@ def _section(title: str, content: str) -> list[str]:
     return [f"<h2>{title}</h2>", content] if content else []
 
 
+def _folded(title: str, content: str) -> list[str]:
+    return [f"<details><summary>{title}</summary>{content}</details>"] if content else []
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
@@ -240,12 +255,17 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _key(runs: Sequence[Run]) -> str:
-    """Which colour is which run."""
-    lines = (
+    """Which colour is which run, and what else the charts have."""
+    lines = [
         f'<span class="key" style="background: {color}"></span>{_clean(run.name)} {_clean(run.about)}<br/>'
         for run, color in zip(runs, _colors(runs), strict=True)
-    )
-    return f"<p>{''.join(lines)}</p>"
+    ]
+    notes = ["Each chart is over the steps of training."]
+    if any(True for run in runs for _ in _marks(run, "")):
+        notes.append("Dotted: stops and starts, see below.")
+    if any(run.lost for run in runs):
+        notes.append("Pale: trained again after a kill.")
+    return f'<p>{"".join(lines)}<span class="note">{" ".join(notes)}</span></p>'
 
 
 def _colors(runs: Sequence[Run]) -> list[str]:

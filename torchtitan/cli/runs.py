@@ -15,7 +15,8 @@ from torchtitan.config.manager import ConfigManager
 
 LOSS, GRAD_NORM, LR = "loss_metrics/global_avg_loss", "grad_norm", "lr"
 SPEED, MFU, MEMORY, MEMORY_PCT = "throughput(tps)", "mfu(%)", "memory/max_reserved(GiB)", "memory/max_reserved(%)"
-DATA, VALIDATION_LOSS = "time_metrics/data_loading(%)", "validation_metrics/loss"
+DATA, VALIDATION = "time_metrics/data_loading(%)", "time_metrics/validation(%)"
+VALIDATION_LOSS = "validation_metrics/loss"
 WARMUP_STEPS = 3
 """Steps that compile, allocate and load; the speed is that of the others."""
 
@@ -38,7 +39,8 @@ class Run:
     lost: list[dict[int, Values]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
-    """Those that config.toml has and that are not the defaults, by `section.option`."""
+    """Those that config.toml has and that are not the defaults, by `section.option`; the others are in `defaults`."""
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     def curve(self, key: str) -> list[Point]:
         return to_curve(self.steps, key)
@@ -118,7 +120,7 @@ def read_run(folder: Path, *, name: str = "", about: str = "") -> Run:
         raise RunError(f"{run.name}: {path} holds no training step")
     # with metrics.save_for_all_ranks the folder is that of a rank, and the run's is the one above
     run.events = _read_first(folder, "history.jsonl", lambda file: [v for v in _read_lines(file) if "event" in v], [])
-    run.options = _read_first(folder, "config.toml", _read_options, {})
+    run.options, run.defaults = _read_first(folder, "config.toml", _read_options, ({}, {}))
     return run
 
 
@@ -145,15 +147,15 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield values
 
 
-def _read_options(path: Path) -> dict[str, Any]:
-    defaults = ConfigManager().parse_args([]).to_dict()
+def _read_options(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is not as it is by default, and the rest."""
+    known = ConfigManager().parse_args([]).to_dict()
+    found: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     try:
         sections = tomli.loads(path.read_text(encoding="utf-8"))
     except (tomli.TOMLDecodeError, UnicodeDecodeError):
-        return {}
-    return {
-        f"{section}.{name}": value
-        for section, options in sections.items()
-        for name, value in options.items()
-        if defaults.get(section, {}).get(name) != value
-    }
+        return found
+    for section, options in sections.items():
+        for name, value in options.items():
+            found[known.get(section, {}).get(name) == value][f"{section}.{name}"] = value
+    return found

@@ -79,7 +79,7 @@ def test_finished_runs_are_compared_where_both_have_steps(
         "gradient norm 0.5 at step 4",
     ):
         assert line in lines
-    assert "<td>loss</td><td>0.25</td><td>2 of 3 steps</td>" in (tmp_path / "out/report.html").read_text()
+    assert "<td>loss</td><td>0.25</td><td>2</td><td>3</td>" in (tmp_path / "out/report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """The page of `torchtitan report`: parsed, its curves read back from the picture, and, where it can be, shown."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
+from html import unescape
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ BROWSER = next(filter(None, map(shutil.which, ("google-chrome", "chromium", "chr
 
 def step(number: int, loss: float = 1.0, **values: float) -> dict[str, float]:
     defaults = {"grad_norm": 1.0, "lr": 1e-3, "throughput(tps)": 1000.0, "time_metrics/data_loading(%)": 0.5}
+    defaults["time_metrics/validation(%)"] = 0.0
     memory = {"memory/max_reserved(GiB)": 20.0, "memory/max_reserved(%)": 25.0}
     return {"step": number, "time": 100.0 + number, LOSS: loss, **defaults, **memory, **values}
 
@@ -50,6 +54,7 @@ def killed_and_resumed(folder: Path) -> Path:
     lines[3:3] = [validation(3, 6.0)]
     lines += [step(n, loss=8.5 - n) for n in (3, 4, 5, 6)]
     lines[7:7] = [validation(4, 5.0)]
+    lines[8]["time_metrics/validation(%)"] = 12.0
     start: dict[str, Any] = {"device": "NVIDIA H100", "commit": "abc123", "layout": "dp_shard 2"}
     events = [
         event("start", 0, **start),
@@ -85,7 +90,7 @@ def read_curve(svg: ET.Element, kind: str = "line", index: int = 0) -> list[tupl
         ]
         (p0, v0), (p1, v1) = known[0], known[-1]
         axes.append((p0, v0, (v1 - v0) / (p1 - p0)))
-    lines = [line for line in svg.iter(f"{SVG}polyline") if line.get("class") == kind]
+    lines = [line for line in svg.iter(f"{SVG}polyline") if kind in str(line.get("class")).split()]
     places = [pair.split(",") for pair in str(lines[index].get("points")).split()]
     return [
         tuple(v0 + (float(place) - p0) * slope for place, (p0, v0, slope) in zip(pair, axes, strict=True))  # type: ignore[misc]
@@ -108,6 +113,8 @@ def test_a_killed_and_resumed_run_is_drawn_with_what_it_lost(tmp_path: Path) -> 
         assert (x, y) == pytest.approx(point, abs=0.02)
     # the validation of step 3 was before the kill, and is not repeated in this run
     assert read_curve(loss, "dots") == [pytest.approx((4, 5.0), abs=0.02)]
+    shares = read_curve(figures(page)["Validation, % of all time"])
+    assert [y for _, y in shares] == pytest.approx([0, 0, 0, 0, 12, 0], abs=0.05)
     marks = ["".join(line.itertext()) for line in loss.iter(f"{SVG}line") if line.get("class") == "mark"]
     name = tmp_path / "run"
     assert f"{name}: went on after step 2" in marks
@@ -121,7 +128,8 @@ def test_a_killed_and_resumed_run_is_drawn_with_what_it_lost(tmp_path: Path) -> 
         "went on after step 4",
         "ended after step 6",
     ]
-    assert ["commit", "def456"] in rows(page) and ["training.steps", "6"] in rows(page)
+    assert ["commit", "def456"] in rows(page)
+    assert ["training.steps", "6"] in rows(page) and ["training.max_norm", "1"] in rows(page)
     assert [text.text for text in page.iter("b")] == ["def <"]
     assert "x>\N{REPLACEMENT CHARACTER}()" in "".join(page.itertext())
 
@@ -146,7 +154,7 @@ def test_several_runs_are_laid_over_each_other_with_what_differs(tmp_path: Path)
     colors = {line.get("stroke") for line in drawn["Loss"].iter(f"{SVG}polyline")}
     assert len(colors) == 2
     table = rows(page)
-    assert [str(tmp_path / "out/b"), "loss", "0.375", "3 of 2 steps"] in table
+    assert [str(tmp_path / "out/b"), "loss", "0.375", "3", "2"] in table
     assert table.count(["training.seq_len", "64", "128"]) == 2
     assert ["MFU, %", "40.00", ""] in table
 
@@ -228,17 +236,64 @@ def test_what_cannot_be_drawn_is_said_in_one_line(
     assert message in error and len(error.splitlines()) == 1
 
 
+MEASURE = """<script>
+const rect = (element) => { const r = element.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom] };
+const charts = [...document.querySelectorAll("figure")].map((figure) => ({
+  caption: figure.querySelector("figcaption").innerText,
+  box: rect(figure.querySelector("svg")),
+  curves: [...figure.querySelectorAll("polyline")].map(rect),
+  texts: [...figure.querySelectorAll("text")].map(rect),
+}));
+const widest = document.documentElement.scrollWidth;
+const found = document.createElement("pre");
+found.hidden = true;
+found.textContent = JSON.stringify({charts, widest, text: document.body.innerText});
+document.body.append(found);
+</script>"""
+
+
+def browse(page: Path, picture: Path, *flags: str) -> str:
+    """What the browser has made of a page, and its picture."""
+    profile = f"--user-data-dir={picture.with_suffix('.profile')}"
+    off = ("gpu", "quic", "background-networking", "component-update", "sync")
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in off)]
+    command += [profile, "--window-size=1250,1900", f"--screenshot={picture}", "--dump-dom", *flags, page.as_uri()]
+    return subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stdout
+
+
 @pytest.mark.skipif(BROWSER is None, reason="there is no browser here")
 def test_a_browser_shows_it(tmp_path: Path) -> None:
-    """More than an empty page does; the screenshots stay in pytest's folder."""
-    report.write([read_run(killed_and_resumed(tmp_path / "run"))], tmp_path / "report.html")
-    (tmp_path / "empty.html").write_text("<html/>")
-    sizes = {}
-    for name in ("report", "empty"):
-        picture = tmp_path / f"{name}.png"
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-        flags += ["--window-size=1250,1900", f"--screenshot={picture}"]
-        page = (tmp_path / f"{name}.html").as_uri()
-        subprocess.run([str(BROWSER), *flags, page], check=True, timeout=60, capture_output=True)
-        sizes[name] = picture.stat().st_size
-    assert sizes["report"] > 5 * sizes["empty"]
+    """Text and curves are where they belong; the pictures stay in the folder that TEST_PICTURES names, or pytest's."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    runs = [read_run(killed_and_resumed(tmp_path / "run"))]
+    report.write(runs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    (tmp_path / "measured.html").write_text(page.replace("</body>", f"{MEASURE}</body>"))
+    pictures = Path(os.environ.get("TEST_PICTURES", tmp_path))
+    pictures.mkdir(parents=True, exist_ok=True)
+
+    shown = {
+        theme: browse(tmp_path / "measured.html", pictures / f"report-{theme}.png", f"--blink-settings={setting}")
+        for theme, setting in (("light", "preferredColorScheme=1"), ("dark", "preferredColorScheme=0"))
+    }
+    found = json.loads(unescape(re.findall('<pre hidden="">({.*})</pre>', shown["light"])[0]))
+    assert found["widest"] <= 1250
+    assert all(words in found["text"] for words in ("went on after step 2", "ended after step 6", "commit", "def456"))
+    assert [chart["caption"] for chart in found["charts"]] == [*figures(parse(page))]
+    for chart in found["charts"]:
+        left, top, right, bottom = chart["box"]
+        assert right - left > 400
+        for box in (*chart["curves"], *chart["texts"]):
+            assert left <= box[0] <= box[2] <= right + 3 and top <= box[1] <= box[3] <= bottom + 3, chart
+        assert chart["curves"] and max(box[2] - box[0] for box in chart["curves"]) > 0.8 * (right - left) - 60
+        for a, b in combinations(chart["texts"], 2):
+            assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1], "labels do not cover each other"
+
+    light, dark = (imread(pictures / f"report-{theme}.png")[..., :3] for theme in ("light", "dark"))
+    assert light[0, 0].mean() == 1 and dark[0, 0].mean() < 0.2
+    for chart in found["charts"]:
+        left, top, right, bottom = map(round, chart["box"])
+        drawn = light[top:bottom, left:right]
+        assert (abs(drawn - to_rgb(report.COLORS[0])).max(-1) < 0.02).sum() > 100, chart["caption"]
