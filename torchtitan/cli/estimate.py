@@ -66,8 +66,8 @@ def main(argv: Sequence[str]) -> int:
             found: Literal["local_batch_size", "seq_len"] = "seq_len" if launch.longest else "local_batch_size"
             find_largest(found, config, launch.world_size, budget)
             write_resolved(config, launch.write)
-        except (ConfigError, OSError) as error:
-            print(error.report() if isinstance(error, ConfigError) else f"{error}", file=sys.stderr)
+        except ConfigError as error:
+            print(error.report(), file=sys.stderr)
             return 1
         print(f"{launch.write} has training.{found} = {getattr(config.training, found)}")
     memory = MemoryModel(config, world_size=launch.world_size)

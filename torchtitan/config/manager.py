@@ -125,10 +125,17 @@ def to_toml(config: JobConfig) -> str:
 
 
 def write_resolved(config: JobConfig, path: str | Path) -> None:
-    """Save the configuration so that `--job.config_file path` gives the same options."""
+    """Save the configuration so that `--job.config_file path` gives the same options.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_toml(config), encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_toml(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}, for the options in force, cannot be written: {error.strerror}") from None
 
 
 def help_text(only_sections: Sequence[str] = ()) -> str:

@@ -14,7 +14,7 @@ from torchtitan.config.errors import ConfigError
 
 _UPSTREAM = {
     "TRAIN_FILE": "the program is always torchtitan.train; experimental.custom_import adds to it",
-    "COMM_MODE": "python -m torchtitan estimate tells the memory of a run without its GPUs",
+    "COMM_MODE": "--dry_run tells what a run on any number of ranks will be, and starts nothing",
     "TORCHFT_LIGHTHOUSE": "TorchFT is not part of this package",
     "WANDB_TEAM": "wandb's own variable is WANDB_ENTITY",
     "WANDB_RUN_NAME": "wandb's own variable is WANDB_NAME",

@@ -82,12 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         launcher, options = split_arguments(sys.argv[1:] if argv is None else argv)
         num_gpus = getattr(launcher, "num_gpus", None)
         fewest = int(launcher.nnodes.partition(":")[0])
+        if line := describe_upstream_variables():
+            print(line, file=sys.stderr)
         if getattr(launcher, "dry_run", False):
             return _dry_run(options, getattr(launcher, "nproc", launcher.nproc_per_node * fewest), num_gpus)
         outputs = preflight.check(options, nproc=launcher.nproc_per_node, nnodes=fewest, num_gpus=num_gpus)
         raise_all([ConfigError(problem) for problem in _about_flags(launcher, max_files=raise_file_limit())])
-        if line := describe_upstream_variables():
-            print(line, file=sys.stderr)
         if (folder := getattr(launcher, "log_dir", os.devnull)) != os.devnull:  # which torchrun knows how to take
             preflight.check_writable(Path(folder), given=f"--log_dir {folder}")
         if sys.stdout.isatty():

@@ -405,6 +405,22 @@ def test_what_a_run_saves_can_be_run_again(tmp_path):
     assert again == config
 
 
+def test_options_that_cannot_be_written_are_told_in_one_line(tmp_path):
+    (tmp_path / "config.toml").mkdir()
+    with pytest.raises(ConfigError, match=r"config\.toml, for the options in force, cannot be written: Is a directory"):
+        write_resolved(JobConfig(), tmp_path / "config.toml")
+
+
+def test_a_python_without_the_packages_says_what_to_do():
+    command = [sys.executable, "-S", "-m", "torchtitan", "--help"]  # no site-packages
+    result = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and not result.stdout
+    assert result.stderr.startswith(
+        f"{sys.executable} lacks tomli, which torchtitan needs. In a checkout `./run_train.sh"
+    )
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_help_lists_every_option_with_default_and_documentation(capsys):
     with pytest.raises(SystemExit) as left:
         parse(["--help"])

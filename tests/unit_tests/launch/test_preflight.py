@@ -242,8 +242,8 @@ def test_variables_that_only_upstream_reads_are_named(monkeypatch):
     monkeypatch.setenv("COMM_MODE", "fake_backend")
     monkeypatch.setenv("WANDB_TEAM", "us")
     assert describe_upstream_variables() == (
-        "Environment variables of upstream torchtitan that do nothing here: COMM_MODE (python"
-        " -m torchtitan estimate tells the memory of a run without its GPUs); WANDB_TEAM (wandb's own variable is"
+        "Environment variables of upstream torchtitan that do nothing here: COMM_MODE (--dry_run tells"
+        " what a run on any number of ranks will be, and starts nothing); WANDB_TEAM (wandb's own variable is"
         " WANDB_ENTITY)"
     )
 
