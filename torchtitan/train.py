@@ -65,20 +65,20 @@ class Trainer:
     """One run: built in data-flow order, then `train()`. A checkpoint carries its `step` and `n_tokens_seen`."""
 
     def __init__(self, config: JobConfig) -> None:
-        self.config = config
+        self.config, training = config, config.training
         self.step = self.n_tokens_seen = 0
         logger.info(f"Starting job: {config.job.description}")
 
         # processes, and the mesh they form
         self.device = utils.init_distributed(
-            config.comm, dump_folder=config.job.dump_folder, enable_cpu_offload=config.training.enable_cpu_offload
+            config.comm, dump_folder=config.job.dump_folder, enable_cpu_offload=training.enable_cpu_offload
         )
         self.parallel_dims = ParallelDims.from_config(config.parallelism, utils.get_world().size)
         self.mesh = build_mesh(self.parallel_dims, self.device.type)
         self._set_timeouts(config.comm.init_timeout_seconds)  # the mesh's groups have torch's own
         self.gc = GarbageCollection(config.training.gc_freq, debug=config.training.gc_debug)
-        training = config.training
         self.seed = utils.set_determinism(training.seed, self.device, deterministic=training.deterministic)
+        self.guard = RunGuard(self.device)
 
         # text to batches
         self.tokenizer = build_tokenizer(config.model.tokenizer_path)
@@ -86,16 +86,17 @@ class Trainer:
         self.num_microbatches = self.parallel_dims.get_num_microbatches(training)
         global_batch_size = self.parallel_dims.get_global_batch_size(training)
         self.dataloader = build_dataloader(
-            training=config.training,
+            training=training,
             tokenizer=self.tokenizer,
             dp_rank=self.mesh["dp"].get_local_rank(),
             dp_world_size=self.parallel_dims.dp,
-            batch_size=config.training.local_batch_size,
+            batch_size=training.local_batch_size,
             global_batch_size=global_batch_size,
-            seq_len=config.training.seq_len,
+            seq_len=training.seq_len,
             seed=self.seed,
+            asked_to_stop=self.guard.asked_to_stop,
         )
-        self.mark_documents = build_document_marker(config.training, self.tokenizer)
+        self.mark_documents = build_document_marker(training, self.tokenizer)
         self.shard_context = ContextSharder(self.mesh["cp"])
 
         # batches to gradients
@@ -103,7 +104,7 @@ class Trainer:
         self.model_args = get_run_args(config.model, max_seq_len=config.max_seq_len)
         logger.info(f"Building {config.model.title} with {self.model_args}")
         self.float8 = config.float8 if "float8" in config.model.converters else None
-        self.z_loss = ZLoss(config.training.z_loss)
+        self.z_loss = ZLoss(training.z_loss)
         self.loss = self._build_loss()
         self.memory = plan_memory(config, world=utils.get_world(), mesh=self.mesh, device=self.device)
         self.runner = self._build_runner()
@@ -111,7 +112,7 @@ class Trainer:
 
         # gradients to weights
         self.optimizer = build_optimizer(self.runner.model_parts, config.optimizer, float8=self.float8)
-        self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, config.training.steps)
+        self.lr_scheduler = build_lr_scheduler(self.optimizer, config.lr_scheduler, training.steps)
 
         # what the run says, keeps and checks
         self.metrics = self._build_metrics()
@@ -119,7 +120,7 @@ class Trainer:
         self.checkpointer = self._build_checkpointer()
         self.validator = build_validator(
             config.validation,
-            config.training,
+            training,
             tokenizer=self.tokenizer,
             runner=self.runner,
             metrics=self.metrics,
@@ -127,21 +128,20 @@ class Trainer:
             shard_context=self.shard_context,
             mesh=self.mesh,
             device=self.device,
+            guard=self.guard,
         )
-        self.guard = RunGuard(self.device)
         logger.info(
-            f"Trainer is initialized with local batch size {config.training.local_batch_size}, "
-            f"global batch size {global_batch_size}, "
-            f"gradient accumulation steps {self.num_microbatches}, sequence length {training.seq_len}, total steps "
-            f"{training.steps} (warmup {min(config.lr_scheduler.warmup_steps, training.steps)}), seed {self.seed}"
+            f"Trainer is initialized with local batch size {training.local_batch_size}, global batch size "
+            f"{global_batch_size}, gradient accumulation steps {self.num_microbatches}, sequence length "
+            f"{training.seq_len}, total steps {training.steps} (warmup "
+            f"{min(config.lr_scheduler.warmup_steps, training.steps)}), seed {self.seed}"
         )
 
     def train(self) -> None:
         """Train to the last step.
 
         Raises:
-            NonFiniteError: the loss or the gradient is inf or nan (the weights are those before that step), or the
-                optimizer has made the weights so (they are not saved).
+            NonFiniteError: the loss or the gradient is inf or nan, or the optimizer makes a weight so: it is not saved.
             SystemExit: with EXIT_PREEMPTED, after SIGTERM and a save.
         """
         config, steps, rank = self.config, self.config.training.steps, utils.get_world().rank
@@ -162,41 +162,40 @@ class Trainer:
                 if self.step == first_step:
                     self.guard.heed_sigterm()
                 last_step = self.step == steps
-                if stop or last_step or self.checkpointer.is_due(self.step):
-                    self.guard.check_last(self.step)
+                if last_step or (self.checkpointer.is_due(self.step) and not stop):
                     self.guard.check_weights(self.parameters(), self.step)  # what is not finite must not be saved
-                self.checkpointer.maybe_save(self.step, last_step=last_step)
-                if stop:
+                    self.checkpointer.maybe_save(self.step, last_step=last_step)
+                if stop or self.validator.maybe_validate(self.step):
                     self._stop()
-                self.validator.maybe_validate(self.step)
                 profile_step()
                 if self.step == first_step:
                     self._set_timeouts(config.comm.train_timeout_seconds)
         logger.info(f"Training completed; to see it: {get_report_command(config.job.dump_folder)}")
 
     def train_step(self, batches: Iterator[Batch]) -> bool:
-        """One optimizer step; returns whether some rank had been asked to stop when it began."""
+        """One optimizer step, unless a rank that is to stop gets no data; returns whether one is, since before it."""
+        place = self.dataloader.place
         microbatches = [next(batches) for _ in range(self.num_microbatches)]
         # on the CPU, where the batches are, and by one rank of those that read the same sequences
         num_local_tokens = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in microbatches]).sum()
-        counts = torch.stack([num_local_tokens * self.mesh.is_first("pp", "cp", "tp"), self.guard.stop_requested])
-        num_valid_tokens, stop = utils.sum_over_world_(counts.float().to(self.device, non_blocking=True))
-        self.guard.note_stop(stop)
-        scale = 1 / num_valid_tokens.clamp(min=1)
+        count = int(num_local_tokens) * self.mesh.is_first("pp", "cp", "tp")
+        scale = 1 / self.guard.sum_tokens(count, no_data=self.dataloader.gave_up).clamp(min=1)
 
         loss = self.memory.run(partial(self._forward_backward, microbatches, scale), self.runner.model_parts)
         self.source_losses.add_step(microbatches)
         grad_norm = utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        lr = self.lr_scheduler.lr
         self.checkpointer.maybe_wait_for_staging()
         clip_factor = utils.get_clip_factor(grad_norm, self.config.training.max_norm)
         self.optimizer.step(grad_factor=clip_factor, skip=self.guard.must_skip(grad_norm))
-        self.lr_scheduler.step()
-
+        stop, no_data = self.guard.check_previous(self.step)
+        if no_data:
+            self.step, self.dataloader.place = self.step - 1, place
+            return stop
         self.n_tokens_seen += sum(batch.tokens.numel() for batch in microbatches) * self.parallel_dims.dp
         if self.metrics.should_log(self.step):
-            self._log(loss, grad_norm, lr, num_local_tokens.to(self.device), scale)
-        return self.guard.check_previous(self.step)
+            self._log(loss, grad_norm, num_local_tokens.to(self.device), scale)
+        self.lr_scheduler.step()
+        return stop
 
     def _forward_backward(self, microbatches: list[Batch], scale: Tensor) -> Tensor:
         """This rank's share of the loss; the gradients are those of these microbatches alone."""
@@ -233,7 +232,7 @@ class Trainer:
             self.metrics.count_tokens(batch.tokens.numel())
             yield batch
 
-    def _log(self, loss: Tensor, grad_norm: Tensor, lr: float, num_local_tokens: Tensor, scale: Tensor) -> None:
+    def _log(self, loss: Tensor, grad_norm: Tensor, num_local_tokens: Tensor, scale: Tensor) -> None:
         # context ranks hold parts of the same sequences; a pipeline's loss is on its last stage
         local_loss = utils.dist_sum(utils.dist_sum(loss, self.mesh["cp"]), self.mesh["pp"])
         loss_avg, norm = utils.dist_sum(local_loss, self.mesh["dp"]).item(), grad_norm.item()
@@ -241,7 +240,7 @@ class Trainer:
         if not math.isfinite(loss_avg) or not math.isfinite(norm):
             found = f"the loss is {loss_avg} and the gradient norm {norm}"
             raise NonFiniteError(self.step, f"{found}; the weights are left as they were before")
-        values = {"loss_avg": loss_avg, "loss_max": loss_max, "grad_norm": norm, "lr": lr}
+        values = {"loss_avg": loss_avg, "loss_max": loss_max, "grad_norm": norm, "lr": self.lr_scheduler.lr}
         if self.z_loss.coefficient:  # which all tensor-parallel ranks have alike
             values["z_loss"] = utils.sum_over_world_(self.z_loss.sum * scale * self.mesh.is_first("tp")).item()
         self.metrics.log(self.step, self.source_losses.report(), n_tokens_seen=self.n_tokens_seen, **values)
@@ -262,6 +261,7 @@ class Trainer:
         logger.info(f"The data's order goes on with the checkpoint's seed, {self.dataloader.seed}{without_effect}")
 
     def _stop(self) -> None:
+        self.guard.check_weights(self.parameters(), self.step)
         saved = self.checkpointer.save(self.step)
         self.metrics.note("stop", self.step, saved=saved)
         logger.info(f"Stopped by SIGTERM after step {self.step}; " + ("it is saved" if saved else "nothing was saved"))

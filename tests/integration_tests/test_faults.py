@@ -12,10 +12,12 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +43,11 @@ from tests.integration_tests.lives import (
 from tests.processes import find_worker, is_running, wait_until
 from torchtitan.checkpoint.folder import CheckpointFolder
 from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
+from torchtitan.components import dataloader
 from torchtitan.components.dataloader import Batch
+from torchtitan.components.validate import Validator
 from torchtitan.config.errors import EXIT_MISTAKE
+from torchtitan.datasets import SequenceReader
 from torchtitan.distributed import utils
 from torchtitan.protocols.hf_folder import holds_hf_weights
 from torchtitan.train import EXIT_PREEMPTED, Trainer
@@ -182,7 +187,7 @@ def ask_to_stop_in_step_9() -> None:
     def then_ask(trainer: Trainer, batches: Iterator[Batch]) -> bool:
         stop = train_step(trainer, batches)
         if trainer.step == 9:
-            os.kill(os.getpid(), signal.SIGTERM)
+            ask_to_stop()
         return stop
 
     Trainer.train_step = then_ask
@@ -200,21 +205,72 @@ def test_sigterm_ends_at_once_what_has_nothing_to_lose(tmp_path, moment):
 
 
 def ask_to_stop_at_the_start() -> None:
-    Trainer.train_step = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    Trainer.train_step = ask_to_stop
 
 
 def ask_to_stop_in_the_conversion() -> None:
-    HuggingFaceFormat.rewrite = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    HuggingFaceFormat.rewrite = ask_to_stop
 
 
-def test_sigterm_to_one_rank_stops_all_at_the_same_step(tmp_path, undisturbed_pair):
-    life = Life(tmp_path / "run", PAIR_SAVING, world_size=2)
-    life.wait_for_step(22)
-    life.signal(signal.SIGTERM, rank=1)
-    assert life.wait() == [EXIT_PREEMPTED, EXIT_PREEMPTED]
-    train(life.folder, PAIR_SAVING, world_size=2)
-    assert_as_undisturbed(life.folder, undisturbed_pair, up_to=PAIR_STEPS)
-    assert all(len(lives) == 1 for lives in read_records(life.folder).values())
+def test_sigterm_to_one_rank_stops_all_at_the_same_step_whatever_they_are_at(tmp_path, undisturbed_pair):
+    folder = tmp_path / "run"
+    validating = "--validation.enabled --validation.freq 100 --validation.seq_len 32 --validation.dataset_path"
+    options = f"{PAIR_SAVING} {validating} {REPO}/LICENSE"
+    for hook, last in ((ask_in_validation, 1), (ask_in_a_save, 6), (ask_in_a_step_without_data, 19)):
+        life = Life(folder, options, world_size=2, hook=hook)
+        assert life.wait() == [EXIT_PREEMPTED, EXIT_PREEMPTED], life.last_words()
+        assert f"Stopped by SIGTERM after step {last}; it is saved" in life.output()
+        assert f"step-{last}" in checkpoints(folder)
+    assert {"step-5", "step-6"} <= {*checkpoints(folder)}
+    train(folder, PAIR_SAVING, world_size=2)
+    assert_as_undisturbed(folder, undisturbed_pair, up_to=PAIR_STEPS)
+    assert all(len(lives) == 1 for lives in read_records(folder).values())  # nothing was trained twice
+    assert all("grad_norm" in line for line in read_lines(folder))  # no validation came to its end
+
+
+def ask_to_stop(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ask_in_validation() -> None:
+    """Of step 1, on rank 1, in the first batch; a second one never comes to it."""
+    deal, sum_and_count = dataloader._deal, Validator._sum_and_count
+
+    def deal_one(*args: Any) -> Iterator[Any]:
+        yield next(deal(*args))
+        threading.Event().wait()
+
+    def ask_and_count(self: Validator, batch: Batch) -> torch.Tensor:
+        ask_to_stop()
+        return sum_and_count(self, batch)
+
+    if os.environ["RANK"] == "1":
+        dataloader._deal, Validator._sum_and_count = deal_one, ask_and_count
+
+
+def ask_in_a_save() -> None:
+    """Of step 5, on rank 0, which alone makes it visible; both then train step 6."""
+    publish = CheckpointFolder.publish
+
+    def ask_and_publish(self: CheckpointFolder, path: Path, step: int) -> None:
+        if step == 5:
+            ask_to_stop()
+        publish(self, path, step)
+
+    CheckpointFolder.publish = ask_and_publish
+
+
+def ask_in_a_step_without_data() -> None:
+    """Step 20, of which rank 0 has its batch; the other's never comes."""
+    read = SequenceReader.read
+
+    def read_on_to_step_19(self: SequenceReader) -> Iterator[Any]:
+        yield from itertools.islice(read(self), 19 - 6)
+        threading.Event().wait()
+
+    if os.environ["RANK"] == "1":
+        SequenceReader.read, dataloader.STOP_TIMEOUT_SECONDS = read_on_to_step_19, 0
+        before_step(lambda trainer: ask_to_stop() if trainer.step == 20 else None)
 
 
 def test_torchrun_restarts_after_a_dead_worker_and_passes_sigterm_on(tmp_path, undisturbed_pair):

@@ -114,6 +114,8 @@ class SameBatches:
     dp_world_size: int
     seq_len: int
     seed: int
+    place = None
+    gave_up = False
 
     def __iter__(self) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(0)

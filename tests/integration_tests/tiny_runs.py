@@ -100,6 +100,8 @@ class GlobalBatches:
     batch_size: int
     seed: int
     is_mixture: bool
+    place = None
+    gave_up = False
 
     def __iter__(self) -> Iterator[Batch]:
         for step in count():

@@ -10,7 +10,7 @@ changes: every layout sees the same sequences, every rank the same number of bat
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -48,6 +48,8 @@ from torchtitan.tools.logging import logger
 PREFETCHED_BATCHES = 8
 VALIDATION_SEED = 0
 STOP_TIMEOUT_SECONDS = 5.0
+PATIENCE_SECONDS = 1.0
+"""How long a rank that was asked to stop waits for a batch."""
 
 Rows = NDArray[np.int32]
 """(B, S + 1) token ids; IGNORE_INDEX where a sequence has ended."""
@@ -83,12 +85,14 @@ def build_dataloader(
     global_batch_size: int,
     seq_len: int,
     seed: int,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> "TrainingDataLoader":
     """For training: see the top of this file.
 
     Args:
         training: says what is read.
         global_batch_size: sequences of a step; ranks times batch_size divide it.
+        asked_to_stop: then it no longer waits for data that do not come.
 
     Raises DatasetError: the data is missing, empty or in no known format.
     """
@@ -127,11 +131,18 @@ def build_dataloader(
         Division(dp_rank, dp_world_size, batch_size, global_batch_size, seq_len),
         seed,
         Place(places),
+        asked_to_stop,
     )
 
 
 def build_validation_dataloader(
-    validation: Validation, tokenizer: Tokenizer, *, training: Training, dp_rank: int, dp_world_size: int
+    validation: Validation,
+    tokenizer: Tokenizer,
+    *,
+    training: Training,
+    dp_rank: int,
+    dp_world_size: int,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> "ValidationDataLoader":
     """For validation; raises as build_dataloader does. training: what is held out may be of its data."""
     skip_bad_rows = training.bad_rows == "skip"
@@ -140,7 +151,7 @@ def build_validation_dataloader(
     logger.info(f"Validation data: {source.name}, in {len(source)} shards")
     documents = DocumentStreams(source, seed=VALIDATION_SEED, infinite=False)
     batch_size, seq_len = validation.local_batch_size, validation.seq_len
-    return ValidationDataLoader(documents, tokenizer, dp_rank, dp_world_size, batch_size, seq_len)
+    return ValidationDataLoader(documents, tokenizer, dp_rank, dp_world_size, batch_size, seq_len, asked_to_stop)
 
 
 @dataclass
@@ -154,6 +165,9 @@ class TrainingDataLoader:
     seed: int
     """Of the documents' order: the one it was built with, or a loaded state's."""
     start: Place
+    asked_to_stop: Callable[[], bool] = lambda: False
+    gave_up: bool = False
+    """Asked to stop, it waited in vain for a batch: those from then on are empty."""
 
     def __post_init__(self) -> None:
         self._ahead: Prefetcher[tuple[Rows, list[int], Place | None]] | None = None
@@ -162,10 +176,14 @@ class TrainingDataLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         if self._ahead is None:
-            self._ahead = Prefetcher(self._build_reader().read())
+            self._ahead = Prefetcher(self._build_reader().read(), self.asked_to_stop)
         for rows, sources, place in self._ahead:
             self.place = place or self.place
             yield _to_batch(rows)._replace(sources=torch.tensor(sources))
+        while self._ahead is not None:  # it has not been closed
+            self.gave_up = True
+            rows = np.full((self.division.batch_size, self.division.seq_len + 1), IGNORE_INDEX, np.int32)
+            yield _to_batch(rows)._replace(sources=torch.zeros(len(rows), dtype=torch.int64))
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part of `place`."""
@@ -215,6 +233,8 @@ class ValidationDataLoader:
     dp_world_size: int
     batch_size: int
     seq_len: int
+    asked_to_stop: Callable[[], bool] = lambda: False
+    """Then a pass ends where data do not come."""
     _ahead: "Prefetcher[Rows] | None" = None
     _kept: list[Rows] = field(default_factory=list)
 
@@ -224,7 +244,7 @@ class ValidationDataLoader:
             documents = self.documents.read(0, Cursor().position)
             sequences = pack(documents, self.tokenizer, seq_len=self.seq_len, start=Cursor())
             rows = _deal(sequences, self.dp_rank, self.dp_world_size, self.batch_size, self.seq_len)
-            self._ahead = Prefetcher(rows)
+            self._ahead = Prefetcher(rows, self.asked_to_stop)
         ahead, kept = self._ahead, self._kept
         for index in count():
             if index == len(kept):
@@ -261,9 +281,13 @@ def _to_batch(rows: Rows) -> Batch:
 
 
 class Prefetcher(Generic[T]):
-    """Takes items from an iterator in a thread, PREFETCHED_BATCHES ahead; its errors are raised here, in order."""
+    """Takes items from an iterator in a thread, PREFETCHED_BATCHES ahead; its errors are raised here, in order.
 
-    def __init__(self, items: Iterator[T]) -> None:
+    asked_to_stop: then it ends where an item does not come within PATIENCE_SECONDS.
+    """
+
+    def __init__(self, items: Iterator[T], asked_to_stop: Callable[[], bool] = lambda: False) -> None:
+        self._asked_to_stop = asked_to_stop
         self._queue: queue.Queue[T | _End] = queue.Queue(PREFETCHED_BATCHES)
         self._end: _End | None = None
         stop = threading.Event()
@@ -276,7 +300,12 @@ class Prefetcher(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        item = self._end or self._queue.get()
+        item: T | _End | None = self._end
+        while item is None:
+            try:
+                item = self._queue.get(timeout=PATIENCE_SECONDS)
+            except queue.Empty:
+                item = _End(StopIteration()) if self._asked_to_stop() else None
         if isinstance(item, _End):
             self._end = item
             raise item.error

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from torchtitan.config.errors import NonFiniteError
-from torchtitan.distributed.utils import get_total_norm
+from torchtitan.distributed.utils import get_total_norm, sum_over_world_
 
 
 class RunGuard:
     """One for a run; its calls are made by all ranks at the same steps."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stop_requested = torch.tensor(False)
-        """On the CPU: whether this rank was asked to stop."""
+        self._asked_to_stop = False
         self._all_finite = torch.ones((), dtype=torch.bool, device=device)
+        self._no_data = torch.zeros((), dtype=torch.bool, device=device)
         self._finite: _Later | None = None
         self._stop: _Later | None = None
 
@@ -30,54 +30,69 @@ class RunGuard:
         """Not before a step is done: until then SIGTERM ends the process at once, and there is nothing to save."""
         signal.signal(signal.SIGTERM, self._request_stop)
 
+    def asked_to_stop(self) -> bool:
+        """This rank."""
+        return self._asked_to_stop
+
+    def must_stop(self) -> bool:
+        """Whether some rank was asked to: a collective call, which waits for the device."""
+        return bool(sum_over_world_(torch.tensor(float(self._asked_to_stop), device=self._all_finite.device)))
+
+    def sum_tokens(self, num_tokens: int, *, no_data: bool) -> Tensor:
+        """Of all ranks, as each step begins: 0-dim float32. With it they tell who is to stop, and if it has no data."""
+        counts = torch.tensor([num_tokens, self._asked_to_stop, no_data], dtype=torch.float32)
+        sums = sum_over_world_(counts.to(self._all_finite.device, non_blocking=True))
+        self._stop, self._no_data = _Later(sums[1:]), sums[2] > 0
+        return sums[0]
+
     def must_skip(self, grad_norm: Tensor) -> Tensor:
-        """Whether the optimizer is to leave this step out: 0-dim bool, and true ever after it was so once."""
-        self._all_finite &= torch.isfinite(grad_norm)
-        return ~self._all_finite
+        """Whether the optimizer is to leave this step out: 0-dim bool, and true ever after a norm was not finite."""
+        self._all_finite &= torch.isfinite(grad_norm) | self._no_data
+        return ~self._all_finite | self._no_data
 
-    def note_stop(self, stop: Tensor) -> None:
-        """`stop` is the ranks' sum of stop_requested, from the beginning of this step."""
-        self._stop = _Later(stop)
+    def check_previous(self, step: int) -> tuple[bool, bool]:
+        """Whether to stop after this `step`, and whether it was left out for want of data.
 
-    def check_previous(self, step: int) -> bool:
-        """Whether to stop after this `step`; waits for no more than the end of the one before.
+        Waits for no more than the end of the step before.
 
         Raises:
             NonFiniteError: the optimizer has left out the step before.
         """
-        self.check_last(step - 1)
+        self._check_last(step - 1)
         self._finite = _Later(self._all_finite)
         assert self._stop is not None
-        return bool(self._stop.read())
+        stop, no_data = self._stop.read().tolist()
+        return stop > 0, no_data > 0
 
-    def check_last(self, step: int) -> None:
+    def _check_last(self, step: int) -> None:
         """Raise NonFiniteError if the optimizer has left out the last step, which is waited for."""
         finite, self._finite = self._finite, None
         if finite is not None and not finite.read():
             raise NonFiniteError(step, "the gradient norm is inf or nan; the weights are left as they were before")
 
     def check_weights(self, parameters: Iterable[Tensor], step: int) -> None:
-        """Finite gradients too can ruin the weights, by a learning rate that is far too high.
+        """After the last step, which is waited for. Finite gradients too can ruin the weights, by too high a rate.
 
         Raises:
-            NonFiniteError: they have.
+            NonFiniteError: they have, or the optimizer has left out the last step.
         """
+        self._check_last(step)
         if not math.isfinite(get_total_norm([p.detach() for p in parameters]).item()):
             raise NonFiniteError(step, "the optimizer has made weights that are inf or nan; they are not saved")
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
-        self.stop_requested.fill_(True)
+        self._asked_to_stop = True
 
 
 class _Later:
-    """A number on the device, which the host may read when the device has come to this point."""
+    """A tensor on the device, which the host may read when the device has come to this point."""
 
     def __init__(self, value: Tensor) -> None:
-        self._copy = torch.empty((), dtype=value.dtype, pin_memory=value.is_cuda)
+        self._copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         self._copy.copy_(value, non_blocking=True)
         self._event = torch.cuda.current_stream().record_event() if value.is_cuda else None
 
-    def read(self) -> float:
+    def read(self) -> Tensor:
         if self._event is not None:
             self._event.synchronize()
-        return self._copy.item()
+        return self._copy

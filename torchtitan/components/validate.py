@@ -7,6 +7,7 @@ little. Every validation reads the same batches. It takes the standard path, whi
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.dataloader import Batch, build_validation_dataloader
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.run_guard import RunGuard
 from torchtitan.components.runner import Runner
 from torchtitan.components.samples import Sampler, build_sampler
 from torchtitan.components.tokenizer import Tokenizer
@@ -36,19 +38,24 @@ class Validator:
     mark_documents: Callable[[Batch], Batch]
     shard_context: ContextSharder
     device: torch.device
+    guard: RunGuard
     counts_tokens: bool
     """True on one rank of those that work on the same sequences."""
     counts_loss: bool
     """True on one of the tensor-parallel ranks, which all have the same loss."""
     sampler: Sampler | None = None
 
-    def maybe_validate(self, step: int) -> None:
+    def maybe_validate(self, step: int) -> bool:
+        """Returns whether it was broken off, since some rank was asked to stop."""
         if self.validation.enabled and (step == 1 or step % self.validation.freq == 0):
             with self.metrics.validating(), self._evaluating():
-                loss, n_tokens = self.validate()
+                if (result := self.validate()) is None:
+                    return True
+                loss, n_tokens = result
                 self.metrics.log_validation(step, loss=loss, n_tokens=n_tokens)
                 for prompt, text in self.sampler() if self.sampler else ():
                     self.metrics.log_text(step, prompt, text)
+        return False
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -61,15 +68,20 @@ class Validator:
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
-    def validate(self) -> tuple[float, int]:
-        """The mean loss over the whole set and all ranks, and the number of tokens that this data rank read."""
+    def validate(self) -> tuple[float, int] | None:
+        """The mean loss over the whole set and all ranks, and the number of tokens that this data rank read.
+
+        None where some rank is asked to stop, by the end of the batch in which it is.
+        """
         sum_and_count = torch.zeros(2, dtype=torch.float64, device=self.device)
         n_tokens = 0
-        for i, batch in enumerate(self.batches):
-            if i == self.validation.steps:
-                break
-            n_tokens += batch.tokens.numel()
-            sum_and_count += self._sum_and_count(batch)
+        steps = self.validation.steps
+        for batch in chain(islice(self.batches, steps if steps > 0 else None), [None]):
+            if self.guard.must_stop():  # where a rank's batches have ended for that, the others have one here
+                return None
+            if batch is not None:
+                n_tokens += batch.tokens.numel()
+                sum_and_count += self._sum_and_count(batch)
         total, count = sum_over_world_(sum_and_count).tolist()
         if count == 0:
             raise DatasetError("the validation data holds no token to predict: a document has two tokens at least")
@@ -93,6 +105,7 @@ def build_validator(
     shard_context: ContextSharder,
     mesh: Mesh,
     device: torch.device,
+    guard: RunGuard,
 ) -> Validator:
     """A validator of this rank's share of the set.
 
@@ -105,7 +118,12 @@ def build_validator(
     if validation.enabled:
         rank, size = mesh["dp"].get_local_rank(), mesh["dp"].size()
         batches = build_validation_dataloader(
-            validation, tokenizer, training=training, dp_rank=rank, dp_world_size=size
+            validation,
+            tokenizer,
+            training=training,
+            dp_rank=rank,
+            dp_world_size=size,
+            asked_to_stop=guard.asked_to_stop,
         )
         sampler = build_sampler(
             validation,
@@ -119,5 +137,15 @@ def build_validator(
     counts_tokens = mesh.is_first("pp", "cp", "tp")  # one rank of those that read the same sequences
     counts_loss = mesh.is_first("tp")  # whose ranks all have the same loss
     return Validator(
-        validation, batches, runner, metrics, mark_documents, shard_context, device, counts_tokens, counts_loss, sampler
+        validation,
+        batches,
+        runner,
+        metrics,
+        mark_documents,
+        shard_context,
+        device,
+        guard,
+        counts_tokens,
+        counts_loss,
+        sampler,
     )

@@ -416,6 +416,23 @@ def test_errors_that_are_no_exceptions_end_the_wait_too(error):
         next(prefetcher)
 
 
+def test_prefetcher_that_is_asked_to_stop_takes_what_is_there_and_waits_for_nothing(monkeypatch):
+    monkeypatch.setattr("torchtitan.components.dataloader.PATIENCE_SECONDS", 0.01)
+    never = threading.Event()
+    answers = iter([False, False, True])
+
+    def items():
+        yield 1
+        never.wait()
+
+    prefetcher = Prefetcher(items(), lambda: next(answers))
+    assert next(prefetcher) == 1  # which no answer delays
+    assert list(prefetcher) == []
+    assert next(answers, None) is None
+    never.set()
+    prefetcher.close()
+
+
 def labelled(batches: list) -> list[tuple[tuple, tuple]]:
     """The sequences that have labels."""
     rows = [row for tokens, labels in batches for row in zip(map(tuple, tokens), map(tuple, labels), strict=True)]
