@@ -49,7 +49,8 @@ def append_line(path: Path, record: Mapping[str, object], *, what: str) -> None:
                     line = "\n" + line  # the last one was cut by a kill or a full disk
             file.write(line.encode())
     except OSError as error:
-        logger.warning(f"{what} of step {record['step']} {_is_or_are(what)} not in {path}: {error.strerror}")
+        verb = "are" if what.endswith("s") else "is"
+        logger.warning(f"{what} of step {record['step']} {verb} not in {path}: {error.strerror}")
 
 
 def get_environment(dims: ParallelDims, device: torch.device) -> dict[str, object]:
@@ -88,7 +89,3 @@ def get_report_command(folder: str) -> str:
     on_path = shutil.which("torchtitan")
     is_ours = on_path is not None and Path(on_path).resolve() == program.resolve()
     return f"{'torchtitan' if is_ours else f'{sys.executable} -m torchtitan'} report {folder}"
-
-
-def _is_or_are(what: str) -> str:
-    return "are" if what.endswith("s") else "is"

@@ -25,34 +25,51 @@ from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.utils import dist_sum
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sampler:
-    """Continues the prompts; a collective call of all ranks. `build_sampler` makes one."""
+    """Continues the prompts; a collective call of all ranks.
 
-    prompts: list[str]
-    ids: list[list[int]]
-    max_new_tokens: int
-    seq_len: int
+    Raises:
+        ConfigError: a prompt has no tokens, or too many.
+    """
+
+    validation: Validation
     tokenizer: Tokenizer
     runner: Runner
     shard_context: ContextSharder
     mesh: Mesh
     device: torch.device
+    context: int
+    """Tokens that the model can see."""
+
+    def __post_init__(self) -> None:
+        prompts, new = self.validation.prompts, self.validation.max_new_tokens
+        self.ids = [self.tokenizer.encode(prompt, add_bos=True, add_eos=False) for prompt in prompts]
+        # sequences are divided evenly, in two parts over context ranks
+        unit = 2 * self.mesh["cp"].size() * self.mesh["tp"].size()
+        room = self.context // unit * unit - new
+        for prompt, tokens in zip(prompts, self.ids, strict=True):
+            if not 0 < len(tokens) <= room:
+                raise ConfigError(
+                    f"validation.prompts: {prompt!r} has {len(tokens)} tokens; expected 1 to {room}, with which"
+                    f" validation.max_new_tokens={new} more fit into the model's {self.context}"
+                )
+        self.seq_len = -(-(max(map(len, self.ids), default=0) + new) // unit) * unit
 
     def __call__(self) -> Iterator[tuple[str, str]]:
         """Each prompt and what follows it, up to the end token. The model is in eval mode."""
-        if not self.prompts:
+        if not self.ids:
             return
         tokens = torch.zeros(len(self.ids), self.seq_len, dtype=torch.int64)  # (P, S)
         ends = torch.tensor([len(ids) for ids in self.ids])
         for row, ids in enumerate(self.ids):
             tokens[row, : len(ids)] = torch.tensor(ids)
         rows = torch.arange(len(self.ids))
-        for _ in range(self.max_new_tokens):
+        for _ in range(self.validation.max_new_tokens):
             tokens[rows, ends] = self._next_tokens(tokens, ends)
             ends += 1
-        for prompt, ids, made in zip(self.prompts, self.ids, tokens.tolist(), strict=True):
-            new = made[len(ids) : len(ids) + self.max_new_tokens]
+        for prompt, ids, made in zip(self.validation.prompts, self.ids, tokens.tolist(), strict=True):
+            new = made[len(ids) : len(ids) + self.validation.max_new_tokens]
             if self.tokenizer.eos_id in new:
                 new = new[: new.index(self.tokenizer.eos_id)]
             # what a tokenizer makes of the first tokens may depend on those before
@@ -77,41 +94,3 @@ class Sampler:
             found = torch.zeros(num_prompts, device=self.device) + self.runner.eval_loss(*place, loss_sum=read)
         # float32 holds every id below 2**24; a context rank has some of the ends, a pipeline's last stage all
         return dist_sum(dist_sum(found, self.mesh["cp"]), self.mesh["pp"]).long().cpu()
-
-
-def build_sampler(
-    validation: Validation,
-    *,
-    tokenizer: Tokenizer,
-    runner: Runner,
-    shard_context: ContextSharder,
-    mesh: Mesh,
-    device: torch.device,
-    context: int,
-) -> Sampler:
-    """Of the section's prompts; context: tokens that the model can see.
-
-    Raises:
-        ConfigError: a prompt has no tokens, or too many.
-    """
-    ids = [tokenizer.encode(prompt, add_bos=True, add_eos=False) for prompt in validation.prompts]
-    unit = 2 * mesh["cp"].size() * mesh["tp"].size()  # sequences are divided evenly, in two parts over context ranks
-    room = context // unit * unit - validation.max_new_tokens
-    for prompt, tokens in zip(validation.prompts, ids, strict=True):
-        if not 0 < len(tokens) <= room:
-            raise ConfigError(
-                f"validation.prompts: {prompt!r} has {len(tokens)} tokens; expected 1 to {room}, with which"
-                f" validation.max_new_tokens={validation.max_new_tokens} more fit into the model's {context}"
-            )
-    longest = max(map(len, ids), default=0) + validation.max_new_tokens
-    return Sampler(
-        validation.prompts,
-        ids,
-        validation.max_new_tokens,
-        -(-longest // unit) * unit,
-        tokenizer,
-        runner,
-        shard_context,
-        mesh,
-        device,
-    )

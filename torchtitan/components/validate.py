@@ -18,7 +18,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.run_guard import RunGuard
 from torchtitan.components.runner import Runner
-from torchtitan.components.samples import Sampler, build_sampler
+from torchtitan.components.samples import Sampler
 from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DatasetError
 from torchtitan.config.sections import Training, Validation
@@ -125,7 +125,7 @@ def build_validator(
             dp_world_size=size,
             asked_to_stop=guard.asked_to_stop,
         )
-        sampler = build_sampler(
+        sampler = Sampler(
             validation,
             tokenizer=tokenizer,
             runner=runner,

@@ -78,6 +78,10 @@ class Files:
         names = [[os.path.relpath(file, root), size] for file, size in zip(files, self._sizes, strict=True)]
         self.fingerprint = hashlib.sha256(json.dumps([names, self.piece_bytes]).encode()).hexdigest()[:16]
         self.name = f"{root}: {count_files(files)} of {self.kind}, {_format_size(sum(self._sizes))}"
+        self._look(root, listing)
+
+    def _look(self, root: Path, listing: Listing | None) -> None:
+        """Learn what the kind must know of each file besides, by itself or from the listing."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -123,19 +127,32 @@ class Files:
             raise DatasetError(f"{path} cannot be read: {error.strerror or error}; {advice}") from error
 
 
-class _PiecedFiles(Files):
-    """Files in pieces of about `piece_bytes`. A piece runs from one cut to the next; `_cut` says where cuts may be."""
+class PiecedFiles(Files):
+    """A shard is a piece of a file."""
 
-    piece_bytes: ClassVar[int]
-
-    def __init__(
-        self, files: Sequence[Path], *, root: Path, text: Text = "text", listing: Listing | None = None
-    ) -> None:
-        super().__init__(files, root=root, text=text, listing=listing)
-        self._first_piece = list(accumulate((-(-size // self.piece_bytes) for size in self._sizes), initial=0))
+    def _set_pieces(self, lengths: Sequence[int], piece: int) -> None:
+        """Files of these lengths are divided into pieces of one length, the last of each but the rest."""
+        self._lengths, self._piece = lengths, piece
+        self._first_piece = list(accumulate((-(-length // piece) for length in lengths), initial=0))
 
     def __len__(self) -> int:
         return self._first_piece[-1]
+
+    def _find(self, shard: int, part: int, num_parts: int) -> tuple[int, int, int]:
+        """The number of the file, and from where to where a part of the shard goes in it."""
+        index = bisect_right(self._first_piece, shard) - 1
+        start = (shard - self._first_piece[index]) * self._piece
+        length = min(self._piece, self._lengths[index] - start)
+        return index, start + length * part // num_parts, start + length * (part + 1) // num_parts
+
+
+class _CutFiles(PiecedFiles):
+    """In pieces of about `piece_bytes`. A piece runs from one cut to the next; `_cut` says where cuts may be."""
+
+    piece_bytes: ClassVar[int]
+
+    def _look(self, root: Path, listing: Listing | None) -> None:
+        self._set_pieces(self._sizes, self.piece_bytes)
 
     def _cut(self, file: BinaryIO, at: int) -> int:
         """The first place from byte `at` > 0 on where the file may be cut."""
@@ -143,11 +160,8 @@ class _PiecedFiles(Files):
 
     def _read_piece(self, shard: int, part: int, num_parts: int) -> tuple[Path, int, bytes]:
         """(file, offset in it, bytes)"""
-        index = bisect_right(self._first_piece, shard) - 1
+        index, start, end = self._find(shard, part, num_parts)
         size = self._sizes[index]
-        start = (shard - self._first_piece[index]) * self.piece_bytes
-        length = min(self.piece_bytes, size - start)
-        start, end = start + length * part // num_parts, start + length * (part + 1) // num_parts
         with self._open(index) as file:
             # What was appended since the run began is not read.
             begin = min(self._cut(file, start), size) if start else 0
@@ -161,7 +175,7 @@ class _PiecedFiles(Files):
         return self._files[index], begin, data
 
 
-class TextFiles(_PiecedFiles):
+class TextFiles(_CutFiles):
     """Each text file is a document, or several: see TEXT_PIECE_BYTES. Bytes that are not UTF-8 become U+FFFD."""
 
     kind = "text"
@@ -220,7 +234,7 @@ def _parse(line: bytes) -> Any:
         raise ValueError("is JSON that is nested too deep to be read") from None
 
 
-class JsonLinesFiles(_PiecedFiles):
+class JsonLinesFiles(_CutFiles):
     """Each line is a row and its text a document. Blank lines are passed over."""
 
     kind = "JSON lines"
@@ -228,10 +242,8 @@ class JsonLinesFiles(_PiecedFiles):
     piece_bytes = JSON_PIECE_BYTES
     max_parts = JSON_PIECE_BYTES // 2**10
 
-    def __init__(
-        self, files: Sequence[Path], *, root: Path, text: Text = "text", listing: Listing | None = None
-    ) -> None:
-        super().__init__(files, root=root, text=text, listing=listing)
+    def _look(self, root: Path, listing: Listing | None) -> None:
+        super()._look(root, listing)
         self._long_lines: dict[str, list[tuple[int, int]]] = defaultdict(list)
         """By file, sorted, from where to where one line goes that is longer than a piece: to find its end once."""
 

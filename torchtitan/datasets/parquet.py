@@ -1,6 +1,6 @@
 """Documents from Parquet: a row group is a shard, which is unpacked some rows at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchtitan.config.errors import DatasetError
 from torchtitan.datasets.files import UNPACKED_BYTES, Files, Listing
-from torchtitan.datasets.source import Text, get_text
+from torchtitan.datasets.source import get_text
 
 if TYPE_CHECKING:
     import pyarrow.parquet
@@ -26,14 +26,11 @@ class ParquetFiles(Files):
     max_streams = MAX_PARQUET
     max_parts = 16  # for each, the rows before it are unpacked again
 
-    def __init__(
-        self, files: Sequence[Path], *, root: Path, text: Text = "text", listing: Listing | None = None
-    ) -> None:
-        super().__init__(files, root=root, text=text, listing=listing)
-        self._columns = [text] if isinstance(text, str) else None
+    def _look(self, root: Path, listing: Listing | None) -> None:
+        self._columns = [self._text] if isinstance(self._text, str) else None
         if listing is None:
             with ThreadPoolExecutor() as pool:
-                self._row_groups = list(pool.map(self._find_row_groups, range(len(files))))
+                self._row_groups = list(pool.map(self._find_row_groups, range(len(self._files))))
         else:
             self._row_groups = listing.details
         self._shards = [(index, group) for index, groups in enumerate(self._row_groups) for group in groups]

@@ -7,9 +7,7 @@
 Begin and end tokens are in the files. Without .idx a document is a piece of some ten thousand tokens, wherever cut.
 """
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchtitan.config.errors import DatasetError
-from torchtitan.datasets.files import Files, Listing
-from torchtitan.datasets.source import Text
+from torchtitan.datasets.files import Listing, PiecedFiles
 from torchtitan.tools.files import read_json
 
 PIECE_TOKENS = 2**16
@@ -41,17 +38,14 @@ class _Layout(NamedTuple):
     """That an index tells; 0 without one."""
 
 
-class TokenFiles(Files):
+class TokenFiles(PiecedFiles):
     """A shard is a piece of a file, whose documents are those that begin in it, or itself."""
 
     kind = "token ids"
     suffixes = (".npy", ".bin")
     max_parts = PIECE_TOKENS // 2**11
 
-    def __init__(
-        self, files: Sequence[Path], *, root: Path, text: Text = "text", listing: Listing | None = None
-    ) -> None:
-        super().__init__(files, root=root, text=text, listing=listing)
+    def _look(self, root: Path, listing: Listing | None) -> None:
         if listing is None:
             meta = (root if root.is_dir() else root.parent) / META
             self.tokenizer = read_json(meta, DatasetError).get("tokenizer") if meta.is_file() else None
@@ -59,24 +53,17 @@ class TokenFiles(Files):
         else:
             self.tokenizer, layouts = listing.details
             self._layouts = [_Layout(*layout) for layout in layouts]
-        pieces = (-(-layout.num_tokens // PIECE_TOKENS) for layout in self._layouts)
-        self._first_piece = list(accumulate(pieces, initial=0))
+        self._set_pieces([layout.num_tokens for layout in self._layouts], PIECE_TOKENS)
         if len(self) == 0:
             raise DatasetError(f"{root} is empty: its files hold no token")
 
     def _get_details(self) -> Any:
         return self.tokenizer, self._layouts
 
-    def __len__(self) -> int:
-        return self._first_piece[-1]
-
     def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[NDArray[Any]]:
-        index = bisect_right(self._first_piece, shard) - 1
-        layout = self._layouts[index]
-        start = (shard - self._first_piece[index]) * PIECE_TOKENS
-        length = min(PIECE_TOKENS, layout.num_tokens - start)
-        begin, end = start + length * part // num_parts, start + length * (part + 1) // num_parts
-        cuts = self._find_documents(index, begin, end) if layout.num_documents else np.array([begin, end])
+        index, begin, end = self._find(shard, part, num_parts)
+        has_index = self._layouts[index].num_documents
+        cuts = self._find_documents(index, begin, end) if has_index else np.array([begin, end])
         if len(cuts) < 2:
             return
         tokens = self._read_tokens(index, int(cuts[0]), int(cuts[-1]))

@@ -5,7 +5,6 @@ module: the operations of a named module run under an annotation of torch.fx.tra
 graph carry alike, so that another product in the block, or one that runs as `_scaled_mm`, changes nothing.
 """
 
-import functools
 from collections.abc import Callable, Collection, Sequence
 from types import MethodType
 from typing import Any
@@ -17,13 +16,26 @@ from torch.fx.traceback import annotate
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from torchtitan.config.block_modes import BlockMode
-from torchtitan.distributed import context_parallel  # noqa: F401  (has an operation that is named here)
 from torchtitan.protocols.model import Decoder
 
 ContextFn = Callable[[], tuple[Any, Any]]
 
 _KEPT = "torchtitan.kept"
 """What a module's results are marked with."""
+
+_PRODUCTS = {"aten::mm", "aten::_scaled_mm"}
+_COSTLY_OPS = {
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "torchtitan::context_attention",
+    "torchtitan::document_attention",
+    "aten::max",  # what float8 scales by, one number or one a row: to find it again reads a whole tensor
+    "aten::amax",
+    "_c10d_functional::reduce_scatter_tensor",
+    "_c10d_functional::all_gather_into_tensor",
+}
 
 
 def apply_ac(
@@ -46,8 +58,9 @@ def apply_ac(
     }
     block: Any
     for block in model.layers.values():
-        for name in kept_results:
-            _mark(block.get_submodule(name))
+        for name in kept_results:  # what they compute carries the mark, eagerly and in a compiled block's graph
+            kept = block.get_submodule(name)
+            kept.forward = MethodType(_marked_forward, kept)
         block.plain_forward = block.forward
         block.forward = MethodType(_forward_by_mode, block)
         block.checkpoint_options = options
@@ -69,11 +82,6 @@ def _forward_by_mode(block: Any, *args: Any) -> Any:
     return checkpoint(block.plain_forward, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
 
-def _mark(module: nn.Module) -> None:
-    """Have what `module` computes carry the mark, eagerly and in a compiled block's graph."""
-    module.forward = MethodType(_marked_forward, module)
-
-
 def _marked_forward(module: nn.Module, *args: Any) -> Any:
     with annotate({_KEPT: True}):
         return type(module).forward(module, *args)  # the class may have changed since: mixed_precision.py does that
@@ -88,31 +96,7 @@ def _keep_costly_ops() -> tuple[Any, Any]:
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         is_marked = traceback.current_meta.get("custom", {}).get(_KEPT, False)
-        keep = op in _costly_ops() or (is_marked and op in _products())
+        keep = op.name() in _COSTLY_OPS or (is_marked and op.name() in _PRODUCTS)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
-
-
-@functools.cache
-def _products() -> frozenset[Any]:
-    return frozenset({torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default})
-
-
-@functools.cache
-def _costly_ops() -> frozenset[Any]:
-    aten, collectives = torch.ops.aten, torch.ops._c10d_functional
-    return frozenset(
-        {
-            aten._scaled_dot_product_flash_attention.default,
-            aten._scaled_dot_product_efficient_attention.default,
-            aten._scaled_dot_product_cudnn_attention.default,
-            aten._scaled_dot_product_flash_attention_for_cpu.default,
-            torch.ops.torchtitan.context_attention.default,
-            torch.ops.torchtitan.document_attention.default,
-            aten.max.default,  # what float8 scales by, one number or one a row: to find it again reads a whole tensor
-            aten.amax.default,
-            collectives.reduce_scatter_tensor.default,
-            collectives.all_gather_into_tensor.default,
-        }
-    )
