@@ -100,33 +100,22 @@ def build_pipeline(
         loss_fn=loss,
         scale_grads=False,
     )
-    return PipelineRunner(
-        stages, schedule, loss, eval_loss=eval_loss, boundary=boundary, microbatch_size=microbatch_size
-    )
+    return PipelineRunner(stages, schedule, loss, eval_loss, boundary, microbatch_size)
 
 
+@dataclass
 class PipelineRunner:
     """Runs local batches through the pipeline; a Runner (components/runner.py)."""
 
-    def __init__(
-        self,
-        stages: list[PipelineStage],
-        schedule: PipelineScheduleSingle | PipelineScheduleMulti,
-        loss: "_ScaledLoss",
-        *,
-        eval_loss: HeadLossSum,
-        boundary: "_Boundary",
-        microbatch_size: int,
-    ) -> None:
-        self.model_parts: list[Decoder] = [cast(Decoder, stage.submod) for stage in stages]
-        self._stages = stages
-        self._schedule = schedule
-        self._loss = loss
-        self._eval_loss = eval_loss
-        self._boundary = boundary
-        self._microbatch_size = microbatch_size
-        self._has_first = any(stage.is_first for stage in stages)
-        self._has_last = any(stage.is_last for stage in stages)
+    stages: list[PipelineStage]
+    schedule: PipelineScheduleSingle | PipelineScheduleMulti
+    loss: "_ScaledLoss"
+    head_loss: HeadLossSum
+    boundary: "_Boundary"
+    microbatch_size: int
+
+    def __post_init__(self) -> None:
+        self.model_parts: list[Decoder] = [cast(Decoder, stage.submod) for stage in self.stages]
 
     def forward_backward(
         self,
@@ -136,12 +125,12 @@ class PipelineRunner:
         scale: Tensor,  # () float32
     ) -> Tensor:
         """Add to the gradients; the loss, detached, is on the rank of the last stage, and 0 on the others."""
-        self._loss.scale = scale
-        inputs = (tokens,) if self._has_first else ()
-        target = labels if self._has_last else None
+        self.loss.scale = scale
+        inputs = (tokens,) if any(stage.is_first for stage in self.stages) else ()
+        target = labels if any(stage.is_last for stage in self.stages) else None
         for_all_stages: dict[str, Any] = {} if sequences is None else {"sequences": sequences}
         losses: list[Tensor] = []
-        self._schedule.step(*inputs, target=target, losses=losses, return_outputs=False, **for_all_stages)
+        self.schedule.step(*inputs, target=target, losses=losses, return_outputs=False, **for_all_stages)
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=tokens.device)
 
     @torch.no_grad()
@@ -154,20 +143,20 @@ class PipelineRunner:
         one order, by microbatch and then by stage, and need no schedule to keep them from waiting for each other.
         """
         total = torch.zeros((), device=tokens.device)
-        parts = [None] * len(tokens) if sequences is None else sequences.split(self._microbatch_size)
+        parts = [None] * len(tokens) if sequences is None else sequences.split(self.microbatch_size)
         for inputs, targets, part in zip(
-            tokens.split(self._microbatch_size), labels.split(self._microbatch_size), parts, strict=False
+            tokens.split(self.microbatch_size), labels.split(self.microbatch_size), parts, strict=False
         ):
             x = inputs
-            for stage in self._stages:
+            for stage in self.stages:
                 rank_of = stage.stage_index_to_group_rank
                 if not stage.is_first and rank_of[stage.stage_index - 1] != stage.group_rank:
-                    x = self._boundary.hidden_for(inputs)
+                    x = self.boundary.hidden_for(inputs)
                     dist.recv(x, group=stage.group, group_src=rank_of[stage.stage_index - 1])
                 by_rows = stage.is_last and loss_sum is None
                 x = stage.submod(x, return_hidden_states=by_rows, sequences=part)
                 if by_rows:
-                    total = total + self._eval_loss(x, cast(OutputHead, stage.submod.output), targets)
+                    total = total + self.head_loss(x, cast(OutputHead, stage.submod.output), targets)
                 elif loss_sum is not None and stage.is_last:
                     total = total + loss_sum(x, targets)
                 elif rank_of[stage.stage_index + 1] != stage.group_rank:
@@ -199,12 +188,12 @@ class _Stage(PipelineStage):
             super()._validate_fwd_outputs(outputs)  # type: ignore[misc]
 
 
+@dataclass
 class _ScaledLoss:
     """The loss inside the schedule, which calls it with logits and labels only; set `scale` before each step."""
 
-    def __init__(self, loss_sum: LossSum) -> None:
-        self.sum = loss_sum
-        self.scale: Tensor | None = None
+    sum: LossSum
+    scale: Tensor | None = None
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         assert self.scale is not None, "scale is set before each step"

@@ -83,15 +83,14 @@ def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measure
         whole = dims.pp == 1
         sequences = config.training.local_batch_size if whole else config.parallelism.pipeline_parallel_microbatch_size
         tokens_shape = (sequences, config.training.seq_len // dims.cp)
+        hidden, block_args = _run(model, tokens_shape, dims)
         blocks: dict[BlockMode, Use] = {}
         for mode in BLOCK_MODES:
             set_block_modes(model, [mode])
             model.zero_grad()  # the gradients count as made
-            block_args = _run(model, tokens_shape, dims)[1]
             x = block_args[0].detach().requires_grad_()
             block = partial(model.layers["0"], x, *block_args[1:])
             blocks[mode] = _trace(block, is_compiled=config.training.compile)
-        hidden, _ = _run(model, tokens_shape, dims)
         return Measured(
             n_layers=args.n_layers,
             units={

@@ -121,7 +121,7 @@ def test_a_pipeline_sums_with_the_loss_that_it_is_given() -> None:
         seed=7,
     )
     assert isinstance(runner, PipelineRunner)
-    assert runner._loss.sum is loss.sum
+    assert runner.loss.sum is loss.sum
 
 
 @pytest.fixture
