@@ -1,15 +1,8 @@
 """The message tells what was in use and what would free how much, and only what this run can do."""
 
-from collections.abc import Iterator
-from typing import Any
-
-import pytest
-
 from torchtitan.config import ConfigManager, JobConfig
-from torchtitan.memory import estimate
 from torchtitan.memory.advice import explain_out_of_memory, get_remedies
 from torchtitan.memory.estimate import estimate_memory
-from torchtitan.memory.measure import measure
 
 LARGE = "--model.flavor 1B --training.local_batch_size 4 --training.seq_len 4096"
 TORCH_SAYS = (
@@ -17,22 +10,6 @@ TORCH_SAYS = (
     " Of the allocated memory 70.52 GiB is allocated by PyTorch, and 2.50 GiB is reserved by PyTorch but unallocated."
     " If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def measured_once() -> Iterator[None]:
-    """Most of these tests estimate the same runs, and half a second of each goes into what is measured."""
-    known: dict[str, Any] = {}
-
-    def look_up(config: JobConfig, dims: Any, mesh: None) -> Any:
-        key = f"{config} {dims}"
-        if key not in known:
-            known[key] = measure(config, dims, mesh)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "measure", look_up)
-        yield
 
 
 def parse(options: str) -> JobConfig:
