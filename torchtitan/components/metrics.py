@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -43,18 +43,20 @@ _RED, _GREEN, _YELLOW, _BLUE, _MAGENTA, _CYAN, _GREY = (f"\x1b[{code}m" for code
 _RESET = "\x1b[0m"
 
 
-class Sink(Protocol):
+class Sink:
     """Where metrics go besides the log. A full disk is logged and does not stop training: no method raises OSError."""
 
-    def write(self, step: int, values: dict[str, float]) -> None: ...
+    def write(self, step: int, values: dict[str, float]) -> None:
+        raise NotImplementedError
 
-    def write_text(self, step: int, prompt: str, text: str) -> None: ...
+    def write_text(self, step: int, prompt: str, text: str) -> None:
+        """history.jsonl has it in any case."""
 
     def close(self, *, failed: bool) -> None:
         """`failed`: the run did not reach its end."""
 
 
-class JsonLines:
+class JsonLines(Sink):
     """One line a log step: step, time (seconds since 1970) and the values. A resumed run appends to the file."""
 
     def __init__(self, path: Path) -> None:
@@ -64,14 +66,8 @@ class JsonLines:
     def write(self, step: int, values: dict[str, float]) -> None:
         append_line(self._path, {"step": step, "time": time.time(), **values}, what="The metrics")
 
-    def write_text(self, step: int, prompt: str, text: str) -> None:
-        pass  # history.jsonl has it
 
-    def close(self, *, failed: bool) -> None:
-        pass
-
-
-class TensorBoard:
+class TensorBoard(Sink):
     """Scalars as TensorBoard events. After an error there are no more: it ended the thread that writes them."""
 
     def __init__(self, folder: Path) -> None:
@@ -108,7 +104,7 @@ class TensorBoard:
             logger.warning(f"From here on no TensorBoard events go to {self._folder}: {error.strerror}")
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Sink):
     """A run of W&B; wandb's own environment variables (WANDB_PROJECT, WANDB_MODE, ...) apply."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:

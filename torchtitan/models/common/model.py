@@ -173,22 +173,20 @@ class Transformer(Decoder):
         | output                  | N(0, D ** -0.5) cut at three deviations: logits start near N(0, 1)   |
         """
         table: dict[str, Initializer] = {}
-        if self.tok_embeddings is not None:
-            table["tok_embeddings.weight"] = _normal(0.02 if self.args.tie_embeddings else 1.0)
-        for name in self.layers:
-            depth_std = 0.02 / math.sqrt(2 * (int(name) + 1))
-            table |= {f"layers.{name}.attention.{w}.weight": _truncated_normal(0.02) for w in ("wq", "wk", "wv")}
-            table[f"layers.{name}.attention.wo.weight"] = _truncated_normal(depth_std)
-            table[f"layers.{name}.feed_forward.w1.weight"] = _truncated_normal(0.02)
-            table |= {f"layers.{name}.feed_forward.{w}.weight": _truncated_normal(depth_std) for w in ("w2", "w3")}
-            table |= {f"layers.{name}.{norm}.weight": _ones for norm in ("attention_norm", "ffn_norm")}
-            if self.args.qk_norm:
-                table |= {f"layers.{name}.attention.{norm}.weight": _ones for norm in ("q_norm", "k_norm")}
-        if self.norm is not None:
-            table["norm.weight"] = _ones
-        if self.output is not None and not self.args.tie_embeddings:
-            std = self.args.dim**-0.5
-            table["output.weight"] = _truncated_normal(std, cut=3 * std)
+        for name, _ in self.named_parameters():
+            *path, module, _ = name.split(".")
+            match module:
+                case "tok_embeddings":
+                    table[name] = _normal(0.02 if self.args.tie_embeddings else 1.0)
+                case "wq" | "wk" | "wv" | "w1":
+                    table[name] = _truncated_normal(0.02)
+                case "wo" | "w2" | "w3":
+                    table[name] = _truncated_normal(0.02 / math.sqrt(2 * (int(path[1]) + 1)))
+                case "attention_norm" | "q_norm" | "k_norm" | "ffn_norm" | "norm":
+                    table[name] = _ones
+                case "output":
+                    std = self.args.dim**-0.5
+                    table[name] = _truncated_normal(std, cut=3 * std)
         return table
 
 
