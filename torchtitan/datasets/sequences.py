@@ -78,7 +78,6 @@ class SequenceReader:
         division: Division,
         start: Place,
     ) -> None:
-        self._sources = sources
         self._weights = [weight / sum(weights) for weight in weights]
         self._tokenizer = tokenizer
         self._division = division
