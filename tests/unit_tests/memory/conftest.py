@@ -13,20 +13,20 @@ from torchtitan.memory import estimate
 from torchtitan.memory.measure import Measured, measure
 from torchtitan.protocols.train_spec import get_run_args
 
+KNOWN: dict[str, Measured] = {}
 
-@pytest.fixture(scope="session", autouse=True)
+
+@pytest.fixture(scope="module", autouse=True)
 def measured_once() -> Iterator[None]:
-    known: dict[str, Measured] = {}
-
     def look_up(config: JobConfig, dims: ParallelDims, mesh: Any) -> Measured:
         if mesh is not None and dims.world_size > 1:
             return measure(config, dims, mesh)
         # all ways to recompute are measured, whichever is asked for; tests change the sizes of a flavour
         options = replace(config, activation_checkpoint=ActivationCheckpoint())
         key = f"{options} {dims} {get_run_args(config.model, max_seq_len=config.max_seq_len)}"
-        if key not in known:
-            known[key] = measure(config, dims, mesh)
-        return known[key]
+        if key not in KNOWN:
+            KNOWN[key] = measure(config, dims, mesh)
+        return KNOWN[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimate, "measure", look_up)
