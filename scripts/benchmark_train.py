@@ -3,22 +3,29 @@
     python scripts/benchmark_train.py                                   # 1B, 4096 tokens a sequence, compiled, one GPU
     torchrun --nproc_per_node 2 scripts/benchmark_train.py --batches 4 \
         --rows "fused --liger_kernel.enable_fused_linear_cross_entropy"
+    python scripts/benchmark_train.py --flavor qwen3/0.6B qwen3/1.7B 3.2-1B 3.2-3B --batches 4 --steps 5 --warmup 2 \
+        --rows "off --activation_checkpoint.mode auto" \
+            "on --activation_checkpoint.mode auto --liger_kernel.enable_fused_linear_cross_entropy"
 
 Each row is one configuration: a name, then options of the run. Trained is real text (training.dataset). Timed are
 --steps steps after --warmup, from one device synchronisation to another; peak memory is the allocator's, reserved and
-allocated. The largest batch is searched from a line through two measured peaks, then run, and the next one must fail.
+allocated. The largest batch is run and the next one must fail, from the one on that the estimate finds to fit.
 Several processes measure one row at one batch size: a second process group would meet the keys of the first in
 torchrun's store and hang, and a rank that is out of memory can only end the run, since the others wait for it.
-Writes results.jsonl and benchmark_train.png to --out.
+Writes results.jsonl, row by row, and benchmark_train.png to --out.
 """
 
 import argparse
 import gc
 import json
+import math
 import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +37,10 @@ import torch
 import torch.distributed as dist
 from benchmark_origin import get_origin
 
+from torchtitan.cli.estimate import find_largest
 from torchtitan.config import ConfigManager
 from torchtitan.config.errors import ConfigError
+from torchtitan.config.job_config import JobConfig
 from torchtitan.distributed.utils import get_world
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.device import get_peak_flops
@@ -42,19 +51,22 @@ GIB = 1 << 30
 DEFAULT_ROWS = ["standard", "fused --liger_kernel.enable_fused_linear_cross_entropy"]
 
 
-def measure(name: str, options: list[str], batch: int, args: argparse.Namespace) -> dict[str, Any] | None:
-    """One configuration at one batch size; None where it runs out of memory. Several processes end with that."""
-    config = ConfigManager().parse_args(
+def build_config(options: list[str], batch: int, args: argparse.Namespace) -> JobConfig:
+    return ConfigManager().parse_args(
         [
-            *("--model.name", args.model, "--model.flavor", args.flavor, "--training.seq_len", str(args.seq_len)),
             *("--training.local_batch_size", str(batch), "--training.steps", "100000"),
             *("--metrics.log_freq", "100000", "--training.seed", str(args.seed)),
-            *("--job.dump_folder", str(args.out / "runs")),
+            *("--job.dump_folder", str(args.out / "runs"), "--training.seq_len", str(args.seq_len)),
             *(["--training.compile"] if args.compile else []),
             *("--activation_checkpoint.mode", "selective", "--activation_checkpoint.selective_ac_option", "op"),
             *options,
         ]
     )
+
+
+def measure(name: str, options: list[str], batch: int, args: argparse.Namespace) -> dict[str, Any] | None:
+    """One configuration at one batch size; None where it runs out of memory. Several processes end with that."""
+    config = build_config(options, batch, args)
     trainer: Trainer | None = None
     try:
         trainer = Trainer(config)
@@ -126,26 +138,37 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     }
 
 
-def largest_batch(
-    name: str, options: list[str], known: list[dict[str, Any]], args: argparse.Namespace
-) -> tuple[int, list[dict[str, Any]]]:
-    """The largest batch that fits, and the rows measured on the way."""
-    measured: list[dict[str, Any]] = []
-    low, high = known[-2:]
-    per_sequence = (high["allocated_gib"] - low["allocated_gib"]) / (high["batch"] - low["batch"])
-    capacity = torch.cuda.get_device_properties(0).total_memory / GIB
-    guess = high["batch"] + int((0.97 * capacity - high["allocated_gib"]) / max(per_sequence, 0.01))
-    fits, fails = high["batch"], None
-    while fails is None or fails - fits > 1:
-        batch = guess if fits < guess and (fails is None or guess < fails) else fits + 1 if fails is None else fails - 1
+def measure_all(name: str, options: list[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for batch in args.batches:
+        row = measure(name, options, batch, args)
+        print_row(name, batch, row)
+        if row is not None:
+            yield row
+    if args.largest:
+        yield from largest_batch(name, options, args)
+
+
+def largest_batch(name: str, options: list[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows up to the largest batch that fits."""
+    config = build_config(options, 1, args)
+    is_auto = config.activation_checkpoint.mode == "auto"
+    share = config.activation_checkpoint.memory_share if is_auto else 1.0
+    with suppress(ConfigError):  # not even one sequence fits, by the estimate
+        find_largest("local_batch_size", config, 1, share * get_capacity())
+    batch, fits, fails = config.training.local_batch_size, 0, math.inf
+    while fits + 1 < fails and batch > 0:
         row = measure(name, options, batch, args)
         print_row(name, batch, row)
         if row is None:
-            fails = batch
+            fails, batch = batch, batch - 1
         else:
-            fits = batch
-            measured.append(row)
-    return fits, measured
+            fits, batch = batch, batch + 1
+            yield row
+    print(f"{name:24}largest batch: {fits}", flush=True)
+
+
+def get_capacity() -> int:
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def print_row(name: str, batch: int, row: dict[str, Any] | None) -> None:
@@ -186,8 +209,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 def main() -> None:
     world = get_world()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama3", help="a family")
-    parser.add_argument("--flavor", default="1B", help="of the family")
+    parser.add_argument("--flavor", nargs="+", default=["1B"], help="of llama3, or of another FAMILY/FLAVOR")
     parser.add_argument("--seq_len", type=int, default=4096)
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--rows", nargs="+", default=DEFAULT_ROWS, help="name, then options of the run")
@@ -200,35 +222,33 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_train"))
     args = parser.parse_args()
-    if world.size > 1 and (args.largest or len(args.rows) * len(args.batches) > 1):
+    if world.size > 1 and (args.largest or len(args.flavor) * len(args.rows) * len(args.batches) > 1):
         parser.error("several processes measure one of --rows at one of --batches, without --largest")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: expected 1 or more")
-    if args.flavor not in (known := list(get_train_spec(args.model).flavors)):
-        parser.error(f"--flavor {args.flavor}: {args.model} has {', '.join(known)}")
-    if args.largest and len(args.batches) < 2:
-        parser.error("--largest needs two --batches to draw a line through")
+    models = {given: given.split("/") if "/" in given else ("llama3", given) for given in args.flavor}
+    for family, flavor in models.values():
+        if flavor not in (known := list(get_train_spec(family).flavors)):
+            parser.error(f"--flavor {flavor}: {family} has {', '.join(known)}")
     init_logger()
 
     if world.rank == 0:
         print(f"{'':24}{'batch':>6}{'tokens/s':>12}{'MFU':>8}{'reserved':>10}{'allocated':>10}   (GiB)", flush=True)
     rows: list[dict[str, Any]] = []
-    for spec in args.rows:
+    results = args.out / "results.jsonl"
+    if world.rank == 0:
+        results.unlink(missing_ok=True)
+    for (given, (family, flavor)), spec in product(models.items(), args.rows):
         name, *options = shlex.split(spec)
-        mine = []
-        for batch in args.batches:
-            row = measure(name, options, batch, args)
-            print_row(name, batch, row)
-            mine += [row] if row else []
-        if args.largest and len(mine) > 1:
-            batch, more = largest_batch(name, options, mine, args)
-            print(f"{name:24}largest batch: {batch}", flush=True)
-            mine += more
-        rows += mine
+        name = f"{given} {name}" if len(models) > 1 else name
+        for row in measure_all(name, ["--model.name", family, "--model.flavor", flavor, *options], args):
+            rows.append(row)
+            if world.rank == 0:
+                with results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
     if world.rank == 0 and rows:
-        (args.out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        title = f"{args.model} {args.flavor}, {args.seq_len} tokens a sequence, {world.size} x {rows[0]['device']}"
+        title = f"{', '.join(args.flavor)}, {args.seq_len} tokens a sequence, {world.size} x {rows[0]['device']}"
         plot(rows, args.out / "benchmark_train.png", title)
 
 

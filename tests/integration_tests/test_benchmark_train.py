@@ -1,14 +1,18 @@
-"""scripts/benchmark_train.py over several processes, which measure once and wait for nobody."""
+"""scripts/benchmark_train.py: over several processes, which measure once and wait for nobody; the largest batch."""
 
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from tests.finished_run import load_script
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -44,7 +48,40 @@ def test_out_of_memory_on_one_rank_ends_it_at_once(
 
     monkeypatch.setattr(script, "Trainer", run_out)
     monkeypatch.setattr(script.os, "_exit", sys.exit)
-    args = Namespace(model="llama3", flavor="debugmodel", seq_len=32, seed=0, out=tmp_path, compile=False)
+    args = Namespace(seq_len=32, seed=0, out=tmp_path, compile=False)
     with pytest.raises(SystemExit):
         script.measure("standard", [], 4, args)
     assert capsys.readouterr().out.endswith("out of memory on rank 1\n")
+
+
+def test_the_largest_batch_is_searched_from_the_estimate_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In both directions; what was measured is in the file already when a later row is given up."""
+    script = load_script("benchmark_train")
+    tried: dict[str, list[int]] = {"standard": [], "fused": []}
+
+    def measure(name: str, options: list[str], batch: int, args: Namespace) -> dict[str, Any] | None:
+        assert options[:4] == ["--model.name", "qwen3", "--model.flavor", "debugmodel"]
+        tried[name].append(batch)
+        if len(tried["fused"]) == 4:
+            raise KeyboardInterrupt
+        fits = batch == 1 or batch <= tried[name][1] + (2 if name == "standard" else -2)
+        row = {"row": name, "batch": batch, "tokens_per_second": 1.0, "mfu": None, **script.peak_memory(CPU)}
+        return row if fits else None
+
+    monkeypatch.setattr(script, "measure", measure)
+    monkeypatch.setattr(script, "get_capacity", lambda: 2 << 30)
+    options = ["--flavor", "qwen3/debugmodel", "--seq_len", "2048", "--batches", "1", "--largest"]
+    monkeypatch.setattr(sys, "argv", ["benchmark_train.py", "--out", str(tmp_path), *options])
+    with pytest.raises(KeyboardInterrupt):
+        script.main()
+    off, on = tried["standard"][1], tried["fused"][1]
+    assert 1 < off < on  # by the estimate
+    assert tried == {"standard": [1, off, off + 1, off + 2, off + 3], "fused": [1, on, on - 1, on - 2]}
+    assert f"largest batch: {off + 2}" in capsys.readouterr().out
+    rows = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert [(row["row"], row["batch"]) for row in rows] == [
+        *(("standard", batch) for batch in (1, off, off + 1, off + 2)),
+        ("fused", 1),
+    ]

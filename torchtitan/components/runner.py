@@ -101,6 +101,12 @@ def build_runner(
     def build_on_meta() -> Decoder:
         with torch.device("meta"):
             model = build_model().to(weight_dtype)
+        if training.document_mask and not model.keeps_documents_apart:
+            raise ConfigError(
+                f"training.document_mask needs a model that keeps documents apart, and {type(model).__name__} does not"
+                " say that it does; leave the option out, or have its attention obey sequences.documents and set"
+                " keeps_documents_apart = True in its class"
+            )
         if float8 is not None:
             from torchtitan.distributed.float8 import apply_float8
 

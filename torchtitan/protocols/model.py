@@ -62,6 +62,9 @@ class Decoder(nn.Module):
     norm: nn.Module | None
     output: OutputHead | None
 
+    keeps_documents_apart = False
+    """Whether `sequences.documents` is obeyed: training.document_mask is refused where it is not."""
+
     def forward(
         self,
         tokens: Tensor,  # (B, S) int64; on a later pipeline stage the hidden states (B, S, D)

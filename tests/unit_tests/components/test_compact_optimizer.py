@@ -201,9 +201,9 @@ def parallelized(dims: ParallelDims, **sizes: int) -> Transformer:
     return model
 
 
-def sharded_steps(degrees: dict[str, int]) -> dict[str, Tensor]:
+def sharded_steps(degrees: dict[str, int], **options: bool) -> dict[str, Tensor]:
     """All of a tiny model and its states after two steps, whole."""
-    model = parallelized(ParallelDims(**degrees), dim=256, ffn_hidden_dim=256)
+    model = parallelized(ParallelDims(**degrees), dim=256, ffn_hidden_dim=256, **options)
     init_parameters(model, seed=3, device="cpu")
     optimizer = build(model, lr=1e-2)
     for seed in (1, 2):
@@ -221,18 +221,19 @@ def sharded_steps(degrees: dict[str, int]) -> dict[str, Tensor]:
 
 
 def all_layouts() -> list[dict[str, Tensor]]:
-    return [sharded_steps({"dp_shard": 4}), sharded_steps({"dp_shard": 2, "tp": 2})]
+    both = {"dp_shard": 2, "tp": 2}
+    return [sharded_steps({"dp_shard": 4}), sharded_steps(both), sharded_steps(both, tie_embeddings=True)]
 
 
 def test_every_layout_takes_the_same_steps_to_the_bit() -> None:
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        alone = sharded_steps({})
+        alone = [sharded_steps({}, tie_embeddings=tied) for tied in (False, False, True)]
     finally:
         dist.destroy_process_group()
+    assert alone[0].keys() - alone[2].keys() == {name for name in alone[0] if "output.weight" in name} != set()
     for results in run_processes(all_layouts, 4):
-        for result in results:
-            assert_same(result, alone)
+        assert_same(results, alone)
 
 
 def test_a_group_that_is_cut_is_refused() -> None:

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit_tests.distributed.layouts import ARGS
 from torchtitan.components.loss import IGNORE_INDEX, CrossEntropyLoss, EvalLoss, cross_entropy_sum
-from torchtitan.components.runner import EagerRunner, build_runner
+from torchtitan.components.runner import EagerRunner, Runner, build_runner
+from torchtitan.config import ConfigError
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.sections import Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters
@@ -131,32 +132,51 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def build_alone(
+    model_cls: type[Transformer] = Transformer, *, training: Training | None = None, **options: Any
+) -> Runner:
+    """Of one process."""
+    dims, training = ParallelDims(), training or Training()
+    mesh = build_mesh(dims, "cpu")
+    return build_runner(
+        partial(model_cls, ARGS()),
+        ARGS(),
+        CrossEntropyLoss(),
+        parallelize=partial(
+            parallelize_transformer,
+            mesh=mesh,
+            parallel_dims=dims,
+            parallelism=Parallelism(),
+            training=training,
+            block_modes=("none",) * ARGS().n_layers,
+            loss_parallel=False,
+        ),
+        mesh=mesh,
+        parallelism=Parallelism(),
+        training=training,
+        device=torch.device("cpu"),
+        seed=7,
+        **options,
+    )
+
+
+@pytest.mark.usefixtures("alone")
+def test_documents_need_a_model_that_keeps_them_apart() -> None:
+    class Averager(Transformer):
+        keeps_documents_apart = False
+
+    masked = Training(document_mask=True)
+    build_alone(Averager)
+    build_alone(training=masked)
+    with pytest.raises(ConfigError, match=r"^training.document_mask needs .* Averager does not say"):
+        build_alone(Averager, training=masked)
+
+
 @pytest.mark.usefixtures("alone")
 def test_weights_of_another_dtype_are_the_float32_ones_rounded() -> None:
     weights = []
     for dtype in (torch.float32, torch.bfloat16):
-        dims = ParallelDims()
-        mesh = build_mesh(dims, "cpu")
-        runner = build_runner(
-            partial(Transformer, ARGS()),
-            ARGS(),
-            CrossEntropyLoss(),
-            parallelize=partial(
-                parallelize_transformer,
-                mesh=mesh,
-                parallel_dims=dims,
-                parallelism=Parallelism(),
-                training=Training(),
-                block_modes=("none",) * ARGS().n_layers,
-                loss_parallel=False,
-            ),
-            mesh=mesh,
-            parallelism=Parallelism(),
-            training=Training(),
-            device=torch.device("cpu"),
-            seed=7,
-            weight_dtype=dtype,
-        )
+        runner = build_alone(weight_dtype=dtype)
         (model,) = runner.model_parts
         assert {weight.dtype for weight in model.parameters()} == {dtype}
         assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}

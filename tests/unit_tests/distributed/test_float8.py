@@ -166,13 +166,13 @@ def test_recomputation_by_op_changes_nothing(compiled: bool) -> None:
     torch.testing.assert_close(*gradients)
 
 
-def layout_step(degrees: dict[str, int], options: dict[str, bool]) -> dict[str, Tensor]:
+def layout_step(degrees: dict[str, int], options: dict[str, bool], tied: bool) -> dict[str, Tensor]:
     """The loss, and whole gradients, of one step with the whole batch on every data rank."""
     dims = ParallelDims(**degrees)
     mesh = build_mesh(dims, "cpu")
     config = Float8(emulate=True, **options)
     with torch.device("meta"):
-        model = Transformer(ARGS(**SIZES))
+        model = Transformer(ARGS(**SIZES, tie_embeddings=tied))
     apply_float8(model, config, tp=dims.tp, sharded=dims.dp_shard > 1, device=CPU)
     parallelize_transformer(
         model,
@@ -206,24 +206,25 @@ def layout_step(degrees: dict[str, int], options: dict[str, bool]) -> dict[str, 
     return result
 
 
-LAYOUTS: list[tuple[dict[str, int], dict[str, Any]]] = [
-    ({"dp_shard": 2}, {}),
-    ({"dp_shard": 2}, {"enable_fsdp_float8_all_gather": True}),
-    ({"tp": 2}, {}),
+LAYOUTS: list[tuple[dict[str, int], dict[str, Any], bool]] = [
+    ({"dp_shard": 2}, {}, False),
+    ({"dp_shard": 2}, {"enable_fsdp_float8_all_gather": True}, True),
+    ({"tp": 2}, {}, False),
+    ({"tp": 2}, {}, True),
 ]
 
 
 def all_layouts() -> list[dict[str, Tensor]]:
-    return [layout_step(degrees, options) for degrees, options in LAYOUTS]
+    return [layout_step(*layout) for layout in LAYOUTS]
 
 
 def test_layouts_compute_what_one_process_does() -> None:
-    model = build(Float8(emulate=True), torch.float32)
     tokens, labels = get_batch()
-    loss = loss_sum(model(tokens), labels)
-    loss.backward()
+    untied, tied = (build(Float8(emulate=True), torch.float32, tie_embeddings=tied) for tied in (False, True))
+    losses = [loss_sum(model(tokens), labels) for model in (untied, tied)]
+    sum(losses).backward()
     for results in run_processes(all_layouts, 2):
         for layout, result in zip(LAYOUTS, results, strict=True):
-            torch.testing.assert_close(result.pop("loss"), loss.detach())
-            for name, expected in get_gradients(model).items():
+            torch.testing.assert_close(result.pop("loss"), losses[layout[2]].detach())
+            for name, expected in get_gradients(tied if layout[2] else untied).items():
                 assert error_of(result[name], expected) < 1e-3, (layout, name)

@@ -127,6 +127,7 @@ class TransformerBlock(nn.Module):
 class Transformer(Decoder):
     """The model, or a pipeline stage: its `tok_embeddings`, `norm` or `output` is None if another stage has it."""
 
+    keeps_documents_apart = True
     freqs_cis: Tensor
 
     def __init__(self, args: TransformerModelArgs):
