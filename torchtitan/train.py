@@ -29,8 +29,8 @@ from torchtitan.checkpoint.manager import CheckpointManager, build_checkpoint_ma
 from torchtitan.components.dataloader import Batch, build_dataloader
 from torchtitan.components.document_mask import build_document_marker
 from torchtitan.components.history import get_environment, get_report_command
-from torchtitan.components.loss import IGNORE_INDEX, ZLoss
-from torchtitan.components.loss.build import build_loss
+from torchtitan.components.loss import IGNORE_INDEX, TokenSums
+from torchtitan.components.loss.build import build_loss, check_predictions
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.metrics import MetricsProcessor, build_metrics
 from torchtitan.components.optimizer import build_optimizer, get_weight_dtype
@@ -104,8 +104,8 @@ class Trainer:
         self.model_args = get_run_args(config.model, max_seq_len=config.max_seq_len)
         logger.info(f"Building {config.model.title} with {self.model_args}")
         self.float8 = config.float8 if "float8" in config.model.converters else None
-        self.z_loss = ZLoss(training.z_loss)
-        self.loss = self._build_loss()
+        self.token_sums = TokenSums(z_loss=training.z_loss, predictions=config.metrics.enable_token_metrics)
+        self.loss = check_predictions(self._build_loss(), self.token_sums)
         self.memory = plan_memory(config, world=utils.get_world(), mesh=self.mesh, device=self.device)
         self.runner = self._build_runner()
         logger.info(f"Model {config.model.title} size: {self.model_args.num_params():,} total parameters")
@@ -200,7 +200,7 @@ class Trainer:
     def _forward_backward(self, microbatches: list[Batch], scale: Tensor) -> Tensor:
         """This rank's share of the loss; the gradients are those of these microbatches alone."""
         self.optimizer.zero_grad()
-        self.z_loss.reset()
+        self.token_sums.reset(logged=self.metrics.should_log(self.step))
         loss = torch.zeros((), device=self.device)
         stay = getattr(self.loss, "takes_host_labels", False)  # the labels, on the host
         for batch in microbatches:
@@ -241,9 +241,9 @@ class Trainer:
             found = f"the loss is {loss_avg} and the gradient norm {norm}"
             raise NonFiniteError(self.step, f"{found}; the weights are left as they were before")
         values = {"loss_avg": loss_avg, "loss_max": loss_max, "grad_norm": norm, "lr": self.lr_scheduler.lr}
-        if self.z_loss.coefficient:  # which all tensor-parallel ranks have alike
-            values["z_loss"] = utils.sum_over_world_(self.z_loss.sum * scale * self.mesh.is_first("tp")).item()
-        self.metrics.log(self.step, self.source_losses.report(), n_tokens_seen=self.n_tokens_seen, **values)
+        scaled = self.token_sums.scaled(scale * self.mesh.is_first("tp"))  # whose ranks all have the same
+        of_tokens = {name: utils.sum_over_world_(value).item() for name, value in scaled.items()}
+        self.metrics.log(self.step, self.source_losses.report(), of_tokens, n_tokens_seen=self.n_tokens_seen, **values)
 
     def get_options_in_force(self) -> JobConfig:
         """The options, with the seed of the data's order, which may have been drawn, or come with a checkpoint."""
@@ -276,7 +276,7 @@ class Trainer:
             device_type=self.device.type,
             tensor_parallel=self.parallel_dims.tp > 1,
             compile=self.config.training.compile,
-            z_loss=self.z_loss,
+            sums=self.token_sums,
         )
 
     def _build_runner(self) -> Runner:

@@ -24,6 +24,7 @@ from tests.integration_tests.tiny_runs import (
     STEPS,
     Result,
     Run,
+    Step,
     global_batch,
     train_all,
 )
@@ -69,6 +70,8 @@ class Row:
         degrees = " ".join(f"--parallelism.{name} {getattr(self.dims, axis)}" for axis, name in DEGREES.items())
         batch_size = GLOBAL_BATCH // self.dims.dp // self.accumulation
         options = f"{degrees} {self.options} --training.z_loss {self.z_loss} --training.steps {self.steps}"
+        if "implementation liger" not in self.options:  # which does not tell them
+            options += " --metrics.enable_token_metrics"
         return Run(str(self), self.dims.world_size, batch_size, options)
 
 
@@ -153,6 +156,8 @@ def test_every_step_equals_that_of_one_process(row: Row, results: dict[str, Resu
             value, correct = getattr(step, name), getattr(reference, name)
             assert value == pytest.approx(correct, rel=TOLERANCE, abs=0), f"{name} of step {number}"
         if "implementation liger" not in row.options:  # which gives one sum
+            predicted, correct = ((s.token_accuracy, s.token_entropy) for s in (step, reference))
+            assert predicted == pytest.approx(correct, rel=TOLERANCE), f"accuracy and entropy of step {number}"
             assert [loss is None for loss in step.by_source] == [loss is None for loss in reference.by_source]
             told = [[loss for loss in losses if loss is not None] for losses in (step.by_source, reference.by_source)]
             assert told[0] == pytest.approx(told[1], rel=TOLERANCE), f"the datasets' losses of step {number}"
@@ -174,8 +179,17 @@ def test_the_first_step_of_one_process_is_that_of_plain_torch(results: dict[str,
         assert get_first_step(results[str(row)]) == pytest.approx(expected, rel=TOLERANCE)
     parts = [(tokens[i == SOURCES], labels[i == SOURCES]) for i in range(NUM_SOURCES)]
     by_source = [plain_step([part])[0] for part in parts]
-    result = results[str(WITH_Z_LOSS)]
-    assert isinstance(result, list) and result[0].by_source == pytest.approx(by_source, rel=TOLERANCE)
+    assert get_first(results[str(WITH_Z_LOSS)]).by_source == pytest.approx(by_source, rel=TOLERANCE)
+
+
+def test_accuracy_and_entropy_are_those_of_all_logits(results: dict[str, Result]) -> None:
+    tokens, labels, *_ = global_batch(0)
+    is_valid = labels != IGNORE_INDEX
+    logits = make_model()(tokens)[is_valid].double()  # (valid, V)
+    accuracy = (logits.argmax(-1) == labels[is_valid]).double().mean().item()
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean().item()
+    first = get_first(results[str(ONE_PROCESS)])
+    assert accuracy > 0 and (first.token_accuracy, first.token_entropy) == pytest.approx((accuracy, entropy), rel=1e-5)
 
 
 def test_documents_train_as_if_each_were_alone(results: dict[str, Result]) -> None:
@@ -189,15 +203,25 @@ def test_documents_train_as_if_each_were_alone(results: dict[str, Result]) -> No
     assert get_first_step(results[str(ONE_PROCESS_MASKED)]) == pytest.approx(plain_step(alone), rel=TOLERANCE)
 
 
-def get_first_step(result: Result) -> tuple[float, float, float]:
+def get_first(result: Result) -> Step:
     assert isinstance(result, list)
-    return result[0].loss, result[0].grad_norm, result[0].z_loss
+    return result[0]
+
+
+def get_first_step(result: Result) -> tuple[float, float, float]:
+    first = get_first(result)
+    return first.loss, first.grad_norm, first.z_loss
+
+
+def make_model() -> AttentiveTransformer:
+    model = AttentiveTransformer(ODD.for_run(Model(), max_seq_len=SEQ_LEN))
+    init_parameters(model, SEED, "cpu")
+    return model
 
 
 def plain_step(batches: list[tuple[Tensor, Tensor]], *, z_loss: float = 0.0) -> tuple[float, float, float]:
     """The loss, the gradient norm and the z-loss over all batches (tokens, labels), by torch alone."""
-    model = AttentiveTransformer(ODD.for_run(Model(), max_seq_len=SEQ_LEN))
-    init_parameters(model, SEED, "cpu")
+    model = make_model()
     num_valid = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in batches)
     total = z_total = 0.0
     for tokens, labels in batches:

@@ -68,6 +68,8 @@ class Step:
     max_loss: float
     """The largest mean over one data rank's tokens."""
     z_loss: float = 0.0
+    token_accuracy: float = 0.0
+    token_entropy: float = 0.0
     by_source: tuple[float | None, ...] = ()
     """The loss of each dataset of a mixture, where the loss tells it."""
 
@@ -176,11 +178,10 @@ def serve_store() -> dist.TCPStore:
 
 def _to_step(line: str) -> Step:
     values = json.loads(line)
-    losses = {
-        name: values.get(f"loss_metrics/{name}", 0.0) for name in ("global_avg_loss", "global_max_loss", "z_loss")
-    }
+    names = ("global_avg_loss", "global_max_loss", "z_loss", "token_accuracy", "token_entropy")
+    loss, *others = (values.get(f"loss_metrics/{name}", 0.0) for name in names)
     by_source = tuple(values.get(f"loss_metrics/global_avg_loss/{i}") for i in range(NUM_SOURCES))
-    return Step(losses["global_avg_loss"], values["grad_norm"], losses["global_max_loss"], losses["z_loss"], by_source)
+    return Step(loss, values["grad_norm"], *others, by_source)
 
 
 def _work(rank: int, runs: Sequence[Run], folder: str, ports: Sequence[int], on_gpus: bool) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchtitan import train
 from torchtitan.components.dataloader import Batch
-from torchtitan.components.loss import CrossEntropyLoss, ZLoss
+from torchtitan.components.loss import CrossEntropyLoss, TokenSums
 from torchtitan.config import JobConfig
 from torchtitan.config.errors import NonFiniteError
 
@@ -79,7 +79,9 @@ def test_labels_stay_on_the_host_for_a_loss_that_takes_them_there(stays: bool) -
     trainer = SimpleNamespace(
         device=torch.device("meta"),
         optimizer=SimpleNamespace(zero_grad=lambda: None),
-        z_loss=ZLoss(),
+        token_sums=TokenSums(),
+        metrics=SimpleNamespace(should_log=lambda step: True),
+        step=1,
         loss=SimpleNamespace(takes_host_labels=True) if stays else CrossEntropyLoss(),
         runner=SimpleNamespace(model_parts=[], forward_backward=forward_backward),
         shard_context=lambda tokens, labels, documents: (tokens, labels, documents),

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -178,16 +179,17 @@ class MetricsProcessor:
         self,
         step: int,
         of_sources: Mapping[str, tuple[int, float | None]] | None = None,
+        of_tokens: Mapping[str, float] = MappingProxyType({}),
         *,
         loss_avg: float,
         loss_max: float,
         grad_norm: float,
         lr: float,
-        z_loss: float | None = None,
         n_tokens_seen: int,
     ) -> None:
         """Say and write everything about the steps since the last log.
 
+        of_tokens: z-loss, and accuracy and entropy of predictions, those that are on.
         of_sources: of each dataset of a mixture, the tokens seen and, if it is known, the mean loss.
         """
         seconds = time.perf_counter() - self._last_log
@@ -205,6 +207,7 @@ class MetricsProcessor:
         self._say(
             (f"step: {step:2}", _RED),
             (f"loss: {loss_avg:7.4f}", _GREEN),
+            *((f"{name}: {value:.4f}", _GREEN) for name, value in of_tokens.items() if name != "z_loss"),
             (f"grad_norm: {grad_norm:7.4f}", _YELLOW),
             (_memory_field(memory), _CYAN),
             (f"tps: {round(tps):,}", _BLUE),
@@ -221,7 +224,7 @@ class MetricsProcessor:
         values = {
             "loss_metrics/global_avg_loss": loss_avg,
             "loss_metrics/global_max_loss": loss_max,
-            **({} if z_loss is None else {"loss_metrics/z_loss": z_loss}),
+            **{f"loss_metrics/{name}": value for name, value in of_tokens.items()},
             **{f"loss_metrics/global_avg_loss/{dataset}": loss for dataset, loss in losses.items()},
             "grad_norm": grad_norm,
             "throughput(tps)": tps,

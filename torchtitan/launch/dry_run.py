@@ -35,7 +35,12 @@ def show(config: JobConfig, *, world_size: int, device_type: str) -> int:
     if dims.pp > 1:
         print(*stages(config, dims, args.n_layers), sep="\n")
     print(batches(config, dims))
-    loss = describe_loss(config.liger_kernel, device_type=device_type, tensor_parallel=dims.tp > 1)
+    loss = describe_loss(
+        config.liger_kernel,
+        device_type=device_type,
+        tensor_parallel=dims.tp > 1,
+        predictions=config.metrics.enable_token_metrics,
+    )
     print("The model has a loss of its own" if find_family(config.model).load().build_loss else loss)
     print(*memory(config, world_size), sep="\n", flush=True)
     try:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchtitan.components.loss import CrossEntropyLoss, EvalLoss, ZLoss
+from torchtitan.components.loss import CrossEntropyLoss, EvalLoss, TokenSums
 from torchtitan.components.loss.chunking import liger_chunk_mem_const, liger_chunk_rows, plan_chunks, rows_in_budget
 from torchtitan.components.optimizer import get_weight_dtype
 from torchtitan.config.block_modes import BLOCK_MODES, BlockMode
@@ -218,7 +218,7 @@ def _measure_loss(
             config, dims, local_tensor(model.output.weight).shape, num_tokens=math.prod(tokens_shape)
         )
     labels = torch.empty(tokens_shape, dtype=torch.int64, device="meta")
-    loss = CrossEntropyLoss(z_loss=ZLoss(config.training.z_loss))
+    loss = CrossEntropyLoss(sums=TokenSums(z_loss=config.training.z_loss))
     scaled = partial(loss, hidden.detach().requires_grad_(), model.output, labels, torch.empty((), device="meta"))
     return _trace(scaled, is_compiled=config.training.compile)
 
@@ -229,7 +229,7 @@ def _get_fused_loss_use(config: JobConfig, dims: ParallelDims, weight_shape: tor
     itemsize = get_param_dtype(config).itemsize
     rows, dim = weight_shape
     budget = options.logits_memory_budget_mib << 20
-    is_in_tree = options.implementation == "native" or dims.tp > 1
+    is_in_tree = options.implementation == "native" or dims.tp > 1 or config.metrics.enable_token_metrics
     if is_in_tree:
         chunks = plan_chunks(
             num_tokens, vocab_rows=rows, bytes_per_logit=itemsize, budget_bytes=budget, is_sharded=dims.tp > 1

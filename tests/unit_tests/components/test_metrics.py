@@ -124,6 +124,18 @@ def log(metrics: MetricsProcessor, step: int) -> None:
     metrics.log(step, loss_avg=3.14159, loss_max=4.5, grad_norm=1.25, lr=8e-4, n_tokens_seen=12345)
 
 
+def test_z_loss_accuracy_and_entropy_are_written_and_the_line_has_those_of_predictions(
+    build: Build, clock: Clock, sink: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = build()
+    clock.now += 1
+    told = {"z_loss": 0.5, "token_accuracy": 0.25, "token_entropy": 3.5}
+    metrics.log(1, of_tokens=told, loss_avg=3.0, loss_max=4.5, grad_norm=1.25, lr=8e-4, n_tokens_seen=100)
+    ((_, values),) = sink.written
+    assert {name: values[f"loss_metrics/{name}"] for name in told} == told
+    assert "  loss:  3.0000  token_accuracy: 0.2500  token_entropy: 3.5000  grad_norm:" in messages(caplog)[-1]
+
+
 def test_tokens_and_loss_of_a_mixture_are_told_by_dataset(
     build: Build, clock: Clock, sink: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,7 +8,7 @@
 | fused_linear.py | the in-tree fused linear cross entropy: CPU, GPU, and a vocabulary sharded over ranks |
 | logprobs.py | log-probabilities of the labels, by the same means, for losses of your own |
 | terms.py | what a token's loss is made of: z-loss, softcap, label smoothing, class weights, bias |
-| z_loss.py | the z-loss of training, and its sum for the log |
+| token_sums.py | what training tells of its tokens: z-loss, accuracy, entropy |
 | operators.py | the walks of both over the tokens, as operators that torch can compile |
 | chunked_logits.py | a chunk's logits, their statistics over all ranks, and the products with their gradient |
 | softmax_gradient.py | statistics and gradient of one chunk of logits, in place; _triton.py holds its GPU kernels |
@@ -27,11 +27,11 @@ Every loss is called as `loss(hidden, head, labels, scale)`:
     scale    0-dim float32 tensor, 1 / (valid tokens of the whole global batch)
 
 and returns `scale * sum of this rank's cross entropies`, a float32 scalar, whose gradients are also those of the z-loss
-(z_loss.py). Summed over microbatches and data ranks this is the mean over all valid tokens. Nothing else divides: not
-FSDP, not the trainer.
+(token_sums.py). Summed over microbatches and data ranks this is the mean over all valid tokens. Nothing else divides:
+not FSDP, not the trainer.
 """
 
-from torchtitan.components.loss.cross_entropy import IGNORE_INDEX, CrossEntropyLoss, cross_entropy_sum
+from torchtitan.components.loss.cross_entropy import CrossEntropyLoss, cross_entropy_sum
 from torchtitan.components.loss.eval_loss import EvalLoss
 from torchtitan.components.loss.fused_linear import (
     FusedLinearCrossEntropyLoss,
@@ -39,8 +39,9 @@ from torchtitan.components.loss.fused_linear import (
     fused_linear_cross_entropy,
 )
 from torchtitan.components.loss.logprobs import LogProbs, linear_logprobs
+from torchtitan.components.loss.terms import IGNORE_INDEX
+from torchtitan.components.loss.token_sums import TokenSums
 from torchtitan.components.loss.vocab_shard import VocabShard
-from torchtitan.components.loss.z_loss import ZLoss
 
 __all__ = [
     "IGNORE_INDEX",
@@ -49,8 +50,8 @@ __all__ = [
     "FusedLinearCrossEntropyLoss",
     "LogProbs",
     "LossOutputs",
+    "TokenSums",
     "VocabShard",
-    "ZLoss",
     "cross_entropy_sum",
     "fused_linear_cross_entropy",
     "linear_logprobs",

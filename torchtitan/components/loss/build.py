@@ -1,10 +1,12 @@
 """The choice of the loss, made once, and the lines that say which it was."""
 
+from typing import Any
+
 import torch
 
 from torchtitan.components.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.components.loss.fused_linear import FusedLinearCrossEntropyLoss
-from torchtitan.components.loss.z_loss import ZLoss
+from torchtitan.components.loss.token_sums import TokenSums
 from torchtitan.config.errors import ConfigError, LigerNotInstalledError
 from torchtitan.config.sections import LigerKernel
 from torchtitan.protocols.model import Loss
@@ -18,7 +20,7 @@ def build_loss(
     device_type: str,
     tensor_parallel: bool,
     compile: bool,
-    z_loss: ZLoss | None = None,
+    sums: TokenSums | None = None,
 ) -> Loss:
     """The loss that a configuration means.
 
@@ -29,16 +31,18 @@ def build_loss(
     if not liger_kernel.enable_fused_linear_cross_entropy:
         if compile:
             logger.info("Compiling the loss function with torch.compile")
-        return CrossEntropyLoss(compile=compile, z_loss=z_loss)
+        return CrossEntropyLoss(compile=compile, sums=sums)
 
     budget_bytes = liger_kernel.logits_memory_budget_mib << 20
     accum_dtype = torch.float32 if liger_kernel.weight_grad_accum_dtype == "float32" else None
-    said = describe_loss(liger_kernel, device_type=device_type, tensor_parallel=tensor_parallel)
+    where: dict[str, Any] = {"device_type": device_type, "tensor_parallel": tensor_parallel}
+    where["predictions"] = sums is not None and sums.predictions
+    said = describe_loss(liger_kernel, **where)
     if liger_kernel.implementation != "native" and not is_liger_installed():
         raise LigerNotInstalledError  # also where the in-tree loss stands in: nothing falls back in silence
-    if _why_in_tree(liger_kernel.implementation, device_type=device_type, tensor_parallel=tensor_parallel):
+    if _why_in_tree(liger_kernel.implementation, **where):
         logger.info(said)
-        return FusedLinearCrossEntropyLoss(budget_bytes=budget_bytes, accum_dtype=accum_dtype, z_loss=z_loss)
+        return FusedLinearCrossEntropyLoss(budget_bytes=budget_bytes, accum_dtype=accum_dtype, sums=sums)
 
     if device_type != "cuda" and not _triton_interprets():
         raise ConfigError(
@@ -48,14 +52,32 @@ def build_loss(
     from torchtitan.components.loss.liger import LigerFusedLinearLoss
 
     logger.info(said)
-    return LigerFusedLinearLoss(budget_bytes=budget_bytes, accum_dtype=accum_dtype, z_loss=z_loss)
+    return LigerFusedLinearLoss(budget_bytes=budget_bytes, accum_dtype=accum_dtype, sums=sums)
 
 
-def describe_loss(liger_kernel: LigerKernel, *, device_type: str, tensor_parallel: bool) -> str:
+def check_predictions(loss: Loss, sums: TokenSums) -> Loss:
+    """The loss itself; ConfigError if it does not tell what the log is to have."""
+    if sums.predictions and not getattr(loss, "tells_predictions", False):
+        raise ConfigError(
+            f"metrics.enable_token_metrics: {getattr(loss, '__name__', type(loss).__name__)}, the loss of this run,"
+            " tells neither accuracy nor entropy of tokens; leave it off, or use the standard loss or"
+            " liger_kernel.implementation=native"
+        )
+    return loss
+
+
+def describe_loss(
+    liger_kernel: LigerKernel, *, device_type: str, tensor_parallel: bool, predictions: bool = False
+) -> str:
     """Which one build_loss gives, in words."""
     if not liger_kernel.enable_fused_linear_cross_entropy:
         return "Using the standard cross entropy loss"
-    reason = _why_in_tree(liger_kernel.implementation, device_type=device_type, tensor_parallel=tensor_parallel)
+    reason = _why_in_tree(
+        liger_kernel.implementation,
+        device_type=device_type,
+        tensor_parallel=tensor_parallel,
+        predictions=predictions,
+    )
     if reason:
         return f"Using the in-tree fused linear cross entropy loss: {reason}"
     return "Using Liger-Kernel fused linear cross entropy loss"
@@ -68,7 +90,7 @@ def _triton_interprets() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def _why_in_tree(implementation: str, *, device_type: str, tensor_parallel: bool) -> str | None:
+def _why_in_tree(implementation: str, *, device_type: str, tensor_parallel: bool, predictions: bool) -> str | None:
     """The reason to use the in-tree loss, or None where Liger-Kernel serves."""
     if implementation == "native":
         return 'liger_kernel.implementation is "native"'
@@ -76,6 +98,8 @@ def _why_in_tree(implementation: str, *, device_type: str, tensor_parallel: bool
         return None
     if tensor_parallel:
         return "the vocabulary is sharded over the tensor-parallel ranks"
+    if predictions:
+        return "metrics.enable_token_metrics asks for what Liger-Kernel does not tell"
     if device_type != "cuda":
         return f"Liger-Kernel has no kernels for the {device_type}"
     return None

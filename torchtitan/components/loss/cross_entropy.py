@@ -14,12 +14,10 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchtitan.components.loss.terms import IGNORE_INDEX, get_loss_dtype
+from torchtitan.components.loss.token_sums import TokenSums
 from torchtitan.components.loss.vocab_shard import VocabShard, is_dtensor, vocab_shard_of
-from torchtitan.components.loss.z_loss import ZLoss
 from torchtitan.protocols.model import OutputHead
-
-IGNORE_INDEX = -100
-"""Label of a token that has no target (the value of torch.nn.functional.cross_entropy)."""
 
 Sums = tuple[Tensor, Tensor | None, Tensor | None]
 """Of the token losses; what of it is the z-loss; that of each sequence, without z-loss. None where not asked for."""
@@ -31,8 +29,10 @@ class CrossEntropyLoss:
     Pipeline stages, which run the head themselves, call its `sum` on logits.
     """
 
-    def __init__(self, *, compile: bool = False, z_loss: ZLoss | None = None) -> None:
-        self.sum = CrossEntropySum(compile=compile, z_loss=z_loss)
+    tells_predictions = True
+
+    def __init__(self, *, compile: bool = False, sums: TokenSums | None = None) -> None:
+        self.sum = CrossEntropySum(compile=compile, sums=sums)
 
     def note_sequences(self, sums: list[Tensor]) -> None:
         self.sum.sequence_sums = sums
@@ -50,10 +50,10 @@ class CrossEntropyLoss:
 class CrossEntropySum:
     """`cross_entropy_sum`, optionally compiled."""
 
-    def __init__(self, *, compile: bool = False, z_loss: ZLoss | None = None) -> None:
+    def __init__(self, *, compile: bool = False, sums: TokenSums | None = None) -> None:
         self._whole: Callable[..., Sums] = torch.compile(_whole_sum) if compile else _whole_sum
         self._sharded: Callable[..., Sums] = torch.compile(_sharded_sum) if compile else _sharded_sum
-        self._z_loss = z_loss or ZLoss()
+        self._sums = sums or TokenSums()
         self.sequence_sums: list[Tensor] | None = None
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class CrossEntropySum:
         labels: Tensor,  # (...) int64, ids of the whole vocabulary
         shard: VocabShard | None,  # which columns these are; None: all
     ) -> Tensor:
-        options = self._z_loss.coefficient, self.sequence_sums is not None
+        options = self._sums.z_loss, self.sequence_sums is not None
         if shard is None:
             total, z_sum, of_sequences = self._whole(logits, labels, *options)
         else:
@@ -76,7 +76,9 @@ class CrossEntropySum:
             total, z_sum, of_sequences = self._sharded(logits, labels, *columns, *options)
         if self.sequence_sums is not None and of_sequences is not None:
             self.sequence_sums.append(of_sequences)
-        return total if z_sum is None else self._z_loss.apart(total, z_sum)
+        if self._sums.wants_predictions:
+            self._sums.add_logits(logits, labels, shard)
+        return total if z_sum is None else self._sums.z_loss_apart(total, z_sum)
 
 
 def cross_entropy_sum(
@@ -85,11 +87,6 @@ def cross_entropy_sum(
 ) -> Tensor:
     """Sum of the token losses in float32; tokens labelled IGNORE_INDEX count 0."""
     return CrossEntropySum()(logits, labels)
-
-
-def get_loss_dtype(logits: Tensor) -> torch.dtype:
-    """What a loss is computed in: float32, and float64 for float64 logits."""
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _whole_sum(logits: Tensor, labels: Tensor, z_loss: float = 0.0, by_sequence: bool = False) -> Sums:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchtitan.components.loss.chunking import equal_chunk_rows, rows_in_budget
-from torchtitan.components.loss.cross_entropy import CrossEntropySum, get_loss_dtype
+from torchtitan.components.loss.cross_entropy import CrossEntropySum
+from torchtitan.components.loss.terms import get_loss_dtype
 from torchtitan.components.loss.vocab_shard import gather_hidden_local_weight
 from torchtitan.protocols.model import OutputHead
 

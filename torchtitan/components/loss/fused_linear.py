@@ -31,14 +31,13 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from torchtitan.components.loss.cross_entropy import IGNORE_INDEX, get_loss_dtype
 from torchtitan.components.loss.gradients import OneBackward
 from torchtitan.components.loss.operators import EagerLinearCrossEntropy, linear_cross_entropy
 from torchtitan.components.loss.softmax_gradient import ARG_MAX, cross_entropies, entropies, log_sum_exps
-from torchtitan.components.loss.terms import Terms
+from torchtitan.components.loss.terms import IGNORE_INDEX, Terms, get_loss_dtype
+from torchtitan.components.loss.token_sums import TokenSums
 from torchtitan.components.loss.valid_rows import ValidRows
 from torchtitan.components.loss.vocab_shard import VocabShard, gather_hidden_local_weight, is_dtensor
-from torchtitan.components.loss.z_loss import ZLoss
 from torchtitan.protocols.model import OutputHead
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -48,12 +47,13 @@ class FusedLinearCrossEntropyLoss:
     """The in-tree loss behind the contract of all losses (`loss(hidden, head, labels, scale)`)."""
 
     takes_host_labels = True
+    tells_predictions = True
 
     def __init__(
-        self, *, budget_bytes: int, accum_dtype: torch.dtype | None = None, z_loss: ZLoss | None = None
+        self, *, budget_bytes: int, accum_dtype: torch.dtype | None = None, sums: TokenSums | None = None
     ) -> None:
         self._options = {"budget_bytes": budget_bytes, "accum_dtype": accum_dtype}
-        self._z_loss = z_loss or ZLoss()
+        self._sums = sums or TokenSums()
         self._sequence_sums: list[Tensor] | None = None
 
     def note_sequences(self, sums: list[Tensor]) -> None:
@@ -71,13 +71,17 @@ class FusedLinearCrossEntropyLoss:
     def _of_local_rows(self, hidden: Tensor, weight: Tensor, *, labels: Tensor, scale: Tensor) -> Tensor:
         hidden, weight, shard = gather_hidden_local_weight(hidden, weight)
         options: dict[str, Any] = {"scale": scale, "shard": shard, **self._options}
-        z_loss = self._z_loss.coefficient
-        if not z_loss and self._sequence_sums is None:
+        sums = self._sums
+        if not sums.z_loss and not sums.wants_predictions and self._sequence_sums is None:
             return fused_linear_cross_entropy(hidden, weight, labels, **options)
-        found = fused_linear_cross_entropy(hidden, weight, labels, z_loss=z_loss, return_outputs=True, **options)
+        found = fused_linear_cross_entropy(hidden, weight, labels, z_loss=sums.z_loss, return_outputs=True, **options)
         if self._sequence_sums is not None:
             self._sequence_sums.append(found.token_losses.sum(-1))
-        return self._z_loss.apart(found.loss, z_loss * found.log_sum_exps.square().sum(), scale)
+        if sums.wants_predictions:
+            sums.add_predictions(found.correct, found.entropies)
+        if not sums.z_loss:
+            return found.loss
+        return sums.z_loss_apart(found.loss, sums.z_loss * found.log_sum_exps.square().sum(), scale)
 
 
 class LossOutputs(NamedTuple):

@@ -16,10 +16,10 @@ from liger_kernel.transformers.functional import liger_fused_linear_cross_entrop
 from torch import Tensor
 
 from torchtitan.components.loss.chunking import liger_chunk_mem_const, rows_in_budget
-from torchtitan.components.loss.cross_entropy import IGNORE_INDEX
 from torchtitan.components.loss.gradients import OneBackward
+from torchtitan.components.loss.terms import IGNORE_INDEX
+from torchtitan.components.loss.token_sums import TokenSums
 from torchtitan.components.loss.valid_rows import ValidRows
-from torchtitan.components.loss.z_loss import ZLoss
 from torchtitan.config.errors import LigerTooOldError
 from torchtitan.protocols.model import OutputHead
 
@@ -45,11 +45,11 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
     takes_host_labels = True
 
     def __init__(
-        self, *, budget_bytes: int, accum_dtype: torch.dtype | None = None, z_loss: ZLoss | None = None
+        self, *, budget_bytes: int, accum_dtype: torch.dtype | None = None, sums: TokenSums | None = None
     ) -> None:
         _check_version()  # first: an older one takes other arguments
         super().__init__(ignore_index=IGNORE_INDEX, reduction="mean", accum_dtype=accum_dtype)
-        self.z_loss = z_loss or ZLoss()
+        self.sums = sums or TokenSums()
         self.budget_bytes = budget_bytes
 
     def forward(  # type: ignore[override]  # the contract of our losses, not Liger's argument order
@@ -85,8 +85,8 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             accum_dtype=self.accum_dtype,
-            lse_square_scale=self.z_loss.coefficient,
-            return_z_loss=self.z_loss.coefficient > 0,
+            lse_square_scale=self.sums.z_loss,
+            return_z_loss=self.sums.z_loss > 0,
             chunk_mem_const=liger_chunk_mem_const(
                 num_tokens=hidden.shape[0],
                 dim=weight.shape[1],
@@ -96,10 +96,10 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
                 ),
             ),
         )
-        mean, z_mean = (found.loss, found.z_loss) if self.z_loss.coefficient else (found, None)
+        mean, z_mean = (found.loss, found.z_loss) if self.sums.z_loss else (found, None)
         loss = mean * share
         if z_mean is not None:
-            loss = self.z_loss.apart(loss, z_mean * num_valid, scale)
+            loss = self.sums.z_loss_apart(loss, z_mean * num_valid, scale)
         return OneBackward.apply(loss + torch.where(is_no_word, float("inf"), 0.0).sum())
 
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from torchtitan.components.loss.chunked_logits import ChunkedLogits, GradientProducts
-from torchtitan.components.loss.cross_entropy import get_loss_dtype
 from torchtitan.components.loss.gradients import multiply_
 from torchtitan.components.loss.softmax_gradient import (
     MAX,
@@ -31,7 +30,7 @@ from torchtitan.components.loss.softmax_gradient import (
     statistics_and_gradient_,
     write_gradient_,
 )
-from torchtitan.components.loss.terms import Terms
+from torchtitan.components.loss.terms import Terms, get_loss_dtype
 from torchtitan.components.loss.vocab_shard import VocabShard
 
 

@@ -24,9 +24,8 @@ Shapes: C rows of one chunk, Vp columns of the vocabulary on this rank, K statis
 import torch
 from torch import Tensor
 
-from torchtitan.components.loss.cross_entropy import IGNORE_INDEX, get_loss_dtype
 from torchtitan.components.loss.gradients import runs_on_triton
-from torchtitan.components.loss.terms import Coefficients, Terms
+from torchtitan.components.loss.terms import IGNORE_INDEX, Coefficients, Terms, get_loss_dtype
 
 _CPU_BLOCK_BYTES = 4 << 20
 """Rows are taken in blocks of about this size on a CPU, so that all passes but the first read from the cache."""

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchtitan.components.loss.cross_entropy import IGNORE_INDEX
-from torchtitan.components.loss.terms import Coefficients, Terms
+from torchtitan.components.loss.terms import IGNORE_INDEX, Coefficients, Terms
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _IGNORE_INDEX = tl.constexpr(IGNORE_INDEX)

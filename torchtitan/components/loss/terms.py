@@ -15,6 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+IGNORE_INDEX = -100
+"""Label of a token that has no target (the value of torch.nn.functional.cross_entropy)."""
+
+
+def get_loss_dtype(logits: Tensor) -> torch.dtype:
+    """What a loss is computed in: float32, and float64 for float64 logits."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
 
 @dataclass(frozen=True)
 class Terms:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchtitan.components.loss.cross_entropy import IGNORE_INDEX
+from torchtitan.components.loss.terms import IGNORE_INDEX
 
 _NUM_SIZES = 64
 

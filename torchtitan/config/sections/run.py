@@ -44,6 +44,8 @@ class Metrics:
 
     log_freq: PositiveInt = 10
     """Steps between two log lines."""
+    enable_token_metrics: bool = False
+    """Also log, of the step that is logged, how often the label is the likeliest word, and the words' entropy."""
     enable_tensorboard: bool = False
     """Write the metrics as TensorBoard events."""
     disable_color_printing: bool = False

@@ -1,16 +1,14 @@
 """Which loss a configuration means, and what the log says of it."""
 
 import logging
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 import triton
 
-from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, ZLoss
-from torchtitan.components.loss.build import build_loss
+from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, TokenSums
+from torchtitan.components.loss.build import build_loss, check_predictions
 from torchtitan.components.loss.liger import LigerFusedLinearLoss
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import LigerKernel
@@ -49,9 +47,9 @@ def test_without_the_flag_it_is_the_standard_loss(caplog):
     assert caplog.messages == ["Compiling the loss function with torch.compile"]
 
 
-def test_budget_dtype_and_z_loss_reach_the_loss(monkeypatch):
+def test_budget_dtype_and_sums_reach_the_loss(monkeypatch):
     given: list[dict[str, object]] = []
-    z_loss = ZLoss(0.5)
+    sums = TokenSums(z_loss=0.5)
     for name in ("build.FusedLinearCrossEntropyLoss", "liger.LigerFusedLinearLoss"):
         monkeypatch.setattr(f"torchtitan.components.loss.{name}", lambda **options: given.append(options))
     for implementation in ("native", "liger"):
@@ -61,8 +59,8 @@ def test_budget_dtype_and_z_loss_reach_the_loss(monkeypatch):
             logits_memory_budget_mib=3,
             weight_grad_accum_dtype="float32",
         )
-        build_loss(section, device_type="cuda", tensor_parallel=False, compile=False, z_loss=z_loss)
-    assert given == 2 * [{"budget_bytes": 3 * 2**20, "accum_dtype": torch.float32, "z_loss": z_loss}]
+        build_loss(section, device_type="cuda", tensor_parallel=False, compile=False, sums=sums)
+    assert given == 2 * [{"budget_bytes": 3 * 2**20, "accum_dtype": torch.float32, "sums": sums}]
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
@@ -86,9 +84,17 @@ def test_liger_by_hand_without_a_gpu_needs_the_interpreter(interpret, monkeypatc
             build("liger", device_type="cpu")
 
 
-def test_the_losses_are_imported_without_configurations_and_the_trainer() -> None:
-    code = "import sys, torchtitan.components.loss; print(*(m for m in sys.modules if m.startswith('torchtitan.')))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "torchtitan.components.loss.fused_linear" in loaded
-    others = [m for m in loaded if not m.startswith(("torchtitan.components.loss", "torchtitan.protocols."))]
-    assert set(others) <= {"torchtitan.components", "torchtitan.protocols"}
+def test_token_metrics_take_a_loss_that_tells_them(caplog: pytest.LogCaptureFixture) -> None:
+    """auto takes it; liger by hand, or a family's own, is refused in one line."""
+    caplog.set_level(logging.INFO)
+    sums = TokenSums(predictions=True)
+    for implementation, on in (("auto", True), ("native", True), ("auto", False)):
+        loss = build(implementation, on=on, sums=sums)
+        assert check_predictions(loss, sums) is loss
+    assert caplog.messages[0] == f"{IN_TREE}metrics.enable_token_metrics asks for what Liger-Kernel does not tell"
+    for loss in (build("liger", sums=sums), test_token_metrics_take_a_loss_that_tells_them):
+        with pytest.raises(
+            ConfigError, match=r"metrics.enable_token_metrics: \w+, the loss of this run, tells neither"
+        ):
+            check_predictions(loss, sums)
+        assert check_predictions(loss, TokenSums()) is loss

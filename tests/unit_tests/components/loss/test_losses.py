@@ -15,7 +15,7 @@ from torchtitan.components.loss import (
     IGNORE_INDEX,
     CrossEntropyLoss,
     FusedLinearCrossEntropyLoss,
-    ZLoss,
+    TokenSums,
 )
 from torchtitan.models.common.model import OutputHead
 
@@ -284,21 +284,21 @@ def test_the_target_of_a_sure_prediction_keeps_its_gradient() -> None:
 @pytest.mark.parametrize("name", ["standard", "in-tree", "Liger"])
 def test_the_z_loss_is_told_apart_but_its_gradient_is_in(name: str) -> None:
     hidden, weight, labels = torch.randn(2, 25, DIM), torch.randn(VOCAB, DIM), make_labels((2, 25), "some")
-    z_loss = ZLoss(0.01)
+    sums = TokenSums(z_loss=0.01)
     if name == "in-tree":
-        loss_fn: Callable[..., Tensor] = FusedLinearCrossEntropyLoss(budget_bytes=7 * BYTES, z_loss=z_loss)
+        loss_fn: Callable[..., Tensor] = FusedLinearCrossEntropyLoss(budget_bytes=7 * BYTES, sums=sums)
     elif name == "Liger":
         if "Liger, one chunk" not in LOSSES:
             pytest.skip("liger-kernel is interpreted without a GPU only")
-        loss_fn = LigerFusedLinearLoss(budget_bytes=1 << 20, z_loss=z_loss)
+        loss_fn = LigerFusedLinearLoss(budget_bytes=1 << 20, sums=sums)
     else:
-        loss_fn = CrossEntropyLoss(z_loss=z_loss)
+        loss_fn = CrossEntropyLoss(sums=sums)
     result = run(loss_fn, hidden, weight, labels)
 
     leaves = [t.double().requires_grad_() for t in (hidden, weight)]
     log_z = (leaves[0] @ leaves[1].t()).logsumexp(dim=-1)[labels != IGNORE_INDEX]
     plain, added = oracle(hidden, weight, labels), 0.01 * log_z.square().sum()
-    assert relative(z_loss.sum, added) < 1e-5 and relative(result.loss, plain.loss) < 1e-5
+    assert relative(sums.scaled(torch.tensor(1.0))["z_loss"], added) < 1e-5 and relative(result.loss, plain.loss) < 1e-5
     of_z = torch.autograd.grad(added / len(log_z), leaves)
     truth = Result(plain.loss, plain.d_hidden + of_z[0], plain.d_weight + of_z[1])
     assert max(result.errors(truth)) < 1e-5
