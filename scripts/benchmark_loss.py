@@ -2,14 +2,19 @@
 
     python scripts/benchmark_loss.py                                            # Llama 3 8B's head, on a GPU
     python scripts/benchmark_loss.py --tokens 2048 --vocab 32000 --dim 512 --dtype float32 --budgets 32   # on a CPU
+    python scripts/benchmark_loss.py --tokens 8192 --ignored 0 0.5 0.9          # labels that are ignored
+    python scripts/benchmark_loss.py --checkpoint outputs/checkpoint/step-500   # a trained model's head, on real text
 
 Measured is hidden -> loss -> both gradients. "floor" is the three bare matrix products (logits, hidden gradient,
 weight gradient) in the same process; "x floor" a time over it. linear_logprobs computes the logits twice: its floor is
 four. Errors of rows with options that change the loss mean nothing. "peak" is the largest allocation above the inputs,
 "above grads" the same less the two gradients. "error" is |g - g32| / |g32| of the hidden and the weight gradient
 against float32 autograd. Labels are drawn by Zipf's law, as words are: then many tokens add to the same rows of the
-weight gradient, and a sum over chunks shows its rounding. With --profile, a row's longest kernels follow it: how
-often each ran, and its milliseconds in all. Writes results.jsonl and benchmark_loss.png to --out.
+weight gradient, and a sum over chunks shows its rounding. Fused losses get the labels where training has them, on the
+host. With --checkpoint, a run's or Hugging Face's, the weight is its model's, and hidden states and labels are what
+it makes of Python's library: most of a trained model's gradients are tiny, and a loss may leave out what is tiny. With
+--profile, a row's longest kernels follow it: how often each ran, and its milliseconds in all. Liger, CCE and quack have
+rows where they import. Writes results.jsonl and benchmark_loss.png to --out.
 """
 
 import argparse
@@ -22,7 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,7 @@ from benchmark_origin import get_origin
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from torchtitan.checkpoint.pretrained import find_pretrained
 from torchtitan.components.loss import (
     IGNORE_INDEX,
     CrossEntropyLoss,
@@ -80,7 +86,11 @@ class WeightOnly:
 
 
 def fused(loss: Any) -> LossFn:
-    return lambda hidden, weight, labels, scale: loss(hidden, WeightOnly(weight), labels, scale)
+    def call(hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        return loss(hidden, WeightOnly(weight), labels, scale)  # type: ignore[no-any-return]
+
+    _ON_HOST.add(call)  # as the trainer does
+    return call
 
 
 def with_options(hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, **options: Any) -> Tensor:
@@ -140,17 +150,15 @@ def implementations(args: argparse.Namespace) -> dict[str, LossFn]:
         table[f"in-tree, {budget:g} MiB"] = fused(FusedLinearCrossEntropyLoss(budget_bytes=int(budget * MIB)))
     for name, terms in OPTIONS.items():
         table[f"in-tree + {name}"] = partial(with_options, **terms)
-    table["in-tree + labels on the host"] = partial(with_options)
-    _ON_HOST.add(table["in-tree + labels on the host"])
+    table["in-tree + labels on the device"] = partial(with_options)
     table["linear_logprobs"] = negative_logprobs
     if args.dtype != "float32":
         budget = max(args.budgets)
         loss = FusedLinearCrossEntropyLoss(budget_bytes=int(budget * MIB), accum_dtype=torch.float32)
         table[f"in-tree, {budget:g} MiB, float32 dW"] = fused(loss)
 
-    if hasattr(F, "linear_cross_entropy"):
-        options = nn.LinearCrossEntropyOptions() if hasattr(nn, "LinearCrossEntropyOptions") else None
-        options = options or getattr(F, "LinearCrossEntropyOptions", lambda: None)()
+    if hasattr(nn, "LinearCrossEntropyOptions"):  # of torch 2.13
+        options = nn.LinearCrossEntropyOptions()
         table["torch linear_cross_entropy, chunked"] = lambda h, w, y, scale: F.linear_cross_entropy(
             h, w, y, ignore_index=IGNORE_INDEX, options=options
         )
@@ -160,22 +168,56 @@ def implementations(args: argparse.Namespace) -> dict[str, LossFn]:
         pass
     else:
         table["Apple CCE"] = lambda h, w, y, scale: linear_cross_entropy(h, w, y, ignore_index=IGNORE_INDEX)
+    try:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+    except ImportError:
+        pass
+    else:
+        table["quack, chunks of 4096"] = lambda h, w, y, scale: chunked_linear_cross_entropy(
+            h, w, y, ignore_index=IGNORE_INDEX, reduction="mean"
+        )
     return {name: fn for name, fn in table.items() if not args.only or any(part in name for part in args.only)}
 
 
-def make_problem(args: argparse.Namespace, num_tokens: int) -> Problem:
+def use_trained(args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states (T, D) and labels (T,) of as many tokens as are asked for at most, and the weight (V, D)."""
+    pretrained = find_pretrained(args.checkpoint)
+    tokenizer, dtype, device = pretrained.build_tokenizer(), getattr(torch, args.dtype), torch.device(args.device)
+    model = pretrained.build_model(device=device, dtype=dtype)
+    assert model.output is not None
+    num_tokens = max(args.tokens)
+    seq_len = min(4096, pretrained.args.max_seq_len, num_tokens)
+    ids: list[int] = []
+    for file in sorted(Path(argparse.__file__).parent.glob("*.py")):
+        ids += tokenizer.encode(file.read_text(errors="replace"), add_bos=True, add_eos=True)
+    text = torch.tensor(ids, device=device)
+    if len(text) <= num_tokens:
+        raise SystemExit(f"Python's library has {len(text)} tokens of this tokenizer: ask for fewer than --tokens")
+    with torch.no_grad():
+        parts = text[:num_tokens].split(seq_len)
+        hidden = torch.cat([model(part.unsqueeze(0), return_hidden_states=True).squeeze(0) for part in parts])
+    return hidden, text[1 : num_tokens + 1], model.output.weight.detach()
+
+
+def make_problem(
+    args: argparse.Namespace, num_tokens: int, ignored: float, trained: tuple[Tensor, Tensor, Tensor] | None = None
+) -> Problem:
     generator = torch.Generator(args.device).manual_seed(args.seed)
     dtype = getattr(torch, args.dtype)
 
     def normal(*shape: int, std: float) -> Tensor:
         return torch.randn(*shape, generator=generator, device=args.device).mul_(std).to(dtype).requires_grad_()
 
-    frequencies = 1 / torch.arange(1, args.vocab + 1, device=args.device)
-    labels = torch.multinomial(frequencies, num_tokens, replacement=True, generator=generator)
-    ignored = torch.rand(num_tokens, generator=generator, device=args.device) < args.ignored
-    labels.masked_fill_(ignored, IGNORE_INDEX)
-    hidden = normal(num_tokens, args.dim, std=1.0)
-    weight = normal(args.vocab, args.dim, std=args.dim**-0.5)
+    if trained is None:
+        frequencies = 1 / torch.arange(1, args.vocab + 1, device=args.device)
+        labels = torch.multinomial(frequencies, num_tokens, replacement=True, generator=generator)
+        hidden = normal(num_tokens, args.dim, std=1.0)
+        weight = normal(args.vocab, args.dim, std=args.dim**-0.5)
+    else:
+        hidden, labels, weight = trained
+        hidden, labels = hidden[:num_tokens].clone().requires_grad_(), labels[:num_tokens].clone()
+        weight = weight.clone().requires_grad_()
+    labels[torch.rand(num_tokens, generator=generator, device=args.device) < ignored] = IGNORE_INDEX
     host_labels = labels.cpu().pin_memory() if args.device == "cuda" else labels.cpu()
     scale = 1 / (labels != IGNORE_INDEX).sum().clamp(min=1).float()
     return Problem(hidden, weight, labels, scale, host_labels)
@@ -275,8 +317,8 @@ def float32_gradients(problem: Problem, chunk: int = 1024) -> tuple[Tensor, Tens
     return d_hidden, d_weight
 
 
-def measure(num_tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    problem = make_problem(args, num_tokens)
+def measure(num_tokens: int, ignored: float, args: argparse.Namespace) -> list[dict[str, Any]]:
+    problem = make_problem(args, num_tokens, ignored, args.trained)
     reference = float32_gradients(problem)
     grad_bytes = sum(t.numel() * t.element_size() for t in (problem.hidden, problem.weight))
     rows: list[dict[str, Any]] = []
@@ -305,6 +347,7 @@ def measure(num_tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "tokens": num_tokens,
+                "ignored": ignored,
                 "peak_mib": peak / MIB,
                 "above_grads_mib": (peak - grad_bytes) / MIB,
                 "d_hidden_error": errors[0],
@@ -322,7 +365,7 @@ def measure(num_tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"\n{rows[0]['tokens']} tokens; floor {rows[0]['floor_ms']:.1f} ms")
+    print(f"\n{rows[0]['tokens']} tokens, {100 * rows[0]['ignored']:g}% ignored; floor {rows[0]['floor_ms']:.1f} ms")
     print(f"{'':40}{'ms':>9}{'x floor':>9}{'peak MiB':>10}{'above grads':>13}{'dH error':>11}{'dW error':>11}")
     for row in rows:
         print(
@@ -341,15 +384,19 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sizes = list(dict.fromkeys(row["tokens"] for row in rows))
+    sizes = list(dict.fromkeys((row["tokens"], row["ignored"]) for row in rows))
     figure, panels = plt.subplots(1, len(sizes), figsize=(4.2 * len(sizes) + 1, 4.6), sharey=True, squeeze=False)
     markers = dict(zip(dict.fromkeys(_family(row["name"]) for row in rows), cycle("osD^vP*X"), strict=False))
     for axes, size in zip(panels[0], sizes, strict=True):
         for family, marker in markers.items():
-            curve = [row for row in rows if row["tokens"] == size and _family(row["name"]) == family]
+            curve = [r for r in rows if (r["tokens"], r["ignored"]) == size and _family(r["name"]) == family]
             memory = [max(row["above_grads_mib"], 1) for row in curve]
             axes.plot(memory, [row["x_floor"] for row in curve], marker=marker, label=family)
-        axes.set(xscale="log", xlabel="peak above the two gradients, MiB", title=f"{size} tokens")
+        axes.set(
+            xscale="log",
+            xlabel="peak above the two gradients, MiB",
+            title=f"{size[0]} tokens, {100 * size[1]:g}% ignored",
+        )
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("time over the three products")
     panels[0][-1].legend(fontsize=8)
@@ -369,7 +416,10 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--ignored", type=float, default=0.01, help="share of the labels that are ignored")
+    parser.add_argument(
+        "--ignored", type=float, nargs="+", default=[0.01], help="shares of the labels that are ignored, one by one"
+    )
+    parser.add_argument("--checkpoint", type=Path, help="take weight and hidden states of this trained model")
     parser.add_argument(
         "--budgets",
         type=float,
@@ -389,14 +439,18 @@ def main() -> None:
     if not implementations(args):
         parser.error(f"no row's name holds {' or '.join(args.only)}")
     origin = get_origin(torch.device(args.device))
+    args.trained = use_trained(args) if args.checkpoint else None
+    if args.trained:
+        args.vocab, args.dim = args.trained[2].shape
     title = f"{origin['device']}, torch {origin['torch']}, {args.dtype}, V={args.vocab}, D={args.dim}"
     print(f"{title}; commit {origin['commit']}")
     args.out.mkdir(parents=True, exist_ok=True)
-    about = origin | {name: getattr(args, name) for name in ("dtype", "vocab", "dim", "ignored", "seed")}
+    about = origin | {name: getattr(args, name) for name in ("dtype", "vocab", "dim", "seed")}
+    about["checkpoint"] = args.checkpoint and str(args.checkpoint)
     rows: list[dict[str, Any]] = []
     with (args.out / "results.jsonl").open("w") as results:
-        for num_tokens in args.tokens:
-            new = measure(num_tokens, args)
+        for num_tokens, ignored in product(args.tokens, args.ignored):
+            new = measure(num_tokens, ignored, args)
             if new:  # not out of memory with all of them
                 print_table(new)
             rows += new

@@ -74,8 +74,9 @@ def shard_problem(problem: Problem, mesh: DeviceMesh) -> Problem:
 
 
 def measure(num_tokens: int, args: argparse.Namespace, mesh: DeviceMesh) -> list[dict[str, Any]]:
-    whole = make_problem(args, num_tokens)
+    whole = make_problem(args, num_tokens, args.ignored)
     dist.broadcast(whole.labels, src=0)  # drawn by a cumulative sum, which GPUs round each in its own order
+    whole = replace(whole, host_labels=whole.labels.cpu())
     reference = float32_gradients(whole)
     problem = shard_problem(whole, mesh)
     share = replace(whole, weight=problem.weight.to_local())  # type: ignore[attr-defined]

@@ -4,7 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tests.integration_tests.doc_pages import REPO, Page
 from torchtitan.components.loss import cross_entropy_sum, fused_linear_cross_entropy
@@ -84,6 +88,60 @@ def test_llama_of_transformers_trains_with_its_own_loss_and_without_logits() -> 
     expected.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(fused, {name: p.grad for name, p in model.named_parameters()})
+
+
+class UpstreamModel(nn.Module):
+    """With the last layer left to the loss, as upstream's are where the loss takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm, self.lm_head = nn.Embedding(101, 16), nn.RMSNorm(16), nn.Linear(16, 101, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.norm(self.embedding(tokens))
+
+
+class UpstreamTrainer:
+    """A stand-in: what upstream's trainer does with a model and a loss that takes the head, with FSDP2, in bf16."""
+
+    def __init__(self, loss: Any) -> None:
+        torch.manual_seed(0)
+        self.model, self.loss = UpstreamModel(), loss
+        options: Any = {"mesh": init_device_mesh("cpu", (1,)), "mp_policy": MixedPrecisionPolicy(torch.bfloat16)}
+        fully_shard([self.model.norm, self.model.lm_head], **options)
+        fully_shard(self.model, **options)
+        loss.set_lm_head(self.model.lm_head)
+
+    def step(self, microbatches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+        """The loss and the gradients; the tokens with a label are counted over all microbatches."""
+        num_valid = torch.stack([(labels != -100).sum() for _, labels in microbatches]).sum().float()
+        total = torch.zeros(())
+        for tokens, labels in microbatches:
+            loss = self.loss(self.model(tokens), labels, num_valid)
+            loss.backward()
+            total += loss.detach()
+        return total, [p.grad.full_tensor() for p in self.model.parameters()]
+
+
+def test_the_loss_for_upstreams_trainer_is_cross_entropy_of_its_head() -> None:
+    class StandardLoss:
+        def set_lm_head(self, lm_head: nn.Linear) -> None:
+            self.lm_head = lm_head
+
+        def __call__(self, hidden: Tensor, labels: Tensor, global_valid_tokens: Tensor) -> Tensor:
+            return cross_entropy_sum(self.lm_head(hidden), labels) / global_valid_tokens
+
+    microbatches = list(zip(torch.randint(101, (2, 3, 8)), torch.randint(101, (2, 3, 8)), strict=True))
+    microbatches[0][1][:, :5] = -100
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        losses = (StandardLoss(), example("liger_kernel.md", 4)["FusedLoss"]())
+        (expected, true), (found, mine) = (UpstreamTrainer(loss).step(microbatches) for loss in losses)
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(mine, true, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-4)
 
 
 def test_z_loss_is_cross_entropy_plus_the_square_of_log_z_of_valid_tokens(

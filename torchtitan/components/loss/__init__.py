@@ -16,7 +16,9 @@
 | valid_rows.py | the tokens that are walked over where the host knows which are ignored |
 | vocab_shard.py | which rows of the vocabulary this rank holds; the one place where a DTensor becomes local |
 | chunking.py | how many tokens fit a memory budget |
-| build.py | build_loss: which loss a configuration means; the one file here that knows of configurations |
+| build.py | build_loss: which loss a configuration means |
+
+build.py and liger.py are the trainer's; all else here needs torch alone, and may be copied out of this package.
 
 Every loss is called as `loss(hidden, head, labels, scale)`:
 

@@ -6,7 +6,7 @@ all-reduces combine them, of the maxima (T,) and of sums and target logits (2, T
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,9 @@ from torch import Tensor
 from torchtitan.components.loss.terms import IGNORE_INDEX, get_loss_dtype
 from torchtitan.components.loss.token_sums import TokenSums
 from torchtitan.components.loss.vocab_shard import VocabShard, is_dtensor, vocab_shard_of
-from torchtitan.protocols.model import OutputHead
+
+if TYPE_CHECKING:
+    from torchtitan.protocols.model import OutputHead
 
 Sums = tuple[Tensor, Tensor | None, Tensor | None]
 """Of the token losses; what of it is the z-loss; that of each sequence, without z-loss. None where not asked for."""
@@ -40,7 +42,7 @@ class CrossEntropyLoss:
     def __call__(
         self,
         hidden: Tensor,  # (B, S, D)
-        head: OutputHead,
+        head: "OutputHead",
         labels: Tensor,  # (B, S) int64
         scale: Tensor,  # () float32
     ) -> Tensor:

@@ -4,6 +4,7 @@ Shapes: B sequences, S tokens each, D model dim, Vp this rank's rows of the voca
 """
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +13,9 @@ from torchtitan.components.loss.chunking import equal_chunk_rows, rows_in_budget
 from torchtitan.components.loss.cross_entropy import CrossEntropySum
 from torchtitan.components.loss.terms import get_loss_dtype
 from torchtitan.components.loss.vocab_shard import gather_hidden_local_weight
-from torchtitan.protocols.model import OutputHead
+
+if TYPE_CHECKING:
+    from torchtitan.protocols.model import OutputHead
 
 _NUM_COPIES = 3
 """Of the logits in the loss's dtype, at most, that the standard loss makes where it is not compiled."""
@@ -29,7 +32,7 @@ class EvalLoss:
     def __call__(
         self,
         hidden: Tensor,  # (B, S, D)
-        head: OutputHead,
+        head: "OutputHead",
         labels: Tensor,  # (B, S) int64
     ) -> Tensor:
         return head.with_weight(partial(self._of_local_rows, labels=labels), hidden)

@@ -26,7 +26,7 @@ vocabulary.
 """
 
 from functools import partial
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -38,7 +38,9 @@ from torchtitan.components.loss.terms import IGNORE_INDEX, Terms, get_loss_dtype
 from torchtitan.components.loss.token_sums import TokenSums
 from torchtitan.components.loss.valid_rows import ValidRows
 from torchtitan.components.loss.vocab_shard import VocabShard, gather_hidden_local_weight, is_dtensor
-from torchtitan.protocols.model import OutputHead
+
+if TYPE_CHECKING:
+    from torchtitan.protocols.model import OutputHead
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -62,7 +64,7 @@ class FusedLinearCrossEntropyLoss:
     def __call__(
         self,
         hidden: Tensor,  # (B, S, D)
-        head: OutputHead,
+        head: "OutputHead",
         labels: Tensor,  # (B, S) int64
         scale: Tensor,  # () float32
     ) -> Tensor:
