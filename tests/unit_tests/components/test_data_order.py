@@ -60,6 +60,8 @@ class Run:
         shares = [max(1, round(weight / sum(weights) * G)) for weight in weights]
         self.place = Place([SourcePlace(choose_dealing(*both)) for both in zip(sources, shares, strict=True)])
         self.seed = 0
+        self.counts: list[Counter[int]] = []
+        """Of each step that was read, the sequences of each source."""
 
     def read(self, num_steps: int, *, dp: int, batch: int, global_batch: int = G) -> list[Step]:
         """So many steps, and `place` goes on to behind them, by way of what a checkpoint holds."""
@@ -68,20 +70,23 @@ class Run:
             for source, place in zip(self.reading.sources, self.place.sources, strict=True)
         ]
         steps: list[Step] = [[] for _ in range(num_steps)]
+        counts = [Counter[int]() for _ in steps]
         state: dict[str, str] = {}
         for rank in range(dp):
             division = Division(rank, dp, batch, global_batch, SEQ_LEN)
             reader = SequenceReader(streams, self.weights, TOKENIZER, division, self.place)
             rows = reader.read()
             place: Place | None = reader.get_place()
-            for step in steps:
+            for step, count in zip(steps, counts, strict=True):
                 for _ in range(global_batch // dp // batch):
                     assert place is not None or step
-                    microbatch, _, place = next(rows)
+                    microbatch, of, place = next(rows)
+                    count.update(of)
                     step += microbatch.tolist()
             assert place is not None
             state |= save_place(place, self.reading, seed=self.seed, rank=rank)
         self.place, self.seed = load_place(state, self.reading, self.place)
+        self.counts += counts
         return steps
 
 
@@ -229,22 +234,17 @@ def get_taken(run: Run) -> list[int]:
 
 
 def test_a_mixture_keeps_its_shares_in_each_window_and_for_any_ranks(three):
+    """2,000 sequences: 70, 20 and 10% of any 200 of them, to within two; and the same ones after stops inside."""
     mixture: dict[str, Any] = {"weights": (7, 2, 1), "names": ("a", "b", "c")}
-    alone = Run(*three, **mixture)
-    undisturbed, counts = [], [get_taken(alone)]
-    for _ in range(25):  # 200 sequences
-        undisturbed += alone.read(1, dp=1, batch=G)
-        counts.append(get_taken(alone))
-    assert counts[-1] == [140, 40, 20]
-    for begin, end in ((a, b) for a in range(25) for b in range(a + 1, 26)):
-        window = [after - before for before, after in zip(counts[begin], counts[end], strict=True)]
-        expected = [share * G * (end - begin) for share in (0.7, 0.2, 0.1)]
-        assert all(abs(n - share) < 2 for n, share in zip(window, expected, strict=True))
-    run = Run(*three, **mixture)
-    read = []
-    for num_steps, dp in ((3, 2), (1, 8), (4, 1), (7, 4)):
-        read += run.read(num_steps, dp=dp, batch=1)
-    assert read == undisturbed[: len(read)]
+    alone, run = Run(*three, **mixture), Run(*three, **mixture)
+    undisturbed = alone.read(250, dp=1, batch=G)
+    assert get_taken(alone) == [1400, 400, 200]
+    for size in (1, 25, 40, 125):
+        for begin in range(250 - size + 1):
+            window = sum(alone.counts[begin : begin + size], Counter[int]())
+            assert all(abs(window[i] - share * G * size) < 2 for i, share in enumerate((0.7, 0.2, 0.1)))
+    read = [step for n, dp in ((83, 2), (1, 8), (59, 1), (107, 4)) for step in run.read(n, dp=dp, batch=1)]
+    assert read == undisturbed and run.counts == alone.counts
 
 
 def test_a_mixture_may_change_and_each_source_goes_on(three, caplog):
