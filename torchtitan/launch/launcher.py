@@ -81,13 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         launcher, options = split_arguments(sys.argv[1:] if argv is None else argv)
         num_gpus = getattr(launcher, "num_gpus", None)
-        fewest = int(launcher.nnodes.partition(":")[0])
+        fewest, _, most = launcher.nnodes.partition(":")
+        nodes = range(int(fewest), int(most or fewest) + 1)
         if line := describe_upstream_variables():
             print(line, file=sys.stderr)
         if getattr(launcher, "dry_run", False):
-            return _dry_run(options, getattr(launcher, "nproc", launcher.nproc_per_node * fewest), num_gpus)
-        outputs = preflight.check(options, nproc=launcher.nproc_per_node, nnodes=fewest, num_gpus=num_gpus)
+            return _dry_run(options, getattr(launcher, "nproc", launcher.nproc_per_node * nodes[0]), num_gpus)
+        outputs = preflight.check(options, nproc=launcher.nproc_per_node, nnodes=nodes[0], num_gpus=num_gpus)
         raise_all([ConfigError(problem) for problem in _about_flags(launcher, max_files=raise_file_limit())])
+        for line in preflight.about_other_numbers(options, nproc=launcher.nproc_per_node, nodes=nodes):
+            print(line, file=sys.stderr)
         if (folder := getattr(launcher, "log_dir", os.devnull)) != os.devnull:  # which torchrun knows how to take
             preflight.check_writable(Path(folder), given=f"--log_dir {folder}")
         if sys.stdout.isatty():

@@ -55,6 +55,29 @@ def check(options: Sequence[str], *, nproc: int, nnodes: int = 1, num_gpus: int 
     return outputs
 
 
+def about_other_numbers(options: Sequence[str], *, nproc: int, nodes: range) -> Iterator[str]:
+    """What is to be known of a run that may be started again on more machines than the fewest of `nodes`."""
+    if len(nodes) == 1:
+        return
+    config = ConfigManager().parse_args(options, warn=False)
+    given = f"--nnodes {nodes[0]}:{nodes[-1]}"
+    if config.training.global_batch_size == -1:
+        yield (
+            f"{given}: training.global_batch_size is not set, so each number of machines has a global batch of its own;"
+            " set it for a run that goes on as if nothing had been lost"
+        )
+    refused: dict[int, ConfigError] = {}
+    for n in nodes[1:1024]:
+        try:
+            validate_run(config, world_size=nproc * n, local_world_size=nproc, liger_installed=is_liger_installed())
+        except ConfigError as error:
+            refused[n] = error
+    if refused:
+        numbers = f"{', '.join(map(str, list(refused)[:8]))}{', ...' if len(refused) > 8 else ''}"
+        why = next(iter(refused.values()))
+        yield f"{given}: the run cannot go on with {numbers} machines: {why}"
+
+
 def find_what_is_missing(config: JobConfig) -> list[ConfigError]:
     """What the options point to and this machine lacks: packages, tokenizer, data, a checkpoint."""
     return [

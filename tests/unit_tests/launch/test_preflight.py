@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.manager import resolve
 from torchtitan.launch.environment import describe_upstream_variables
-from torchtitan.launch.preflight import check, get_vocab_size
+from torchtitan.launch.preflight import about_other_numbers, check, get_vocab_size
 from torchtitan.models.llama3 import hf_config, llama3_flavors
 from torchtitan.protocols.train_spec import get_run_args
 
@@ -62,6 +62,15 @@ def test_options_and_rules_are_checked(refused):
     assert refused("--training.seqlen", "5").startswith("ConfigError: --training.seqlen 5: unknown option")
     assert "world size 6" in refused("--parallelism.data_parallel_shard_degree", "5", nproc=2, nnodes=3)
     assert "it has 2" in refused(nproc=4, num_gpus=2)
+
+
+def test_numbers_of_machines_that_the_batch_cannot_go_on_with_are_named(valid):
+    options = [*valid, "--training.local_batch_size", "2"]
+    assert list(about_other_numbers([*options, "--training.global_batch_size", "32"], nproc=2, nodes=range(2, 3))) == []
+    (told,) = about_other_numbers([*options, "--training.global_batch_size", "32"], nproc=2, nodes=range(2, 5))
+    assert told.startswith("--nnodes 2:4: the run cannot go on with 3 machines: training.global_batch_size=32 is")
+    (told,) = about_other_numbers(options, nproc=2, nodes=range(2, 5))
+    assert told.startswith("--nnodes 2:4: training.global_batch_size is not set, so each number of machines has")
 
 
 def test_the_documented_errors_keep_their_names(refused, monkeypatch):
