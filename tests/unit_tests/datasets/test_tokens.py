@@ -1,7 +1,9 @@
 """Token files: the ids that are in them, of each format; what does not fit is told."""
 
 import json
+import os
 import struct
+import time
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -13,7 +15,17 @@ from torchtitan.components.dataloader import TrainingDataLoader, build_dataloade
 from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.config.errors import DatasetError
 from torchtitan.config.sections import Training
-from torchtitan.datasets import open_path
+from torchtitan.datasets import (
+    Division,
+    DocumentStreams,
+    Place,
+    SequenceReader,
+    SourcePlace,
+    choose_dealing,
+    open_dataset,
+    open_path,
+)
+from torchtitan.datasets.documents import ALL_WINDOWS_CHARS
 from torchtitan.datasets.tokens import TokenFiles
 
 TOKENIZER = build_tokenizer("tests/assets/tokenizer")
@@ -114,6 +126,31 @@ def test_a_run_reads_what_it_would_tokenise(tmp_path, capsys):
     (out / "tokens.meta").write_text(json.dumps({"tokenizer": "other"}))
     with pytest.raises(DatasetError, match="it was tokenised with another tokenizer than this run's; set"):
         build(out)
+
+
+def test_the_first_batch_costs_the_same_at_any_size(tmp_path, monkeypatch):
+    """How much is read until there is one of 8 sequences; `pytest -s` prints times and tokens/s, and text's."""
+    monkeypatch.setattr("torchtitan.datasets.tokens.PIECE_TOKENS", 2**16)
+    from_file, read = np.fromfile, []
+    monkeypatch.setattr(np, "fromfile", lambda file, dtype, n: read.append(n) or from_file(file, dtype, n))
+    paths = {}
+    for name, size in (("1 MB", 10**6), ("10 GB", 10**10)):
+        paths[name] = tmp_path / f"{size}.bin"
+        paths[name].touch()
+        os.truncate(paths[name], size)  # sparse
+    for name, path in {"text": None, **paths}.items():
+        read.clear()
+        start = time.process_time()
+        source = open_dataset("python_stdlib") if path is None else open_path(path, "text")
+        dealing = choose_dealing(source, 8)
+        streams = DocumentStreams(source, seed=0, infinite=True, dealing=dealing)
+        place, division = Place([SourcePlace(dealing)]), Division(0, 1, 8, 8, 2048)
+        batches = SequenceReader([streams], [1.0], TOKENIZER, division, place).read()
+        next(batches)
+        first = time.process_time() - start
+        assert 4 * sum(read) <= ALL_WINDOWS_CHARS + dealing.streams * 4 * 2**16
+        n = sum(rows.shape[0] * 2048 for rows, *_ in islice(batches, 12))
+        print(f"{name}: {first:.2f} s to the first batch, {n / (time.process_time() - start - first):,.0f} tokens/s")
 
 
 def test_files_that_do_not_fit_are_named(tmp_path):
