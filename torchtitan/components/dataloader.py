@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -242,7 +243,8 @@ class ValidationDataLoader:
         # A pass that is broken off leaves the reader where it is: a later, longer one goes on from there.
         if self._ahead is None:
             documents = self.documents.read(0, Cursor().position)
-            sequences = pack(documents, self.tokenizer, seq_len=self.seq_len, start=Cursor())
+            locate = partial(self.documents.locate, 0)
+            sequences = pack(documents, self.tokenizer, seq_len=self.seq_len, start=Cursor(), locate=locate)
             rows = _deal(sequences, self.dp_rank, self.dp_world_size, self.batch_size, self.seq_len)
             self._ahead = Prefetcher(rows, self.asked_to_stop)
         ahead, kept = self._ahead, self._kept

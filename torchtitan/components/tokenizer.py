@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from torchtitan.config.errors import TokenizerError
+from torchtitan.config.errors import TokenizerError, UnknownTextError
 from torchtitan.tools.files import read_json
 from torchtitan.tools.logging import logger
 
@@ -100,9 +100,10 @@ class Tokenizer:
             try:
                 self._backend.encode(text, add_special_tokens=False)
             except Exception as of_text:
-                return TokenizerError(
+                return UnknownTextError(
                     f"the tokenizer cannot encode the document that begins {text[:60]!r}: {of_text}; it has no token"
-                    " for what it does not know"
+                    " for what it does not know",
+                    text,
                 )
         return TokenizerError(f"the tokenizer fails: {error}")
 

@@ -41,6 +41,16 @@ class TokenizerError(ConfigError):
     """A tokenizer that cannot be read or does not fit the model."""
 
 
+class UnknownTextError(TokenizerError):
+    """A text that the tokenizer has no tokens for."""
+
+    title = "TokenizerError"
+
+    def __init__(self, message: str, text: str) -> None:
+        super().__init__(message)
+        self.text = text
+
+
 class CheckpointError(ConfigError):
     """A checkpoint that is missing, damaged or does not fit the run."""
 

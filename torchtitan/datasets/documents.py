@@ -124,10 +124,7 @@ class DocumentStreams:
 
     def _read_windows(self, stream: int, start: Position) -> Iterator[tuple[int, int, list[Document]]]:
         """Windows from a place on, each with the place where it begins."""
-        parts = self._deal(start.epoch)
-        if len(parts) < self.dealing.streams:  # other streams get none in each epoch
-            stream = (stream + start.epoch) % self.dealing.streams
-        parts = parts[stream :: self.dealing.streams]
+        parts = self._get_parts_of(stream, start.epoch)
         window: list[Document] = []
         num_chars = 0
         begin = (start.shard, start.row)
@@ -143,6 +140,22 @@ class DocumentStreams:
                     window, num_chars, begin = [], 0, (s, r + 1)
         if window:
             yield *begin, window
+
+    def locate(self, stream: int, position: Position, document: Document) -> str:
+        """Where a text lies that was read at a position: its window is read again."""
+        for dealt in self._get_parts_of(stream, position.epoch)[position.shard :]:
+            shard, part = divmod(int(dealt), self.dealing.parts)
+            if document in self.source.read(shard, part, self.dealing.parts):
+                where = getattr(self.source, "find_file", None)
+                return f"{self.source.name}, shard {shard}" if where is None else where(shard)
+        return self.source.name
+
+    def _get_parts_of(self, stream: int, epoch: int) -> NDArray[np.int64]:
+        """A stream's, in an epoch."""
+        parts = self._deal(epoch)
+        if len(parts) < self.dealing.streams:  # other streams get none in each epoch
+            stream = (stream + epoch) % self.dealing.streams
+        return parts[stream :: self.dealing.streams]
 
     def _deal(self, epoch: int) -> NDArray[np.int64]:
         """All parts of all shards, permuted; the streams take turns. Kept, because they are read side by side."""

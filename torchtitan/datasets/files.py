@@ -89,6 +89,13 @@ class Files:
     def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[Document]:
         raise NotImplementedError
 
+    def find_file(self, shard: int) -> str:
+        """The one that a shard is in."""
+        return str(self._files[self._find_index(shard)])
+
+    def _find_index(self, shard: int) -> int:
+        return shard
+
     @property
     def listing(self) -> Listing:
         return Listing(self.kind, [str(file) for file in self._files], self._sizes, self._get_details())
@@ -138,9 +145,12 @@ class PiecedFiles(Files):
     def __len__(self) -> int:
         return self._first_piece[-1]
 
+    def _find_index(self, shard: int) -> int:
+        return bisect_right(self._first_piece, shard) - 1
+
     def _find(self, shard: int, part: int, num_parts: int) -> tuple[int, int, int]:
         """The number of the file, and from where to where a part of the shard goes in it."""
-        index = bisect_right(self._first_piece, shard) - 1
+        index = self._find_index(shard)
         start = (shard - self._first_piece[index]) * self._piece
         length = min(self._piece, self._lengths[index] - start)
         return index, start + length * part // num_parts, start + length * (part + 1) // num_parts

@@ -11,14 +11,14 @@ one's first. So every token of the stream but the very first is the label of exa
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchtitan.config.errors import DatasetError
+from torchtitan.config.errors import DatasetError, TokenizerError, UnknownTextError
 from torchtitan.datasets.documents import Position
 from torchtitan.datasets.source import Document
 
@@ -56,8 +56,14 @@ class Cursor:
 class Packer:
     """The sequences of one stream of documents, from a cursor on; `fill` has its documents tokenised."""
 
-    def __init__(self, documents: Iterator[tuple[Position, Document]], start: Cursor) -> None:
-        """`documents` begins with the one that `start` names."""
+    def __init__(
+        self,
+        documents: Iterator[tuple[Position, Document]],
+        start: Cursor,
+        locate: Callable[[Position, Document], str] | None = None,
+    ) -> None:
+        """`documents` begins with the one that `start` names; `locate` says where one of them lies."""
+        self.locate = locate or (lambda position, document: "the data")
         self.cursor = start
         """Where the next sequence begins."""
         self.ended = False
@@ -110,7 +116,11 @@ def fill(wanted: Mapping[Packer, int], tokenizer: Encoder) -> None:
         chars, documents = GROUP_CHARS // len(lacking), max(1, GROUP_DOCUMENTS // len(lacking))
         group = [(packer, *document) for packer in lacking for document in packer.read(chars, documents)]
         texts = [document for *_, document in group if isinstance(document, str)]
-        encoded = iter(tokenizer.encode_batch(texts, add_bos=True, add_eos=True))
+        try:
+            encoded = iter(tokenizer.encode_batch(texts, add_bos=True, add_eos=True))
+        except UnknownTextError as error:
+            place = next(packer.locate(position, text) for packer, position, text in group if text is error.text)
+            raise TokenizerError(f"{place}: {error}") from None
         for packer, position, document in group:
             packer.add(position, next(encoded) if isinstance(document, str) else _check(document, tokenizer.vocab_size))
 
@@ -125,13 +135,18 @@ def _check(ids: NDArray[Any], vocab_size: int) -> list[int]:
 
 
 def pack(
-    documents: Iterator[tuple[Position, Document]], tokenizer: Encoder, *, seq_len: int, start: Cursor
+    documents: Iterator[tuple[Position, Document]],
+    tokenizer: Encoder,
+    *,
+    seq_len: int,
+    start: Cursor,
+    locate: Callable[[Position, Document], str] | None = None,
 ) -> Iterator[tuple[Tokens, Cursor]]:
     """Sequences (seq_len + 1,) of documents that begin with that of `start`, each with the cursor behind it.
 
     At the end of the data the last sequence may be shorter, but never shorter than one input and its label.
     """
-    packer = Packer(documents, start)
+    packer = Packer(documents, start, locate)
     while True:
         fill({packer: seq_len + 1}, tokenizer)
         if packer.num_tokens < 2:

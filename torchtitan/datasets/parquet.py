@@ -43,6 +43,9 @@ class ParquetFiles(Files):
     def __len__(self) -> int:
         return len(self._shards)
 
+    def _find_index(self, shard: int) -> int:
+        return self._shards[shard][0]
+
     def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[str]:
         index, group = self._shards[shard]
         for number, row in self._read_rows(index, group, part, num_parts):

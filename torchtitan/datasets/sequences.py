@@ -13,6 +13,7 @@ A place is, for each source, how many of its sequences were taken, and the curso
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,7 +160,8 @@ class _StreamReader:
     def get_packer(self, stream: int) -> Packer:
         if stream not in self._packers:
             cursor = self._start.cursors.get(stream, Cursor())
-            self._packers[stream] = Packer(self._documents.read(stream, cursor.position), cursor)
+            documents = self._documents.read(stream, cursor.position)
+            self._packers[stream] = Packer(documents, cursor, partial(self._documents.locate, stream))
             self.counts[stream] = self._start.count(stream)
         return self._packers[stream]
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
 from tests.processes import wait_until
@@ -29,7 +31,7 @@ from torchtitan.components.dataloader import (
 )
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer, build_tokenizer
-from torchtitan.config.errors import ConfigError, DatasetError
+from torchtitan.config.errors import ConfigError, DatasetError, TokenizerError
 from torchtitan.config.sections import Training, Validation
 
 Loader = TrainingDataLoader | ValidationDataLoader
@@ -269,6 +271,19 @@ def test_tokenizer_may_be_moved(build, tmp_path_factory):
     resumed = build(tokenizer=build_tokenizer(copy))
     resumed.load_state_dict(first.state_dict())
     assert resumed.state_dict() == first.state_dict()
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_a_document_that_cannot_be_encoded_is_named_by_its_file(build, path, tmp_path, validation):
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"document": 0, "end": 1}))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    loader = build(tokenizer=Tokenizer(backend, bos_id=None, eos_id=1), validation=validation)
+    with pytest.raises(TokenizerError) as caught:
+        take(loader, 1)
+    file, document = re.match(
+        rf"{path}/(\d).jsonl: the tokenizer cannot .* begins 'document (\d+): ", str(caught.value)
+    ).groups()
+    assert int(document) % 3 == int(file)
 
 
 def test_a_mixture_names_datasets_and_paths(build, path, caplog):
