@@ -1,9 +1,12 @@
 """A run that is continued is the run that was never stopped: to the bit on its own layout, to 1e-5 on another."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,12 @@ import torch
 
 import torchtitan.train
 from tests.finished_run import load_weights
-from tests.integration_tests.lives import Step, errors, read_steps, train
+from tests.integration_tests.lives import REPO, Life, Step, errors, read_records, read_steps, train
 from tests.integration_tests.tiny_sizes import TINY
 from torchtitan.checkpoint.storage import read_metadata
 from torchtitan.components.dataloader import Batch
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.train import Trainer
 
 STEPS = 6
 SAVING = f"""
@@ -142,20 +146,38 @@ def read_the_same_batch_in_every_step() -> None:
     torchtitan.train.build_dataloader = build
 
 
-@pytest.mark.parametrize(("before", "after"), [("shard 2", "one process"), ("one process", "shard 2")])
-def test_another_number_of_data_ranks_reads_the_same_and_goes_on_there(tmp_path, before, after):
-    """Real text, and the same global batch: the losses are those of the run that was not stopped."""
-    runs = {
-        layout: (f"{SAVING} {degrees} --training.global_batch_size 4 --training.local_batch_size 2", world_size)
-        for layout, (degrees, world_size) in LAYOUTS.items()
-    }
-    (options, world_size), (new_options, new_world_size) = runs[before], runs[after]
-    whole = train(tmp_path / "whole", options, world_size=world_size).folder
-    resumed = train(take_checkpoint(whole, 2, tmp_path / "resumed"), new_options, world_size=new_world_size).folder
-    expected = read_steps(whole)
-    for step, said in read_steps(resumed).items():
-        assert_close(said, expected[step])
-    assert min(read_steps(resumed)) == 3
+def die_at(step: int) -> None:
+    """As by kill -9."""
+    train_step = Trainer.train_step
+
+    def train_or_die(trainer: Trainer, batches: Iterator[Batch]) -> bool:
+        if trainer.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(trainer, batches)
+
+    Trainer.train_step = train_or_die
+
+
+def test_any_number_of_data_ranks_reads_the_same_and_goes_on_where_others_were_killed(tmp_path):
+    """20 steps of real text by 1, 2 and 4 ranks, in 4, 2 and 1 microbatches; and by 2, then 4, then 1."""
+    options = f"""
+        {SAVING} --checkpoint.interval 3 --training.steps 20 --training.global_batch_size 8
+        --training.dataset_path {REPO / "docs"}
+    """
+    one, two, four = (train(tmp_path / f"by{n}", options, world_size=n).folder for n in (1, 2, 4))
+    expected = read_steps(one)
+    killed = tmp_path / "killed"
+    for world_size, step in ((2, 8), (4, 14)):
+        life = Life(killed, options, world_size=world_size, hook=partial(die_at, step))
+        assert life.wait() == [-signal.SIGKILL] * world_size, life.last_words()
+    train(killed, options)
+    for folder in (two, four, killed):
+        records = read_records(folder)
+        assert list(records) == list(range(1, 21))
+        for step, lives in records.items():
+            assert len(lives) == (2 if folder == killed and step in (7, 13) else 1)
+            for said in lives:
+                assert_close(said, expected[step])
 
 
 def test_config_toml_is_of_the_last_start_that_was_not_refused_and_has_the_seed(tmp_path):
