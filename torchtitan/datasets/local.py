@@ -58,9 +58,12 @@ def _look(path: str | Path, text: Text) -> Files:
         kind: [file for file in found if file.name.lower().endswith(kind.suffixes)] for kind in (*_OF_ROWS, TextFiles)
     }
     if any(file.suffix == ".arrow" for file in found) and any(file.name == "state.json" for file in found):
+        splits = sorted({file.parent.name for file in found if file.name == "state.json"})
+        is_dict = any(file.name == "dataset_dict.json" for file in found)
+        what, index = (f"a DatasetDict of {', '.join(splits)}, ", f'["{splits[-1]}"]') if is_dict else ("", "")
         raise DatasetError(
-            f"{root} was written by save_to_disk of Hugging Face datasets, whose Arrow files are not read; write"
-            f' Parquet instead: datasets.load_from_disk("{root}").to_parquet("data.parquet"), of one split'
+            f"{root} is {what}written by save_to_disk of Hugging Face datasets, whose Arrow files are not read; write"
+            f' Parquet instead: datasets.load_from_disk("{root}"){index}.to_parquet("data.parquet")'
         )
     _leave_out(
         root,

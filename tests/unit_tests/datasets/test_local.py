@@ -293,7 +293,14 @@ def test_nothing_is_left_out_in_silence(tmp_path, caplog):
     assert caplog.messages[-1].startswith(f"{folder}/a.txt: 29% of its characters are not UTF-8 and become U+FFFD")
     for name in ("data.arrow", "state.json"):
         (folder / name).write_text("{}")
-    assert error().startswith(f"{folder} was written by save_to_disk of Hugging Face datasets")
+    assert error().startswith(f"{folder} is written by save_to_disk of Hugging Face datasets")
+    (folder / "state.json").unlink()
+    for split in ("train", "test"):
+        (folder / split).mkdir()
+        (folder / split / "state.json").write_text("{}")
+    (folder / "dataset_dict.json").write_text("{}")
+    told = f"{folder} is a DatasetDict of test, train, written by save_to_disk"
+    assert error().startswith(told) and '["train"].to_parquet("data.parquet")' in error()
 
 
 def test_a_folder_that_cannot_be_opened_is_an_error(tmp_path, monkeypatch):
