@@ -38,7 +38,7 @@ from torchtitan.components.run_guard import RunGuard
 from torchtitan.components.runner import Runner, build_runner
 from torchtitan.components.source_losses import SourceLosses
 from torchtitan.components.tokenizer import build_tokenizer
-from torchtitan.components.validate import build_validator
+from torchtitan.components.validate import Validator
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError, NonFiniteError, RecomputeMoreError, exit_status
@@ -118,7 +118,7 @@ class Trainer:
         self.metrics = self._build_metrics()
         self.source_losses = SourceLosses(self.loss, self.dataloader.get_tokens_by_source, self.mesh, self.device)
         self.checkpointer = self._build_checkpointer()
-        self.validator = build_validator(
+        self.validator = Validator(
             config.validation,
             training,
             tokenizer=self.tokenizer,

@@ -4,7 +4,7 @@ Sums and counts are added up over batches and ranks and divided once, so batches
 little. Every validation reads the same batches. It takes the standard path, whichever loss trains.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -27,23 +27,41 @@ from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.utils import sum_over_world_
 
 
-@dataclass(frozen=True)
+@dataclass
 class Validator:
-    """Validates at step 1 and every `freq` steps, if enabled."""
+    """Validates at step 1 and every `freq` steps, if enabled; each rank reads its share of the set.
+
+    Raises:
+        DatasetError: the set is missing, empty or in no known format.
+        ConfigError: a prompt does not fit into the model's context.
+    """
 
     validation: Validation
-    batches: Iterable[Batch]
+    training: Training
+    tokenizer: Tokenizer
     runner: Runner
     metrics: MetricsProcessor
     mark_documents: Callable[[Batch], Batch]
     shard_context: ContextSharder
+    mesh: Mesh
     device: torch.device
     guard: RunGuard
-    counts_tokens: bool
-    """True on one rank of those that work on the same sequences."""
-    counts_loss: bool
-    """True on one of the tensor-parallel ranks, which all have the same loss."""
-    sampler: Sampler | None = None
+
+    def __post_init__(self) -> None:
+        if not self.validation.enabled:
+            return
+        self.batches = build_validation_dataloader(
+            self.validation,
+            self.tokenizer,
+            training=self.training,
+            dp_rank=self.mesh["dp"].get_local_rank(),
+            dp_world_size=self.mesh["dp"].size(),
+            asked_to_stop=self.guard.asked_to_stop,
+        )
+        context = max(self.training.seq_len, self.validation.seq_len)
+        self.sample = Sampler(
+            self.validation, self.tokenizer, self.runner, self.shard_context, self.mesh, self.device, context
+        )
 
     def maybe_validate(self, step: int) -> bool:
         """Returns whether it was broken off, since some rank was asked to stop."""
@@ -53,7 +71,7 @@ class Validator:
                     return True
                 loss, n_tokens = result
                 self.metrics.log_validation(step, loss=loss, n_tokens=n_tokens)
-                for prompt, text in self.sampler() if self.sampler else ():
+                for prompt, text in self.sample():
                     self.metrics.log_text(step, prompt, text)
         return False
 
@@ -89,63 +107,8 @@ class Validator:
 
     def _sum_and_count(self, batch: Batch) -> Tensor:
         batch = self.mark_documents(batch)
-        num_valid = (batch.labels != IGNORE_INDEX).sum() if self.counts_tokens else torch.zeros(())
+        # one rank of those that read the same sequences counts, and one of tensor parallel's, which have the same loss
+        counts_tokens, counts_loss = self.mesh.is_first("pp", "cp", "tp"), self.mesh.is_first("tp")
+        num_valid = (batch.labels != IGNORE_INDEX).sum() * counts_tokens
         loss_sum = self.runner.eval_loss(*self.shard_context(*batch.to(self.device)))
-        return torch.stack([loss_sum.double() * self.counts_loss, num_valid.to(self.device, torch.float64)])
-
-
-def build_validator(
-    validation: Validation,
-    training: Training,
-    *,
-    tokenizer: Tokenizer,
-    runner: Runner,
-    metrics: MetricsProcessor,
-    mark_documents: Callable[[Batch], Batch],
-    shard_context: ContextSharder,
-    mesh: Mesh,
-    device: torch.device,
-    guard: RunGuard,
-) -> Validator:
-    """A validator of this rank's share of the set.
-
-    Raises:
-        DatasetError: it is missing, empty or in no known format.
-        ConfigError: a prompt does not fit into the model's context.
-    """
-    batches: Iterable[Batch] = []
-    sampler: Sampler | None = None
-    if validation.enabled:
-        rank, size = mesh["dp"].get_local_rank(), mesh["dp"].size()
-        batches = build_validation_dataloader(
-            validation,
-            tokenizer,
-            training=training,
-            dp_rank=rank,
-            dp_world_size=size,
-            asked_to_stop=guard.asked_to_stop,
-        )
-        sampler = Sampler(
-            validation,
-            tokenizer=tokenizer,
-            runner=runner,
-            shard_context=shard_context,
-            mesh=mesh,
-            device=device,
-            context=max(training.seq_len, validation.seq_len),
-        )
-    counts_tokens = mesh.is_first("pp", "cp", "tp")  # one rank of those that read the same sequences
-    counts_loss = mesh.is_first("tp")  # whose ranks all have the same loss
-    return Validator(
-        validation,
-        batches,
-        runner,
-        metrics,
-        mark_documents,
-        shard_context,
-        device,
-        guard,
-        counts_tokens,
-        counts_loss,
-        sampler,
-    )
+        return torch.stack([loss_sum.double() * counts_loss, num_valid.to(self.device, torch.float64)])
