@@ -135,7 +135,7 @@ class HuggingFaceFormat:
         ranks.ask_first(begin)
         own = [num_bytes[name] for names in files[ranks.rank :: ranks.size] for name in names]
         done: list[int] = []
-        with Progress(f"Writing {target.name}", sum(own)) as progress:
+        with Progress(f"Converting {source}", sum(own)) as progress:
             for first in range(0, len(files), ranks.size):
                 ranks.together(partial(write, first + ranks.rank))
         ranks.ask_first(finish)

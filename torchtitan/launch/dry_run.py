@@ -83,7 +83,7 @@ def batches(config: JobConfig, dims: ParallelDims) -> str:
     whole = dims.get_global_batch_size(training)
     return (
         f"A step: {whole} sequences of {training.seq_len} tokens, {whole * training.seq_len:,} in all;"
-        f" {dims.dp} ranks read {training.local_batch_size} at a time, {dims.get_num_microbatches(training)} time(s)"
+        f" {dims.dp} rank(s) read {training.local_batch_size} at a time, {dims.get_num_microbatches(training)} time(s)"
     )
 
 

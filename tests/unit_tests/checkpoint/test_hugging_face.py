@@ -25,6 +25,7 @@ from torchtitan.config.errors import CheckpointError
 from torchtitan.models.common.args import RopeScaling, TransformerModelArgs
 from torchtitan.models.common.model import Transformer
 from torchtitan.models.llama3 import train_spec
+from torchtitan.tools import terminal
 
 build_adapter = train_spec.load().state_dict_adapter
 
@@ -114,7 +115,7 @@ def test_ranks_read_their_own_shares_and_write_files_in_turns(tmp_path, monkeypa
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
-def test_there_and_back_keeps_where_a_text_ends(tmp_path):
+def test_there_and_back_keeps_where_a_text_ends(tmp_path, monkeypatch, caplog):
     export = build_run(tmp_path, steps=1, last_save_in_hf=True)
     export.train(1)
     theirs, ours, back = folder(export) / "step-1", tmp_path / "ours", tmp_path / "back"
@@ -124,8 +125,12 @@ def test_there_and_back_keeps_where_a_text_ends(tmp_path):
     (theirs / "chat_template.jinja").write_text("{{ messages }}")
     ours_to_theirs = hugging_face.HuggingFaceFormat(build_adapter(MODEL), bos_id=59, eos_id=60)
     shapes = {name: weight.shape for name, weight in Transformer(MODEL).state_dict().items()}
+    monkeypatch.setattr(terminal, "SAID_EVERY_S", 0)
+    caplog.clear()
     ours_to_theirs.convert_back(theirs, ours, shapes)
     ours_to_theirs.convert(ours, back)
+    ends = [message for message in caplog.messages if message.endswith(": 100%, 0:00:00 left")]
+    assert [message.split(": ")[0] for message in ends] == [f"Reading {theirs}", f"Converting {ours}"]
     assert json.loads((back / "config.json").read_bytes())["eos_token_id"] == [1, 5, 7]
     assert (back / "generation_config.json").read_text() == '{"eos_token_id": [1, 5]}'
     assert (ours / "chat_template.jinja").exists()

@@ -28,7 +28,7 @@ def test_a_run_of_many_ranks_is_told_on_any_machine(
         "  ranks  258 to  259: pp 1, dp_shard 1, tp 0 to 1",
         "  pp 0 holds tok_embeddings, layers 0 to 2",
         "  pp 1 holds layers 3 to 5, norm, output",
-        "A step: 256 sequences of 32 tokens, 8,192 in all; 128 ranks read 2 at a time, 1 time(s)",
+        "A step: 256 sequences of 32 tokens, 8,192 in all; 128 rank(s) read 2 at a time, 1 time(s)",
         "Using the standard cross entropy loss",
         "Estimated peak memory per device: ",
         "the first batch of rank 0 has 64 tokens to learn from in 64:",
