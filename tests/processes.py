@@ -12,7 +12,7 @@ multiprocessing.set_forkserver_preload(["pytest", "torchtitan.train", "torchtita
 FORKED = multiprocessing.get_context("forkserver")
 
 
-def wait_until(condition: Callable[[], bool], what: str = "the condition", seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], what: str = "the condition", seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"still waiting for: {what}"

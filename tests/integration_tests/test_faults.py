@@ -139,7 +139,7 @@ def test_killed_again_and_again_a_run_ends_with_the_bits_of_one_left_alone(tmp_p
         life.kill()
         assert life.wait() == [-signal.SIGKILL], life.last_words()
         said += life.output()
-        left_over = set((folder / "checkpoint").glob("step-*.incomplete-*")) - half_written
+        left_over = find_files(life, "step-*.incomplete-*") - half_written
         half_written |= left_over
         if left_over or kills[-1] in (kill_while_starting, kill_while_training):
             kills.pop()  # otherwise the save was over when the kill came, and another life is needed
@@ -311,18 +311,16 @@ def test_torchrun_restarts_after_a_dead_worker_and_passes_sigterm_on(tmp_path, u
 
 @pytest.mark.parametrize("hung", [0, 1])
 def test_hung_rank_is_named_when_the_time_is_out(tmp_path, hung):
-    life = Life(tmp_path / "run", f"{PAIR_SAVING} --comm.train_timeout_seconds 2", world_size=2)
+    life = Life(tmp_path / "run", f"{PAIR_SAVING} --comm.train_timeout_seconds 5", world_size=2)
     life.wait_for_step(7)
     life.signal(signal.SIGSTOP, hung)
     other = 1 - hung
-    begin = time.monotonic()
     life.processes[other].join(TIMEOUT_S)
-    assert time.monotonic() - begin < 30
     assert life.processes[other].exitcode == 1
     life.kill()
     (message,) = errors(life, other)
     assert re.fullmatch(
-        rf"ERROR - LostRankError: a collective of rank {other} failed in step \d+ \(Timed out waiting 2000ms .*\):"
+        rf"ERROR - LostRankError: a collective of rank {other} failed in step \d+ \(Timed out waiting 5000ms .*\):"
         r" another rank ended or hangs, or was slower than \[comm\] allows",
         message,
     )
@@ -514,9 +512,9 @@ def test_run_that_diverged_goes_on_from_its_last_checkpoint_with_other_values(tm
 
 def test_a_slow_disk_of_the_first_rank_is_waited_for(tmp_path):
     """Longer than any collective of the training may take."""
-    options = f"{PAIR_SAVING} --training.steps 17 --checkpoint.keep_latest_k 2 --comm.train_timeout_seconds 2"
+    options = f"{PAIR_SAVING} --training.steps 17 --checkpoint.keep_latest_k 2 --comm.train_timeout_seconds 5"
     life = train(tmp_path / "run", options, world_size=2, hook=remove_slowly)
-    assert life.output().count("slowly") == 2
+    assert life.output().count("slowly") == 1
 
 
 def remove_slowly() -> None:
@@ -524,8 +522,9 @@ def remove_slowly() -> None:
 
     def remove_later(self: CheckpointFolder, paths: list[Path]) -> None:
         if paths and any(path.exists() for path in paths):
+            CheckpointFolder.remove = remove  # once will do
             print("slowly", flush=True)
-            time.sleep(3)
+            time.sleep(6)
         remove(self, paths)
 
     CheckpointFolder.remove = remove_later

@@ -2,7 +2,7 @@
 
 import os
 import signal
-import time
+import threading
 
 import pytest
 from torch.distributed.tensor import DTensor
@@ -54,9 +54,12 @@ def test_writer_process_survives_sigterm_and_is_replaced_when_it_dies(tmp_path, 
     run.train(4)
     run.checkpointer._wait_for_save()
     assert names(run) == ["step-2", "step-4"]
+    connection, sent = run.checkpointer._background._process._connection, threading.Event()
+    send = connection.send
+    connection.send = lambda call: (send(call), sent.set())
     os.kill(writer.pid, signal.SIGSTOP)
     run.train(6)
-    time.sleep(1)  # it has been given what to write
+    assert sent.wait(120)
     os.kill(writer.pid, signal.SIGKILL)
     run.checkpointer._wait_for_save()
     assert "step 6 failed: RuntimeError: the process that writes checkpoints died" in caplog.text

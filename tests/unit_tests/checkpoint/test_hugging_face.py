@@ -1,10 +1,10 @@
 """Checkpoints in Hugging Face's format: no bit changes, and transformers computes the same."""
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.unit_tests.checkpoint.checkpointed_run import MODEL, assert_same, build_run, damage, folder, names, no_space
-from tests.unit_tests.checkpoint.simulated_ranks import divide, mesh_of, run_ranks
+from tests.unit_tests.checkpoint.simulated_ranks import SimulatedRanks, divide, mesh_of, run_ranks
 from torchtitan.checkpoint import hugging_face
 from torchtitan.checkpoint.storage import read_metadata
 from torchtitan.config.errors import CheckpointError
@@ -59,15 +59,25 @@ def test_ranks_read_their_own_shares_and_write_files_in_turns(tmp_path, monkeypa
     export.train(1)
     ours, theirs = folder(export) / "step-1", tmp_path / "theirs"
     monkeypatch.setattr(hugging_face, "BYTES_PER_FILE", 1)  # a file for each weight
-    save_file = hugging_face.safetensors.torch.save_file
+    save_file, gather = hugging_face.safetensors.torch.save_file, SimulatedRanks.gather
+    saved: list[int] = []
+    num_saved = [0]  # when the first rank meets the others
 
-    def save_slowly(*arguments: Any, **options: Any) -> None:
-        time.sleep(0.5)
+    def save_and_count(*arguments: Any, **options: Any) -> None:
         save_file(*arguments, **options)
+        saved.append(1)
 
-    monkeypatch.setattr(hugging_face.safetensors.torch, "save_file", save_slowly)
+    def meet(self: SimulatedRanks, value: Any) -> list[Any]:
+        if self.is_first:
+            num_saved.append(len(saved))
+        return gather(self, value)
+
+    monkeypatch.setattr(hugging_face.safetensors.torch, "save_file", save_and_count)
+    monkeypatch.setattr(SimulatedRanks, "gather", meet)
     format = hugging_face.HuggingFaceFormat(build_adapter(MODEL))
-    run_ranks(3, lambda ranks: format.convert(ours, theirs, ranks=ranks), timeout_s=3)  # 21 files
+    run_ranks(3, lambda ranks: format.convert(ours, theirs, ranks=ranks))
+    assert num_saved[-1] == len(saved) == 21
+    assert max(later - before for before, later in pairwise(num_saved)) <= 2 * 3  # of two turns
 
     safe_open, num_bytes = hugging_face.safetensors.safe_open, 0
 

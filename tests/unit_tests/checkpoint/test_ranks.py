@@ -1,6 +1,7 @@
 """How ranks come to one answer, in more of them than one has below it in the tree."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,5 +51,8 @@ def _come_to_answers() -> dict[str, Any]:
 
 
 def _count_sockets() -> int:
-    files = [file.readlink() for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
-    return sum(str(file).startswith("socket:") for file in files)
+    num_sockets = 0
+    for file in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since, as the folder itself is
+            num_sockets += str(file.readlink()).startswith("socket:")
+    return num_sockets

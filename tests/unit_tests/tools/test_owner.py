@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import FORKED
+from tests.processes import FORKED, is_running, wait_until
 from torchtitan.config.errors import ConfigError
 from torchtitan.tools import owner
 from torchtitan.tools.owner import FILE, own_folder, read_owner
 
-QUICK = {"heartbeat_s": 0.2, "stale_s": 1.5}
+QUICK = {"heartbeat_s": 0.2, "stale_s": 60.0}
 
 
 def own_and_wait(folder: Path, kind: str) -> None:
-    own_folder(folder, job="first", **QUICK)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
-    time.sleep(60 if kind == "living" else 0.01)
+    own_folder(folder, job="first", **QUICK)
+    time.sleep(300 if kind == "living" else 0.01)
 
 
 @pytest.fixture
@@ -32,8 +32,7 @@ def elsewhere(monkeypatch):
 def start_owner(folder: Path) -> FORKED.Process:
     process = FORKED.Process(target=own_and_wait, args=(folder, "living"))
     process.start()
-    while not (folder / FILE).exists():
-        time.sleep(0.01)
+    wait_until((folder / FILE).exists, "the owner")
     return process
 
 
@@ -42,11 +41,11 @@ def test_a_second_run_is_refused_while_the_first_lives_and_takes_over_when_it_ha
     with pytest.raises(ConfigError, match=rf"in use by another run, job first, process {first.pid} on .*; end that"):
         own_folder(tmp_path, **QUICK)
     os.kill(first.pid, signal.SIGKILL)  # a kill that is not waited for yet counts
-    time.sleep(0.2)
+    wait_until(lambda: not is_running(first.pid), "its end")
     caplog.set_level("INFO")
     began = time.monotonic()
     own_folder(tmp_path, **QUICK)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < QUICK["stale_s"]
     assert f"was left by a run that has died, job first, process {first.pid}" in caplog.text
     assert read_owner(tmp_path)["process"] == os.getpid()
     own_folder(tmp_path, **QUICK)  # this process again
@@ -60,11 +59,12 @@ def test_of_another_machine_the_heartbeat_tells(tmp_path):
     with pytest.raises(ConfigError, match="in use by another run"):
         own_folder(tmp_path, **QUICK)
     os.kill(first.pid, signal.SIGSTOP)  # as one that hangs
-    time.sleep(0.5)  # until it has stopped
-    own_folder(tmp_path, **QUICK)
+    stat = Path(f"/proc/{first.pid}/stat")
+    wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "it to stop")
+    own_folder(tmp_path, heartbeat_s=0.2, stale_s=0.5)
     assert read_owner(tmp_path)["host"] == "here"
     os.kill(first.pid, signal.SIGCONT)
-    first.join(30)
+    first.join(120)
     assert first.exitcode == 143  # it has found another in its place, and stops
     assert read_owner(tmp_path)["host"] == "here"
 
