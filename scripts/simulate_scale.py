@@ -1,7 +1,7 @@
 """What checkpoints cost at scale, without GPUs: the table of docs/parallelism.md, and a measurement.
 
     python scripts/simulate_scale.py                            # the table, in minutes
-    python scripts/simulate_scale.py --measure 405b 512         # seconds of a save's bookkeeping on the first rank
+    python scripts/simulate_scale.py --measure 405b 512         # a save's bookkeeping on the first rank, steps with it
 
 The model is built on the meta device and divided by the code that divides it in a run, over a process group of N ranks
 that can communicate nothing; then ranks plan by the code that plans (checkpoint/plan.py), and the first one makes
@@ -12,12 +12,15 @@ the size of .metadata is that of 64 ranks by the number of its entries. Bytes ar
 import argparse
 import json
 import pickle
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +48,8 @@ PER_ENTRY = 1560
 """Bytes in a rank's file beside those of a tensor."""
 ALL_BUILT = 64
 """Ranks up to which .metadata is made, not estimated."""
+LATER_SAVES = 15
+"""Beside which steps are counted."""
 
 
 class Scale(NamedTuple):
@@ -153,30 +158,57 @@ def get_row(model: str, num_ranks: int) -> str:
 
 
 def measure(model: str, num_ranks: int) -> dict[str, float]:
-    """Of the bookkeeping of a first and a later save on the first rank: seconds, and the trainer's CPU time in them.
+    """Of the bookkeeping of a first and of later saves on the first rank, in a thread as beside the training.
 
-    Beside an asynchronous save that is the longest that steps can have waited for Python's lock.
+    Seconds; the trainer's CPU time in them; and how many steps of small kernels, which the main thread launches one by
+    one, there were beside it to a second of the process's CPU time, over those between two saves. (Of CPU time, since
+    that leaves out what else the machine does; the two threads wait for each other by Python's lock.)
     """
-    with simulated(model, num_ranks) as run:
+    torch.set_num_threads(1)
+    with simulated(model, num_ranks) as run, tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as thread:
         packed = [pack_table(run.table(rank)) for rank in range(num_ranks)]
         run.plan(0)
-        planner, process, result = Planner(Ranks(alone=True)), WriterProcess(), dict[str, float]()
+        planner, process = Planner(Ranks(alone=True)), WriterProcess()
         files = [Digest(name, 0, digest) for name, (digest, _) in zip(_names(num_ranks), packed, strict=True)]
         tables = [table for _, table in packed]
-        with tempfile.TemporaryDirectory() as folder:
-            for name in _names(num_ranks):
-                Path(folder, name).touch()
-            process.call("write_metadata", Path(folder), [], [])  # it has started
-            for save in ("first", "later"):
-                begin, used = time.perf_counter(), time.thread_time()
-                planner.plan(run.state)
-                if not process.call("write_metadata", Path(folder), files, None):
-                    process.call("write_metadata", Path(folder), files, tables)
-                result[f"{save}_of_trainer_ms"] = round(1e3 * (time.thread_time() - used), 1)
-                result[f"{save}_s"] = round(time.perf_counter() - begin, 2)
-            result["metadata_mb"] = round(Path(folder, ".metadata").stat().st_size / 1e6)
+        for name in _names(num_ranks):
+            Path(folder, name).touch()
+        process.call("write_metadata", Path(folder), [], [])  # it has started
+
+        def save() -> tuple[float, float]:
+            begin, used = time.perf_counter(), time.thread_time()
+            planner.plan(run.state)
+            if not process.call("write_metadata", Path(folder), files, None):
+                process.call("write_metadata", Path(folder), files, tables)
+            return time.perf_counter() - begin, time.thread_time() - used
+
+        seconds, of_trainer, beside, between = [], [], [], []
+        for _ in range(1 + LATER_SAVES):
+            saving = thread.submit(save)
+            beside.append(run_steps(saving.done))
+            seconds.append(saving.result()[0])
+            of_trainer.append(saving.result()[1])
+            end = time.perf_counter() + seconds[-1]
+            between.append(run_steps(lambda end=end: time.perf_counter() > end))  # type: ignore[misc]
         process.close()
+        result = {"metadata_mb": float(round(Path(folder, ".metadata").stat().st_size / 1e6))}
+        for save_name, of in (("first", slice(1)), ("later", slice(1, None))):
+            result[f"{save_name}_s"] = round(statistics.median(seconds[of]), 2)
+            result[f"{save_name}_of_trainer_ms"] = round(1e3 * statistics.median(of_trainer[of]), 1)
+            steps = [statistics.fmean(chain(*lists[of])) for lists in (between, beside)]
+            result[f"{save_name}_speed_beside"] = round(steps[0] / steps[1], 3)
         return result
+
+
+def run_steps(is_over: Callable[[], bool]) -> list[float]:
+    """CPU seconds of each until then: some 20 ms, several times as long as a thread may keep Python's lock."""
+    seconds, x = list[float](), torch.ones(32, 32) / 32
+    while not is_over() or not seconds:
+        begin = time.process_time()
+        for _ in range(5000):
+            x = torch.tanh(x @ x)
+        seconds.append(time.process_time() - begin)
+    return seconds
 
 
 def _names(num_ranks: int) -> list[str]:
