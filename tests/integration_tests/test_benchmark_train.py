@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.finished_run import load_script
+from torchtitan.config.job_config import JobConfig
 
 CPU = torch.device("cpu")
 
@@ -70,18 +71,30 @@ def test_the_largest_batch_is_searched_from_the_estimate_on(
         row = {"row": name, "batch": batch, "tokens_per_second": 1.0, "mfu": None, **script.peak_memory(CPU)}
         return row if fits else None
 
+    def find_largest(name: str, config: JobConfig, world_size: int, budget: float) -> None:
+        assert (name, config.model.flavor, config.training.seq_len, world_size) == (
+            "local_batch_size",
+            "debugmodel",
+            64,
+            1,
+        )
+        is_auto = config.liger_kernel.enable_fused_linear_cross_entropy
+        assert budget == (950 if is_auto else 1000)
+        config.training.local_batch_size = 9 if is_auto else 5
+
     monkeypatch.setattr(script, "measure", measure)
-    monkeypatch.setattr(script, "get_capacity", lambda: 2 << 30)
-    options = ["--flavor", "qwen3/debugmodel", "--seq_len", "2048", "--batches", "1", "--largest"]
+    monkeypatch.setattr(script, "get_capacity", lambda: 1000)
+    monkeypatch.setattr(script, "find_largest", find_largest)
+    options = ["--flavor", "qwen3/debugmodel", "--seq_len", "64", "--batches", "1", "--largest"]
+    auto = "--activation_checkpoint.mode auto --activation_checkpoint.memory_share 0.95"
+    options += ["--rows", "standard", f"fused --liger_kernel.enable_fused_linear_cross_entropy {auto}"]
     monkeypatch.setattr(sys, "argv", ["benchmark_train.py", "--out", str(tmp_path), *options])
     with pytest.raises(KeyboardInterrupt):
         script.main()
-    off, on = tried["standard"][1], tried["fused"][1]
-    assert 1 < off < on  # by the estimate
-    assert tried == {"standard": [1, off, off + 1, off + 2, off + 3], "fused": [1, on, on - 1, on - 2]}
-    assert f"largest batch: {off + 2}" in capsys.readouterr().out
+    assert tried == {"standard": [1, 5, 6, 7, 8], "fused": [1, 9, 8, 7]}
+    assert "largest batch: 7" in capsys.readouterr().out
     rows = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert [(row["row"], row["batch"]) for row in rows] == [
-        *(("standard", batch) for batch in (1, off, off + 1, off + 2)),
+        *(("standard", batch) for batch in (1, 5, 6, 7)),
         ("fused", 1),
     ]

@@ -5,7 +5,7 @@
     model.freqs_cis                                                 computed, not loaded
     optimizer.state.layers.0...          the same
     lr_scheduler.last_epoch              lr_scheduler.step          the rest follows from the configuration
-    train_state.ntokens_seen             train_state.n_tokens_seen  of one data rank, from v0.2.0 on
+    train_state.ntokens_seen             train_state.n_tokens_seen  of one data rank; not in v0.1.0
     dataloader.world_size                train_state.dp_world_size  how many of them there were
     dataloader.dp_rank_0...                                         pickles of another order of the data
 

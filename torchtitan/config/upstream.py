@@ -227,7 +227,9 @@ def refusal(name: str, value: object) -> str | None:
     entry = UPSTREAM_OPTIONS[name]
     if not entry.only or value in (None, "", entry.option.default):
         return None
-    return f"upstream's option, of which only {shown(entry.option.default)} is supported here: {entry.instead}"
+    default = entry.option.default
+    supported = "nothing" if default in (None, "", []) else f"only {shown(default)}"
+    return f"upstream's option, of which {supported} is supported here: {entry.instead}"
 
 
 def is_worth_a_warning(name: str, value: object) -> bool:

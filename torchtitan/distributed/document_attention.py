@@ -29,7 +29,8 @@ def attend_within_documents(
 ) -> Tensor:  # (B, H, L, E)
     """Each query sees the keys of its own document up to its own place."""
     is_half = q.dtype in (torch.bfloat16, torch.float16)
-    if is_half and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0):
+    # on the meta device a GPU's memory is traced (memory/trace.py)
+    if is_half and (q.is_meta or (q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0))):
         return document_attention(q, k, v, *documents)[0]
     length, num_keys = q.size(2), k.size(2)
     numbers = documents.get_numbers(num_keys)

@@ -28,7 +28,7 @@ from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.distributed.utils import local_tensor
 from torchtitan.memory.trace import Float8Linear, MemoryTrace, with_gpu_kernels
 from torchtitan.protocols.model import Decoder, TiedOutputHead
-from torchtitan.protocols.sequences import Sequences
+from torchtitan.protocols.sequences import Documents, Sequences
 from torchtitan.protocols.train_spec import ModelArgs, find_family, get_run_args
 from torchtitan.tools.logging import logger
 
@@ -83,7 +83,7 @@ def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measure
         whole = dims.pp == 1
         sequences = config.training.local_batch_size if whole else config.parallelism.pipeline_parallel_microbatch_size
         tokens_shape = (sequences, config.training.seq_len // dims.cp)
-        hidden, block_args = _run(model, tokens_shape, dims)
+        hidden, block_args = _run(model, tokens_shape, config, dims)
         blocks: dict[BlockMode, Use] = {}
         for mode in BLOCK_MODES:
             set_block_modes(model, [mode])
@@ -183,13 +183,20 @@ def get_param_dtype(config: JobConfig) -> torch.dtype:
     return getattr(torch, config.training.mixed_precision_param)
 
 
-def _run(model: Decoder, tokens_shape: tuple[int, int], dims: ParallelDims) -> tuple[Tensor, tuple[Any, ...]]:
+def _run(
+    model: Decoder, tokens_shape: tuple[int, int], config: JobConfig, dims: ParallelDims
+) -> tuple[Tensor, tuple[Any, ...]]:
     """The final hidden states of a microbatch, and the arguments that the block was called with."""
-    tokens = torch.empty(tokens_shape, dtype=torch.int64, device="meta")
+    tokens, sequences = torch.empty(tokens_shape, dtype=torch.int64, device="meta"), None
+    if config.training.document_mask:
+        bounds, longest = tokens.new_empty(len(tokens), 2, dtype=torch.int32), tokens.new_empty(len(tokens), 1, 0)
+        sequences = Sequences(tokens, Documents(bounds, longest))
+    elif dims.cp > 1:
+        sequences = Sequences(tokens)
     calls: list[tuple[Any, ...]] = []
     hook = model.layers["0"].register_forward_pre_hook(lambda module, args: calls.append(args))
     with torch.no_grad():
-        hidden = model(tokens, return_hidden_states=True, sequences=Sequences(tokens) if dims.cp > 1 else None)
+        hidden = model(tokens, return_hidden_states=True, sequences=sequences)
     hook.remove()
     return hidden, calls[0]
 
@@ -272,7 +279,7 @@ def _trace_validation(config: JobConfig, dims: ParallelDims, model: Decoder) -> 
     eval_loss = EvalLoss(budget_bytes=config.liger_kernel.logits_memory_budget_mib << 20)
     forward, loss = MemoryTrace(), MemoryTrace()
     with forward:
-        hidden, _ = _run(model, tokens_shape, dims)
+        hidden, _ = _run(model, tokens_shape, config, dims)
     with torch.no_grad(), loss:
         eval_loss(hidden, model.output, torch.empty(tokens_shape, dtype=torch.int64, device="meta"))
     # compiled, the loss takes less, within the budget as well

@@ -35,6 +35,7 @@ _KERNELS = {
     *("aten::mm", "aten::bmm", "aten::addmm", "aten::_scaled_mm"),
     *("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_backward"),
     *("torchtitan::context_attention", "torchtitan::context_attention_backward"),
+    *("torchtitan::document_attention", "torchtitan::document_attention_backward"),
     *("aten::embedding", "aten::embedding_dense_backward"),
 }
 """What inductor calls a kernel of its own for, as for collectives, instead of fusing it with its neighbours."""

@@ -87,6 +87,7 @@ def test_upstreams_integration_lines_pass_or_are_refused_with_what_to_do_instead
     assert all(
         REFUSED[name] in why and "upstream's" in why and "did you mean" not in why for name, why in refused.items()
     )
+    print(f"\n{version}: {len(names) - len(refused)} of {len(names)} lines; refused: {', '.join(refused)}")
     assert (len(names) - len(refused), len(names)) == (passing, of)
 
 

@@ -188,6 +188,17 @@ def test_gradient_accumulation_keeps_the_gradients_over_the_loss() -> None:
     assert gradients_in_loss("--training.global_batch_size 8") == 4 * llama3_flavors["1B"].num_params()
 
 
+def test_documents_take_no_mask_and_under_context_parallel_one_more_output_a_block() -> None:
+    """Of a rank's two chunks each output is kept, and both joined; no matrix of tokens by tokens."""
+    sizes = f"--training.seq_len 8192 --training.local_batch_size 1 {FUSED} --activation_checkpoint.mode none"
+    output = 4096 * 256 * 2
+    for degree, more in ((1, 0), (2, 6 * output)):
+        options = f"{sizes} --parallelism.context_parallel_degree {degree}"
+        plain = estimate(options, world_size=degree).peak
+        masked = estimate(f"{options} --training.document_mask", world_size=degree).peak
+        assert masked - plain == pytest.approx(more, rel=0.05, abs=1024)
+
+
 def test_tensor_and_context_parallel_divide_activations_and_logits() -> None:
     whole = estimate(f"{LARGE} --training.compile", world_size=4).parts
     tp = estimate(f"{LARGE} --training.compile --parallelism.tensor_parallel_degree 2", world_size=4).parts
