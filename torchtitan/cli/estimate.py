@@ -123,7 +123,7 @@ def find_largest(
     if low == 0:
         raise ConfigError(
             f"training.{name}={step} does not fit into {budget / GIB:.1f} GiB; more GPUs (--world_size), {less},"
-            " activation_checkpoint.mode auto or full, or the fused loss need less"
+            " activation_checkpoint.mode auto or full, optimizer.state_precision compact, or the fused loss need less"
         )
     setattr(config.training, name, sizes[low - 1])
 
