@@ -29,8 +29,8 @@ from torchtitan.checkpoint.manager import CheckpointManager, build_checkpoint_ma
 from torchtitan.components.dataloader import Batch, build_dataloader
 from torchtitan.components.document_mask import build_document_marker
 from torchtitan.components.history import get_environment, get_report_command
-from torchtitan.components.loss import IGNORE_INDEX, TokenSums
-from torchtitan.components.loss.build import build_loss, check_predictions
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.loss.build import build_loss, build_token_sums, check_sums
 from torchtitan.components.lr_scheduler import build_lr_scheduler
 from torchtitan.components.metrics import MetricsProcessor, build_metrics
 from torchtitan.components.optimizer import build_optimizer, get_weight_dtype
@@ -104,8 +104,8 @@ class Trainer:
         self.model_args = get_run_args(config.model, max_seq_len=config.max_seq_len)
         logger.info(f"Building {config.model.title} with {self.model_args}")
         self.float8 = config.float8 if "float8" in config.model.converters else None
-        self.token_sums = TokenSums(z_loss=training.z_loss, predictions=config.metrics.enable_token_metrics)
-        self.loss = check_predictions(self._build_loss(), self.token_sums)
+        self.token_sums = build_token_sums(config)
+        self.loss = check_sums(self._build_loss(), self.token_sums)
         self.memory = plan_memory(config, world=utils.get_world(), mesh=self.mesh, device=self.device)
         self.runner = self._build_runner()
         logger.info(f"Model {config.model.title} size: {self.model_args.num_params():,} total parameters")
@@ -116,7 +116,7 @@ class Trainer:
 
         # what the run says, keeps and checks
         self.metrics = self._build_metrics()
-        self.source_losses = SourceLosses(self.loss, self.dataloader.get_tokens_by_source, self.mesh, self.device)
+        self.source_losses = SourceLosses(self.dataloader.get_tokens_by_source, self.token_sums, self.mesh, self.device)
         self.checkpointer = self._build_checkpointer()
         self.validator = Validator(
             config.validation,

@@ -7,51 +7,39 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from torchtitan.components.dataloader import Batch
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.loss.token_sums import TokenSums
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.utils import sum_over_world_
-from torchtitan.protocols.model import Loss, NotesSequences
-from torchtitan.tools.logging import logger
 
 
 class SourceLosses:
-    """Adds up what the loss notes of each sequence, by the dataset that it is of."""
+    """Adds up what the loss has of each sequence, by the dataset that it is of."""
 
     def __init__(
-        self, loss: Loss, get_tokens: Callable[[], Mapping[str, int]], mesh: Mesh, device: torch.device
+        self, get_tokens: Callable[[], Mapping[str, int]], of_step: TokenSums, mesh: Mesh, device: torch.device
     ) -> None:
         """get_tokens: how many tokens of each dataset the run has read; of none, if there is only one."""
         self._get_tokens = get_tokens
+        self._of_step = of_step
         self._mesh = mesh
-        self._noted: list[Tensor] = []
-        self._is_on = False
-        names = list(get_tokens())
-        if names and isinstance(loss, NotesSequences):
-            self._is_on = True
-            loss.note_sequences(self._noted)
-        elif names:
-            logger.info(
-                f"The log has no loss of each dataset: {type(loss).__name__} gives one for all tokens. The in-tree loss"
-                " (liger_kernel.implementation=native) and the standard one tell it"
-            )
-        self._sums = torch.zeros(len(names), dtype=torch.float64, device=device)
-        self._counts = torch.zeros(len(names), dtype=torch.float64)
+        num_sources = len(get_tokens())
+        self._sums = torch.zeros(num_sources, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(num_sources, dtype=torch.float64)
 
     def add_step(self, microbatches: Sequence[Batch]) -> None:
-        """What was noted last is of these."""
-        if not self._is_on:
+        """After their loss."""
+        if not self._of_step.by_sequence:
             return
         sources = torch.cat([batch.sources for batch in microbatches if batch.sources is not None])
         is_of = F.one_hot(sources, len(self._counts)).double()  # (sequences, datasets)
         num_valid = torch.cat([(batch.labels != IGNORE_INDEX).sum(-1) for batch in microbatches])
         self._counts += num_valid.double() @ is_of
-        if self._noted:  # a pipeline's are on its last stage
-            noted = torch.cat(self._noted)[-len(sources) :]  # before it, of a try that ended for want of memory
-            self._sums += noted.double() @ is_of.to(self._sums.device, non_blocking=True)
-            self._noted.clear()
+        if self._of_step.of_sequences:  # a pipeline's are on its last stage
+            losses = torch.cat(self._of_step.of_sequences).double()
+            self._sums += losses @ is_of.to(self._sums.device, non_blocking=True)
 
     def report(self) -> dict[str, tuple[int, float | None]]:
         """Of each dataset, tokens since the run began, and the mean loss since the last report, of all ranks.
@@ -59,7 +47,7 @@ class SourceLosses:
         The loss is None where no token of the dataset was among them, or where the loss does not tell it.
         """
         tokens = self._get_tokens()
-        if not self._is_on:
+        if not self._of_step.by_sequence:
             return {name: (n, None) for name, n in tokens.items()}
         # of context ranks, whose parts of the sequences add up, and of one rank of those that count the same ones
         sums = self._sums * self._mesh.is_first("tp")

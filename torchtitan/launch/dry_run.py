@@ -9,7 +9,7 @@ from math import prod
 
 from torchtitan.components.dataloader import build_dataloader
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.loss.build import describe_loss
+from torchtitan.components.loss.build import build_token_sums, describe_loss
 from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.config.block_modes import ASSUMED_GIB, describe_block_modes
 from torchtitan.config.degrees import ParallelDims
@@ -39,7 +39,7 @@ def show(config: JobConfig, *, world_size: int, device_type: str) -> int:
         config.liger_kernel,
         device_type=device_type,
         tensor_parallel=dims.tp > 1,
-        predictions=config.metrics.enable_token_metrics,
+        sums=build_token_sums(config),
     )
     print("The model has a loss of its own" if find_family(config.model).load().build_loss else loss)
     print(*memory(config, world_size), sep="\n", flush=True)

@@ -236,7 +236,10 @@ def _get_fused_loss_use(config: JobConfig, dims: ParallelDims, weight_shape: tor
     itemsize = get_param_dtype(config).itemsize
     rows, dim = weight_shape
     budget = options.logits_memory_budget_mib << 20
-    is_in_tree = options.implementation == "native" or dims.tp > 1 or config.metrics.enable_token_metrics
+    tells_tokens = config.metrics.enable_token_metrics or bool(config.training.datasets)
+    is_in_tree = options.implementation == "native" or (
+        options.implementation == "auto" and (dims.tp > 1 or tells_tokens)
+    )
     if is_in_tree:
         chunks = plan_chunks(
             num_tokens, vocab_rows=rows, bytes_per_logit=itemsize, budget_bytes=budget, is_sharded=dims.tp > 1

@@ -1,7 +1,7 @@
 """What the trainer and the parallelisms expect of a model: equal blocks between an embedding and an output."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -88,14 +88,6 @@ class Loss(Protocol):
     """What the trainer calls; components/loss/__init__.py has the shapes and the meaning."""
 
     def __call__(self, hidden: Tensor, head: OutputHead, labels: Tensor, scale: Tensor) -> Tensor: ...
-
-
-@runtime_checkable
-class NotesSequences(Protocol):
-    """A loss that can tell sequences apart, for the log of a mixture of datasets."""
-
-    def note_sequences(self, sums: list[Tensor]) -> None:
-        """From now on each call appends to `sums`: the cross entropies of its sequences, (B,), without `scale`."""
 
 
 class StateDictAdapter(Protocol):

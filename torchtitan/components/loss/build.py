@@ -8,10 +8,21 @@ from torchtitan.components.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.components.loss.fused_linear import FusedLinearCrossEntropyLoss
 from torchtitan.components.loss.token_sums import TokenSums
 from torchtitan.config.errors import ConfigError, LigerNotInstalledError
+from torchtitan.config.job_config import JobConfig
 from torchtitan.config.sections import LigerKernel
 from torchtitan.protocols.model import Loss
 from torchtitan.tools.logging import logger
 from torchtitan.tools.packages import is_liger_installed
+
+
+def build_token_sums(config: JobConfig) -> TokenSums:
+    """What a configuration has the log say of tokens beside their mean loss."""
+    training = config.training
+    return TokenSums(
+        z_loss=training.z_loss,
+        predictions=config.metrics.enable_token_metrics,
+        by_sequence=bool(training.datasets),
+    )
 
 
 def build_loss(
@@ -36,7 +47,7 @@ def build_loss(
     budget_bytes = liger_kernel.logits_memory_budget_mib << 20
     accum_dtype = torch.float32 if liger_kernel.weight_grad_accum_dtype == "float32" else None
     where: dict[str, Any] = {"device_type": device_type, "tensor_parallel": tensor_parallel}
-    where["predictions"] = sums is not None and sums.predictions
+    where["sums"] = sums
     said = describe_loss(liger_kernel, **where)
     if liger_kernel.implementation != "native" and not is_liger_installed():
         raise LigerNotInstalledError  # also where the in-tree loss stands in: nothing falls back in silence
@@ -55,19 +66,28 @@ def build_loss(
     return LigerFusedLinearLoss(budget_bytes=budget_bytes, accum_dtype=accum_dtype, sums=sums)
 
 
-def check_predictions(loss: Loss, sums: TokenSums) -> Loss:
-    """The loss itself; ConfigError if it does not tell what the log is to have."""
-    if sums.predictions and not getattr(loss, "tells_predictions", False):
+def check_sums(loss: Loss, sums: TokenSums) -> Loss:
+    """The loss itself, which may not tell what the log is to have of tokens.
+
+    Then it is said that the log has no loss of each dataset. Raises ConfigError where predictions are asked for.
+    """
+    if getattr(loss, "tells_tokens", False):
+        return loss
+    name = getattr(loss, "__name__", type(loss).__name__)
+    others = "the standard loss or liger_kernel.implementation=native"
+    if sums.predictions:
         raise ConfigError(
-            f"metrics.enable_token_metrics: {getattr(loss, '__name__', type(loss).__name__)}, the loss of this run,"
-            " tells neither accuracy nor entropy of tokens; leave it off, or use the standard loss or"
-            " liger_kernel.implementation=native"
+            f"metrics.enable_token_metrics: {name}, the loss of this run, tells neither accuracy nor entropy of tokens;"
+            f" leave it off, or use {others}"
         )
+    if sums.by_sequence:
+        sums.by_sequence = False
+        logger.info(f"The log has no loss of each dataset: {name} gives one for all tokens; {others} tells it")
     return loss
 
 
 def describe_loss(
-    liger_kernel: LigerKernel, *, device_type: str, tensor_parallel: bool, predictions: bool = False
+    liger_kernel: LigerKernel, *, device_type: str, tensor_parallel: bool, sums: TokenSums | None = None
 ) -> str:
     """Which one build_loss gives, in words."""
     if not liger_kernel.enable_fused_linear_cross_entropy:
@@ -76,7 +96,7 @@ def describe_loss(
         liger_kernel.implementation,
         device_type=device_type,
         tensor_parallel=tensor_parallel,
-        predictions=predictions,
+        sums=sums,
     )
     if reason:
         return f"Using the in-tree fused linear cross entropy loss: {reason}"
@@ -90,7 +110,7 @@ def _triton_interprets() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def _why_in_tree(implementation: str, *, device_type: str, tensor_parallel: bool, predictions: bool) -> str | None:
+def _why_in_tree(implementation: str, *, device_type: str, tensor_parallel: bool, sums: TokenSums | None) -> str | None:
     """The reason to use the in-tree loss, or None where Liger-Kernel serves."""
     if implementation == "native":
         return 'liger_kernel.implementation is "native"'
@@ -98,8 +118,10 @@ def _why_in_tree(implementation: str, *, device_type: str, tensor_parallel: bool
         return None
     if tensor_parallel:
         return "the vocabulary is sharded over the tensor-parallel ranks"
-    if predictions:
+    if sums is not None and sums.predictions:
         return "metrics.enable_token_metrics asks for what Liger-Kernel does not tell"
+    if sums is not None and sums.by_sequence:
+        return "the log has the loss of each dataset, which Liger-Kernel does not tell"
     if device_type != "cuda":
         return f"Liger-Kernel has no kernels for the {device_type}"
     return None

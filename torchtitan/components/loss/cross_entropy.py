@@ -31,13 +31,10 @@ class CrossEntropyLoss:
     Pipeline stages, which run the head themselves, call its `sum` on logits.
     """
 
-    tells_predictions = True
+    tells_tokens = True
 
     def __init__(self, *, compile: bool = False, sums: TokenSums | None = None) -> None:
         self.sum = CrossEntropySum(compile=compile, sums=sums)
-
-    def note_sequences(self, sums: list[Tensor]) -> None:
-        self.sum.sequence_sums = sums
 
     def __call__(
         self,
@@ -56,7 +53,6 @@ class CrossEntropySum:
         self._whole: Callable[..., Sums] = torch.compile(_whole_sum) if compile else _whole_sum
         self._sharded: Callable[..., Sums] = torch.compile(_sharded_sum) if compile else _sharded_sum
         self._sums = sums or TokenSums()
-        self.sequence_sums: list[Tensor] | None = None
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         if not is_dtensor(logits):
@@ -70,14 +66,14 @@ class CrossEntropySum:
         labels: Tensor,  # (...) int64, ids of the whole vocabulary
         shard: VocabShard | None,  # which columns these are; None: all
     ) -> Tensor:
-        options = self._sums.z_loss, self.sequence_sums is not None
+        options = self._sums.z_loss, self._sums.by_sequence
         if shard is None:
             total, z_sum, of_sequences = self._whole(logits, labels, *options)
         else:
             columns = shard.start, shard.vocab_size, shard.group
             total, z_sum, of_sequences = self._sharded(logits, labels, *columns, *options)
-        if self.sequence_sums is not None and of_sequences is not None:
-            self.sequence_sums.append(of_sequences)
+        if of_sequences is not None:
+            self._sums.of_sequences.append(of_sequences)
         if self._sums.wants_predictions:
             self._sums.add_logits(logits, labels, shard)
         return total if z_sum is None else self._sums.z_loss_apart(total, z_sum)

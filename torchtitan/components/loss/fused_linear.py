@@ -49,17 +49,13 @@ class FusedLinearCrossEntropyLoss:
     """The in-tree loss behind the contract of all losses (`loss(hidden, head, labels, scale)`)."""
 
     takes_host_labels = True
-    tells_predictions = True
+    tells_tokens = True
 
     def __init__(
         self, *, budget_bytes: int, accum_dtype: torch.dtype | None = None, sums: TokenSums | None = None
     ) -> None:
         self._options = {"budget_bytes": budget_bytes, "accum_dtype": accum_dtype}
         self._sums = sums or TokenSums()
-        self._sequence_sums: list[Tensor] | None = None
-
-    def note_sequences(self, sums: list[Tensor]) -> None:
-        self._sequence_sums = sums
 
     def __call__(
         self,
@@ -74,11 +70,11 @@ class FusedLinearCrossEntropyLoss:
         hidden, weight, shard = gather_hidden_local_weight(hidden, weight)
         options: dict[str, Any] = {"scale": scale, "shard": shard, **self._options}
         sums = self._sums
-        if not sums.z_loss and not sums.wants_predictions and self._sequence_sums is None:
+        if not (sums.z_loss or sums.wants_predictions or sums.by_sequence):
             return fused_linear_cross_entropy(hidden, weight, labels, **options)
         found = fused_linear_cross_entropy(hidden, weight, labels, z_loss=sums.z_loss, return_outputs=True, **options)
-        if self._sequence_sums is not None:
-            self._sequence_sums.append(found.token_losses.sum(-1))
+        if sums.by_sequence:
+            sums.of_sequences.append(found.token_losses.sum(-1))
         if sums.wants_predictions:
             sums.add_predictions(found.correct, found.entropies)
         if not sums.z_loss:

@@ -1,5 +1,5 @@
-"""What training tells of its tokens beside the cross entropy: z-loss (Chowdhery et al., 2022, PaLM), and predictions:
-how often the label is the likeliest word, and the entropy of the words' distribution.
+"""What training tells of its tokens beside the loss: z-loss (Chowdhery et al., 2022, PaLM), the cross entropy of each
+sequence, and predictions: how often the label is the likeliest word, and the entropy of the words' distribution.
 """
 
 import torch
@@ -14,17 +14,21 @@ from torchtitan.components.loss.vocab_shard import VocabShard
 class TokenSums:
     """Sums over this rank's tokens since `reset`, without `scale`."""
 
-    def __init__(self, *, z_loss: float = 0.0, predictions: bool = False) -> None:
+    def __init__(self, *, z_loss: float = 0.0, predictions: bool = False, by_sequence: bool = False) -> None:
         self.z_loss = z_loss
         """The coefficient of log_sum_exp ** 2."""
         self.predictions = predictions
         """Whether the log has accuracy and entropy."""
+        self.by_sequence = by_sequence
+        """Whether the log has the loss of each dataset of a mixture."""
         self.reset(logged=False)
 
     def reset(self, *, logged: bool) -> None:
         """logged: whether the log tells of the coming step, for which alone predictions are looked at."""
         self.wants_predictions = self.predictions and logged
         self._z_loss = self._correct = self._entropy = torch.zeros(())
+        self.of_sequences: list[Tensor] = []
+        """With by_sequence, the cross entropies of a microbatch's sequences each, (B,)."""
 
     def z_loss_apart(self, total: Tensor, added: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """The cross entropy of a total that holds `scale * added`, with the gradients of the total."""

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, TokenSums
-from torchtitan.components.loss.build import build_loss, check_predictions
+from torchtitan.components.loss.build import build_loss, check_sums
 from torchtitan.components.loss.liger import LigerFusedLinearLoss
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import LigerKernel
@@ -90,11 +90,23 @@ def test_token_metrics_take_a_loss_that_tells_them(caplog: pytest.LogCaptureFixt
     sums = TokenSums(predictions=True)
     for implementation, on in (("auto", True), ("native", True), ("auto", False)):
         loss = build(implementation, on=on, sums=sums)
-        assert check_predictions(loss, sums) is loss
+        assert check_sums(loss, sums) is loss
     assert caplog.messages[0] == f"{IN_TREE}metrics.enable_token_metrics asks for what Liger-Kernel does not tell"
     for loss in (build("liger", sums=sums), test_token_metrics_take_a_loss_that_tells_them):
         with pytest.raises(
             ConfigError, match=r"metrics.enable_token_metrics: \w+, the loss of this run, tells neither"
         ):
-            check_predictions(loss, sums)
-        assert check_predictions(loss, TokenSums()) is loss
+            check_sums(loss, sums)
+        assert check_sums(loss, TokenSums()) is loss
+
+
+def test_losses_of_datasets_take_a_loss_that_tells_them(caplog: pytest.LogCaptureFixture) -> None:
+    """auto takes it; of liger by hand, or a family's own, it is said that the log lacks them."""
+    caplog.set_level(logging.INFO)
+    sums = TokenSums(by_sequence=True)
+    check_sums(build("auto", sums=sums), sums)
+    assert caplog.messages == [f"{IN_TREE}the log has the loss of each dataset, which Liger-Kernel does not tell"]
+    assert sums.by_sequence
+    check_sums(build("liger", sums=sums), sums)
+    assert caplog.messages[-1].startswith("The log has no loss of each dataset: LigerFusedLinearLoss gives one for all")
+    assert not sums.by_sequence
