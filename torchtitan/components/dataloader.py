@@ -168,7 +168,7 @@ class TrainingDataLoader:
     start: Place
     asked_to_stop: Callable[[], bool] = lambda: False
     gave_up: bool = False
-    """Asked to stop, it waited in vain for a batch: those from then on are empty."""
+    """Asked to stop, it waited in vain for a batch: those from then on are stand-ins, of a step that is left out."""
 
     def __post_init__(self) -> None:
         self._ahead: Prefetcher[tuple[Rows, list[int], Place | None]] | None = None
@@ -183,7 +183,9 @@ class TrainingDataLoader:
             yield _to_batch(rows)._replace(sources=torch.tensor(sources))
         while self._ahead is not None:  # it has not been closed
             self.gave_up = True
-            rows = np.full((self.division.batch_size, self.division.seq_len + 1), IGNORE_INDEX, np.int32)
+            # A tensor-parallel rank may have the batch: the loss of both must walk over all tokens, so none is ignored.
+            word = min({0, 1, 2} - {self.tokenizer.bos_id, self.tokenizer.eos_id})
+            rows = np.full((self.division.batch_size, self.division.seq_len + 1), word, np.int32)
             yield _to_batch(rows)._replace(sources=torch.zeros(len(rows), dtype=torch.int64))
 
     def state_dict(self) -> dict[str, Any]:

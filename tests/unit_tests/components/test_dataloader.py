@@ -28,6 +28,7 @@ from torchtitan.components.dataloader import (
     build_dataloader,
     build_validation_dataloader,
 )
+from torchtitan.components.document_mask import DocumentMarker
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import Tokenizer, build_tokenizer
 from torchtitan.config.errors import ConfigError, DatasetError, TokenizerError
@@ -446,6 +447,21 @@ def test_prefetcher_that_is_asked_to_stop_takes_what_is_there_and_waits_for_noth
     assert next(answers, None) is None
     never.set()
     prefetcher.close()
+
+
+def test_what_stands_in_for_data_that_do_not_come_has_labels_everywhere(build, tokenizer, monkeypatch):
+    """A loss that leaves ignored tokens out would take fewer steps than that of a tensor-parallel rank with data."""
+    monkeypatch.setattr("torchtitan.components.dataloader.PATIENCE_SECONDS", 0.01)
+    never = threading.Event()
+    monkeypatch.setattr("torchtitan.components.dataloader.SequenceReader.read", lambda _: iter(never.wait, True))
+    loader = build()
+    loader.asked_to_stop = lambda: True
+    batch = next(iter(loader))
+    never.set()
+    assert loader.gave_up
+    batch = DocumentMarker(tokenizer.bos_id, tokenizer.eos_id, keeps_labels=False)(batch)
+    assert batch.tokens.shape == batch.labels.shape == (2, 16)
+    assert batch.labels.ge(0).all()
 
 
 def labelled(batches: list) -> list[tuple[tuple, tuple]]:
