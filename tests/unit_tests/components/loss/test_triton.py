@@ -143,8 +143,9 @@ def test_nothing_waits_for_the_gpu() -> None:
     on_host[::2] = IGNORE_INDEX
     factor = torch.tensor(3.0, device="cuda")
     scales = (None, 1.0), (torch.float32, torch.tensor(0.01, device="cuda"))
+    all_labels = (on_host, on_host.cuda(), torch.full_like(on_host, IGNORE_INDEX))  # the last: pinned nowhere
     # one chunk, two
-    for (accum_dtype, scale), budget, labels in product(scales, (8 << 20, 1100 * 2000), (on_host, on_host.cuda())):
+    for (accum_dtype, scale), budget, labels in product(scales, (8 << 20, 1100 * 2000), all_labels):
         for debug_mode in ("default", "error"):  # the first round compiles the kernels
             torch.cuda.set_sync_debug_mode(debug_mode)
             try:
