@@ -39,7 +39,7 @@ CONFIG_FILE="./torchtitan/models/llama3/train_configs/debug_model.toml" ./run_tr
 
 What is unknown, of the wrong type or out of range stops the run before anything starts, with one message that names
 the option, what was given, what is allowed, and the nearest name. Integers go up to 2**63 - 1, numbers are finite, text
-is UTF-8, and `~` at the begin of a path is the home folder. A text that begins with dashes is given in one word,
+is UTF-8, and `~` at the beginning of a path is the home folder. A text that begins with dashes is given in one word,
 `--job.description=...`.
 
 ```bash

@@ -1,4 +1,4 @@
-"""Compact PyTorch-native pretraining for Llama 3, with a fused linear cross entropy loss.
+"""Compact PyTorch-native pretraining for Llama 3 and Qwen3, with a fused linear cross entropy loss.
 
 Start reading at train.py. Importing this package does no work and does not import torch.
 """

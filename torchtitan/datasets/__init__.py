@@ -1,4 +1,4 @@
-"""Text: where it comes from, in which order it is read, how it becomes sequences. Nothing here imports torch.
+"""Documents: where they come from, in which order they are read, how they become sequences. Nothing here imports torch.
 
 | file | what it holds |
 |---|---|

@@ -24,7 +24,7 @@ from torchtitan.datasets.source import BadRows, Document, Text, get_text
 from torchtitan.tools.logging import logger
 
 TEXT_PIECE_BYTES = 64 * 2**10
-"""A longer text counts as several documents: one big file can then be shuffled, and feed many ranks."""
+"""A longer text counts as several documents: one big file can then be shuffled, and feed many streams."""
 JSON_PIECE_BYTES = 2**20
 CHECKED_BYTES = 64 * 2**20
 """So much of JSON lines is parsed before the run starts, so that a bad line there costs no training."""

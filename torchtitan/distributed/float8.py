@@ -4,8 +4,8 @@ Weights, gradients and everything between the layers keep their dtypes: a layer 
 its three products, so a model, its names and its checkpoints stay what they are. The head and the loss stay as they
 are too: an 8-bit head costs more steps than it saves time.
 
-With one scale a tensor ("tensorwise") a step gains; with one a row it is slower than bf16 at these sizes on one H100
-(docs/performance.md), though nearer to it.
+With one scale a tensor ("tensorwise") a step gains (docs/performance.md). With one a row it is nearer to bf16, and was
+slower than that on one H100.
 """
 
 from dataclasses import replace

@@ -30,7 +30,7 @@ Every loss is called as `loss(hidden, head, labels, scale)`:
 
 and returns `scale * sum of this rank's cross entropies`, a float32 scalar, whose gradients are also those of the z-loss
 (token_sums.py). Summed over microbatches and data ranks this is the mean over all valid tokens. Nothing else divides:
-not FSDP, not the trainer.
+not FSDP, not the trainer. A loss with a true `tells_tokens` also fills the TokenSums that it is built with.
 """
 
 from torchtitan.components.loss.cross_entropy import CrossEntropyLoss, cross_entropy_sum

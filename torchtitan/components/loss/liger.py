@@ -34,9 +34,9 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
     """`LigerFusedLinearCrossEntropyLoss` on `output.weight`, with chunks of at most `budget_bytes` of logits.
 
     Liger rounds a chunk to a power of two rows and needs no less than its own default chunk; a smaller budget
-    than that has no effect. Ignored tokens are left out before, where the labels are on the host.
-    There its forward reads the number of valid tokens once per call, and its backward whether the incoming gradient is
-    1. There is one backward, and no second derivative.
+    than that has no effect. On a GPU the host waits for it in forward, which reads the number of valid tokens, and in
+    backward, which reads whether the incoming gradient is 1. Ignored tokens are left out before, where the labels are
+    on the host. There is one backward, and no second derivative.
 
     Raises:
         ImportError: liger-kernel is older than `MIN_VERSION`.

@@ -64,8 +64,8 @@ class LigerKernel:
     enable_fused_linear_cross_entropy: bool = False
     """Compute the output projection and the loss together, in chunks."""
     implementation: Literal["auto", "liger", "native"] = "auto"
-    """auto takes Liger-Kernel on a GPU that holds the whole vocabulary, and the in-tree loss on CPU or with tensor
-    parallelism; liger and native force one."""
+    """auto takes Liger-Kernel on a GPU that holds the whole vocabulary, and the in-tree loss on a CPU, with tensor
+    parallelism, or where the log has what Liger does not tell; liger and native force one."""
     logits_memory_budget_mib: PositiveInt = 1024
     """Memory for one chunk of logits in MiB: less memory and more chunks, or the other way round. Validation keeps to
     it whichever loss trains, with what the standard loss makes of the logits."""
@@ -180,6 +180,6 @@ class Validation:
     steps: PositiveIntOrAuto = -1
     """Batches per validation and data-parallel rank; -1 reads the whole set."""
     prompts: list[str] = field(default_factory=list)
-    """Texts that each validation continues, greedily, in the log, TensorBoard and the report."""
+    """Texts that each validation continues, greedily, in the log, TensorBoard, W&B and the report."""
     max_new_tokens: PositiveInt = 32
     """Tokens that follow each prompt, at most; each costs about a forward pass of a short batch."""
