@@ -173,7 +173,7 @@ class Trainer:
         logger.info(f"Training completed; to see it: {get_report_command(config.job.dump_folder)}")
 
     def train_step(self, batches: Iterator[Batch]) -> bool:
-        """One optimizer step, unless a rank that is to stop gets no data; returns whether one is, since before it."""
+        """One optimizer step, left out where a rank that is to stop has no data; whether one was to stop before it."""
         place = self.dataloader.place
         microbatches = [next(batches) for _ in range(self.num_microbatches)]
         # on the CPU, where the batches are, and by one rank of those that read the same sequences

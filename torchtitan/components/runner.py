@@ -32,7 +32,7 @@ class Runner(Protocol):
     def forward_backward(
         self,
         tokens: Tensor,  # (B, S) int64
-        labels: Tensor,  # (B, S) int64
+        labels: Tensor,  # (B, S) int64; on the host where the loss takes them there
         sequences: Sequences | None,  # None: whole ones
         scale: Tensor,  # () float32
     ) -> Tensor:

@@ -4,7 +4,7 @@
     .bin         uint16 from the first byte on, as nanoGPT writes it, or behind llm.c's header of 1,024 bytes
     .bin, .idx   Megatron's: .idx says of which type the ids are and where each document begins
 
-Begin and end tokens are in the files. Without .idx a document is a piece of some ten thousand tokens, wherever cut.
+Begin and end tokens are in the files. Without .idx a document is a piece of up to 65,536 tokens, wherever it is cut.
 """
 
 from collections.abc import Iterator
