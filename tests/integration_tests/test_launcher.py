@@ -604,7 +604,7 @@ class TestEnvironment:
             ".github/workflows/test.yml": r'"(3\.\d+)"',
         }
         found = [sorted(re.findall(pattern, (REPO / place).read_text())) for place, pattern in places.items()]
-        assert found == [["3.11", "3.12", "3.13"]] * 3
+        assert found == [["3.11", "3.12", "3.13", "3.14"]] * 3
 
     def test_missing_and_old_packages_are_named(self, tmp_path: Path) -> None:
         (tmp_path / "scripts").mkdir()
