@@ -106,7 +106,7 @@ def kill_as_bytes_are_written(life: Life, draw: random.Random) -> None:
     wait_for_new_file(life, "step-*.incomplete-*/*.distcp", skip=draw.randint(0, 1))
 
 
-KILLS = [kill_while_starting] + 3 * [kill_while_training] + 2 * [kill_as_a_save_begins, kill_as_bytes_are_written]
+KILLS = [kill_while_starting, kill_as_a_save_begins] + 2 * [kill_while_training, kill_as_bytes_are_written]
 
 
 def wait_for_new_file(life: Life, pattern: str, *, skip: int) -> None:
