@@ -104,7 +104,7 @@ class Trainer:
         self.model_args = get_run_args(config.model, max_seq_len=config.max_seq_len)
         logger.info(f"Building {config.model.title} with {self.model_args}")
         self.float8 = config.float8 if "float8" in config.model.converters else None
-        self.token_sums = build_token_sums(config)
+        self.token_sums = build_token_sums(training, config.metrics)
         self.loss = check_sums(self._build_loss(), self.token_sums)
         self.memory = plan_memory(config, world=utils.get_world(), mesh=self.mesh, device=self.device)
         self.runner = self._build_runner()

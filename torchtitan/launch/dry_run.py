@@ -39,7 +39,7 @@ def show(config: JobConfig, *, world_size: int, device_type: str) -> int:
         config.liger_kernel,
         device_type=device_type,
         tensor_parallel=dims.tp > 1,
-        sums=build_token_sums(config),
+        sums=build_token_sums(config.training, config.metrics),
     )
     print("The model has a loss of its own" if find_family(config.model).load().build_loss else loss)
     print(*memory(config, world_size), sep="\n", flush=True)

@@ -8,21 +8,16 @@ from torchtitan.components.loss.cross_entropy import CrossEntropyLoss
 from torchtitan.components.loss.fused_linear import FusedLinearCrossEntropyLoss
 from torchtitan.components.loss.token_sums import TokenSums
 from torchtitan.config.errors import ConfigError, LigerNotInstalledError
-from torchtitan.config.job_config import JobConfig
-from torchtitan.config.sections import LigerKernel
+from torchtitan.config.sections import LigerKernel, Metrics, Training
 from torchtitan.protocols.model import Loss
 from torchtitan.tools.logging import logger
 from torchtitan.tools.packages import is_liger_installed
 
 
-def build_token_sums(config: JobConfig) -> TokenSums:
+def build_token_sums(training: Training, metrics: Metrics) -> TokenSums:
     """What a configuration has the log say of tokens beside their mean loss."""
-    training = config.training
-    return TokenSums(
-        z_loss=training.z_loss,
-        predictions=config.metrics.enable_token_metrics,
-        by_sequence=bool(training.datasets),
-    )
+    by_sequence = bool(training.datasets)
+    return TokenSums(z_loss=training.z_loss, predictions=metrics.enable_token_metrics, by_sequence=by_sequence)
 
 
 def build_loss(
