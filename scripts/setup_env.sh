@@ -55,8 +55,7 @@ _fill_venv() {
     fi
     mapfile -t wanted <<<"$wanted"
     echo "Fetching ${wanted[*]%%>=*} and what they need; pip's own words go to $log" >&2
-    # of 14,000 files a run imports a quarter: Python compiles those when it first does, pip would all of them, for a minute
-    "$venv/bin/python" -m pip install --no-compile --disable-pip-version-check "${constraints[@]}" "${wanted[@]}" 2>&1 |
+    "$venv/bin/python" -m pip install --disable-pip-version-check "${constraints[@]}" "${wanted[@]}" 2>&1 |
         tee "$log" | _show_progress >&2
     if [ "${PIPESTATUS[0]}" -ne 0 ]; then
         echo "Setting up $venv failed: $(_why_pip_failed "$log"). Then run the same command again. pip's log: $log" >&2
