@@ -17,6 +17,7 @@ from tests.integration_tests.tiny_model import AttentiveTransformer
 from tests.integration_tests.tiny_runs import (
     EOS,
     GLOBAL_BATCH,
+    MIXTURE,
     NUM_SOURCES,
     SEED,
     SEQ_LEN,
@@ -70,6 +71,7 @@ class Row:
         degrees = " ".join(f"--parallelism.{name} {getattr(self.dims, axis)}" for axis, name in DEGREES.items())
         batch_size = GLOBAL_BATCH // self.dims.dp // self.accumulation
         options = f"{degrees} {self.options} --training.z_loss {self.z_loss} --training.steps {self.steps}"
+        options += f" {MIXTURE}" if self.z_loss else ""
         if "implementation liger" not in self.options:  # which does not tell them
             options += " --metrics.enable_token_metrics"
         return Run(str(self), self.dims.world_size, batch_size, options)

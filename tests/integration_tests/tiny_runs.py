@@ -29,6 +29,7 @@ SEQ_LEN, GLOBAL_BATCH, STEPS, SEED = 64, 8, 4, 7
 NUM_SOURCES = 3
 SOURCES = torch.tensor([0, 1, 0, 2, 0, 1, 0, 0])
 """Of each sequence of a global batch. The second step has no label of 1 and 2."""
+MIXTURE = "--training.datasets 0=5,1=2,2=1"
 EOS = 1  # of tests/assets/tokenizer
 
 # What every run has in common. Learning rates are large, and the layers' weights (tiny_model.py), so that what is wrong
@@ -36,7 +37,6 @@ EOS = 1  # of tests/assets/tokenizer
 OPTIONS = f"""
     --experimental.custom_import tests.integration_tests.tiny_llama3 --model.name tiny_llama3 --model.flavor odd
     --model.tokenizer_path {REPO}/tests/assets/tokenizer
-    --training.dataset_path {REPO}/LICENSE
     --training.seed {SEED} --training.steps {STEPS} --training.seq_len {SEQ_LEN}
     --training.global_batch_size {GLOBAL_BATCH} --training.mixed_precision_param float32
     --training.max_norm 0.35 --lr_scheduler.warmup_steps 2 --optimizer.lr 3e-3
@@ -121,8 +121,7 @@ class GlobalBatches:
 def build_global_batches(
     *, training: Training, dp_rank: int, dp_world_size: int, batch_size: int, seed: int, **_: object
 ) -> GlobalBatches:
-    """What has a z-loss is a mixture, too."""
-    return GlobalBatches(dp_rank, dp_world_size, batch_size, seed, is_mixture=training.z_loss > 0)
+    return GlobalBatches(dp_rank, dp_world_size, batch_size, seed, is_mixture=bool(training.datasets))
 
 
 Result = list[Step] | Exception

@@ -68,7 +68,7 @@ def standard_on_one_rank(case: Case) -> tuple[Tensor, Tensor]:
     start = min(rank * rows_per_rank, case.vocab_size)
     mine = logits[:, start : start + rows_per_rank].clone().requires_grad_()
     assert dist.group.WORLD is not None
-    loss, _ = _sharded_sum(mine, labels, start, case.vocab_size, dist.group.WORLD)
+    loss, *_ = _sharded_sum(mine, labels, start, case.vocab_size, dist.group.WORLD)
     loss.backward()
     return loss.detach(), mine.grad
 
@@ -97,7 +97,7 @@ def of_sure_tokens(top: float) -> tuple[Tensor, ...]:
     rows, logits = mine.t().contiguous().requires_grad_(), mine.clone().requires_grad_()
     shard = VocabShard(start, group, rows_per_rank, 9)
     fused = fused_linear_cross_entropy(torch.eye(3), rows, labels, shard=shard)
-    standard, _ = _sharded_sum(logits, labels, start, 9, group)
+    standard, *_ = _sharded_sum(logits, labels, start, 9, group)
     (fused + standard).backward()
     return fused.detach(), rows.grad.t(), standard.detach(), logits.grad
 
