@@ -397,4 +397,4 @@ def _explain(error: Exception, config: JobConfig | None, trainer: Trainer | None
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    utils.end_process(status) if dist.is_initialized() else sys.exit(status)
+    utils.end_process(status) if status else sys.exit(0)

@@ -119,9 +119,9 @@ def leave_process_group(*, failed: bool) -> None:
 
 
 def end_process(status: int) -> NoReturn:
-    """End as sys.exit does, but without freeing Python's objects: for a process that ends right after a collective.
+    """End as sys.exit does, but without freeing Python's objects: after a failure, which others wait to hear of.
 
-    A thread of gloo's, which outlives destroy_process_group, may still be letting go of the collective's tensors; it
+    A thread of gloo's, which outlives destroy_process_group, may still be letting go of a collective's tensors; it
     aborts the process where Python has begun to free its own (torch 2.13).
     """
     atexit._run_exitfuncs()
