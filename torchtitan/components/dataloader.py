@@ -70,10 +70,9 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device, *, labels_stay: bool = False) -> tuple[Tensor, Tensor, Documents | None]:
         """What the model works on; with labels_stay the labels are left where they are."""
-        staying = (None, self.labels if labels_stay else None)
-        return tree_map(
-            lambda x: x if any(x is y for y in staying) else x.to(device, non_blocking=True), tuple(self[:3])
-        )
+        moving = self.tokens, None if labels_stay else self.labels, self.documents
+        tokens, labels, documents = tree_map(lambda x: x if x is None else x.to(device, non_blocking=True), moving)
+        return tokens, self.labels if labels_stay else labels, documents
 
 
 def build_dataloader(

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchtitan.components.loss import CrossEntropyLoss, EvalLoss, TokenSums
+from torchtitan.components.loss.build import build_token_sums, why_in_tree
 from torchtitan.components.loss.chunking import liger_chunk_mem_const, liger_chunk_rows, plan_chunks, rows_in_budget
 from torchtitan.components.optimizer import get_weight_dtype
 from torchtitan.config.block_modes import BLOCK_MODES, BlockMode
@@ -236,10 +237,8 @@ def _get_fused_loss_use(config: JobConfig, dims: ParallelDims, weight_shape: tor
     itemsize = get_param_dtype(config).itemsize
     rows, dim = weight_shape
     budget = options.logits_memory_budget_mib << 20
-    tells_tokens = config.metrics.enable_token_metrics or bool(config.training.datasets)
-    is_in_tree = options.implementation == "native" or (
-        options.implementation == "auto" and (dims.tp > 1 or tells_tokens)
-    )
+    sums = build_token_sums(config.training, config.metrics)
+    is_in_tree = why_in_tree(options.implementation, device_type="cuda", tensor_parallel=dims.tp > 1, sums=sums)
     if is_in_tree:
         chunks = plan_chunks(
             num_tokens, vocab_rows=rows, bytes_per_logit=itemsize, budget_bytes=budget, is_sharded=dims.tp > 1

@@ -8,7 +8,7 @@
 | fused_linear.py | the in-tree fused linear cross entropy: CPU, GPU, and a vocabulary sharded over ranks |
 | logprobs.py | log-probabilities of the labels, by the same means, for losses of your own |
 | terms.py | what a token's loss is made of: z-loss, softcap, label smoothing, class weights, bias |
-| token_sums.py | what training tells of its tokens: z-loss, accuracy, entropy |
+| token_sums.py | what training tells of its tokens: z-loss, accuracy, entropy, the loss of each sequence |
 | operators.py | the walks of both over the tokens, as operators that torch can compile |
 | chunked_logits.py | a chunk's logits, their statistics over all ranks, and the products with their gradient |
 | softmax_gradient.py | statistics and gradient of one chunk of logits, in place; _triton.py holds its GPU kernels |

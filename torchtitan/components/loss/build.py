@@ -41,12 +41,11 @@ def build_loss(
 
     budget_bytes = liger_kernel.logits_memory_budget_mib << 20
     accum_dtype = torch.float32 if liger_kernel.weight_grad_accum_dtype == "float32" else None
-    where: dict[str, Any] = {"device_type": device_type, "tensor_parallel": tensor_parallel}
-    where["sums"] = sums
+    where: dict[str, Any] = {"device_type": device_type, "tensor_parallel": tensor_parallel, "sums": sums}
     said = describe_loss(liger_kernel, **where)
     if liger_kernel.implementation != "native" and not is_liger_installed():
         raise LigerNotInstalledError  # also where the in-tree loss stands in: nothing falls back in silence
-    if _why_in_tree(liger_kernel.implementation, **where):
+    if why_in_tree(liger_kernel.implementation, **where):
         logger.info(said)
         return FusedLinearCrossEntropyLoss(budget_bytes=budget_bytes, accum_dtype=accum_dtype, sums=sums)
 
@@ -87,11 +86,8 @@ def describe_loss(
     """Which one build_loss gives, in words."""
     if not liger_kernel.enable_fused_linear_cross_entropy:
         return "Using the standard cross entropy loss"
-    reason = _why_in_tree(
-        liger_kernel.implementation,
-        device_type=device_type,
-        tensor_parallel=tensor_parallel,
-        sums=sums,
+    reason = why_in_tree(
+        liger_kernel.implementation, device_type=device_type, tensor_parallel=tensor_parallel, sums=sums
     )
     if reason:
         return f"Using the in-tree fused linear cross entropy loss: {reason}"
@@ -105,7 +101,7 @@ def _triton_interprets() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def _why_in_tree(implementation: str, *, device_type: str, tensor_parallel: bool, sums: TokenSums | None) -> str | None:
+def why_in_tree(implementation: str, *, device_type: str, tensor_parallel: bool, sums: TokenSums | None) -> str | None:
     """The reason to use the in-tree loss, or None where Liger-Kernel serves."""
     if implementation == "native":
         return 'liger_kernel.implementation is "native"'
