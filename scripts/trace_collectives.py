@@ -1,11 +1,13 @@
-"""The collectives of a profiled step: how many, how long, how large, and how much of their time arithmetic hides.
+"""Where a GPU's time went in a profiled step: collectives, how much of them arithmetic hides, and kernels by kind.
 
     python scripts/trace_collectives.py outputs/profile_traces/step_10/rank0_trace.json
+    python scripts/trace_collectives.py --longest 20 TRACE OTHER_TRACE       # the longest kernels too, of each
 
 Reads a trace that --profiling.enable_profiling wrote. A collective's kernel waits for the other ranks, so that its time
 is more than that of its bytes. Hidden is the part of it in which a kernel of arithmetic ran on the same GPU. Bytes are
 those of the larger of input and output. What a trace does not tell is n/a: a trace of a CPU has no kernels, and the
-sizes of its collectives are those of their inputs.
+sizes of its collectives are those of their inputs. Alone is the part of a kind's time in which nothing else ran. A
+kernel begins some microseconds after its launch where the GPU waits for the CPU, and much later where work is queued.
 """
 
 import argparse
@@ -29,6 +31,20 @@ _NAMES = {
 }
 ITEM_BYTES = {name: size for size, names in _NAMES.items() for name in names}
 _KERNEL_NAME = re.compile(r"nccl\w*?Kernel_([A-Za-z]+)")
+
+# The first that a kernel's name has.
+KINDS = {
+    "collectives": r"nccl",
+    "attention": r"flash|fmha|sdpa|attention",
+    "the loss": r"liger|cross_entropy|_(statistics|gradient|multiply)(_and_gradient)?_kernel",
+    "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|matmul",
+    "float8's scales and casts": r"^triton.*(amax|clamp)|float8|clamp_|AbsFunctor|MaxOps|MaxNan",
+    "FSDP's copies": r"split_with_sizes|chunk_cat|CatArray|multi_tensor.*copy",
+    "optimizer, clipping": r"adam|multi_tensor|norm_(two|inf)",
+    "compiled by the inductor": r"^triton",
+    "copies": r"memcpy|memset|copy|fill",
+}
+QUEUED_US = 30
 
 
 @dataclass
@@ -102,6 +118,42 @@ def describe_time(events: list[Event]) -> str | None:
     )
 
 
+def get_kinds(events: list[Event]) -> dict[str, tuple[int, float, float]]:
+    """Of each kind of kernel the number, the ms, and the ms in which no other kind ran; the longest first."""
+    groups: dict[str, list[Event]] = {}
+    for event in filter(_is_on_device, events):
+        groups.setdefault(get_kind(event), []).append(event)
+    everything = Busy(filter(_is_on_device, events)).total
+    table = {}
+    for kind, group in groups.items():
+        others = Busy(event for event in filter(_is_on_device, events) if get_kind(event) != kind).total
+        table[kind] = (len(group), sum(event["dur"] for event in group) / 1e3, (everything - others) / 1e3)
+    return dict(sorted(table.items(), key=lambda item: -item[1][1]))
+
+
+def get_kind(event: Event) -> str:
+    if event["cat"] != "kernel":
+        return "copies"
+    found = (kind for kind, names in KINDS.items() if re.search(names, event["name"], re.IGNORECASE))
+    return next(found, "elementwise and the rest")
+
+
+def describe_launches(events: list[Event]) -> str | None:
+    """How many kernels were launched, and how many began at once, since nothing was queued before them."""
+    launched = {
+        event["args"]["correlation"]: event["ts"]
+        for event in events
+        if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event.get("args", {})
+    }
+    kernels = [event for event in events if event.get("cat") == "kernel" and not _is_nccl(event)]
+    delays = [event["ts"] - launched[c] for event in kernels if (c := event["args"].get("correlation")) in launched]
+    if not delays:
+        return None
+    prompt = sum(delay < QUEUED_US for delay in delays)
+    began = f"{prompt} began within {QUEUED_US} us: there the GPU waited for the CPU."
+    return f"{len(delays)} kernels of arithmetic were launched; {began}"
+
+
 def get_tensor_parallel_sizes(events: list[Event]) -> list[int]:
     """Bytes of every collective between tensor-parallel ranks, the larger of input and output.
 
@@ -143,6 +195,10 @@ class Busy:
     def span(self) -> float:
         """From the first kernel's start to the last one's end."""
         return self._ends[-1] - self._starts[0]
+
+
+def _is_on_device(event: Event) -> bool:
+    return event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 def _is_nccl(event: Event) -> bool:
@@ -188,15 +244,35 @@ def format_table(collectives: list[Collective]) -> Iterator[str]:
         yield f"{names}{row['count']:7}{row['ms']:10.2f}{hidden:>8}{mb:>10}{largest:>10}"
 
 
+def format_kinds(events: list[Event], longest: int) -> Iterator[str]:
+    if kinds := get_kinds(events):
+        yield f"{'kind of kernel':44}{'count':>7}{'ms':>10}{'alone':>10}"
+    for kind, (count, ms, alone_ms) in kinds.items():
+        yield f"{kind:44}{count:7}{ms:10.2f}{alone_ms:10.2f}"
+    by_name: dict[str, list[Event]] = {}
+    for event in filter(_is_on_device, events):
+        by_name.setdefault(event["name"], []).append(event)
+    table = sorted(((sum(e["dur"] for e in group), group) for group in by_name.values()), key=lambda row: -row[0])
+    for us, group in table[:longest]:
+        yield f"{us / 1e3:10.2f} ms{len(group):7} x  {get_kind(group[0]):28}{group[0]['name'][:110]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trace", type=Path, help="a rank's trace, as JSON")
-    events = read_events(parser.parse_args().trace)
-    print("\n".join(format_table(get_collectives(events))))
-    if about_time := describe_time(events):
-        print(about_time)
-    if sizes := get_tensor_parallel_sizes(events):
-        print(f"The largest between tensor-parallel ranks: {max(sizes) / 1e6:.2f} MB")
+    parser.add_argument("traces", type=Path, nargs="+", metavar="TRACE", help="a rank's trace, as JSON")
+    parser.add_argument("--longest", type=int, default=0, help="how many kernels to name, by their time")
+    args = parser.parse_args()
+    for path in args.traces:
+        if len(args.traces) > 1:
+            print(f"\n{path}")
+        events = read_events(path)
+        print("\n".join(format_table(get_collectives(events))))
+        print("\n".join(format_kinds(events, args.longest)))
+        for about in (describe_time(events), describe_launches(events)):
+            if about:
+                print(about)
+        if sizes := get_tensor_parallel_sizes(events):
+            print(f"The largest between tensor-parallel ranks: {max(sizes) / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

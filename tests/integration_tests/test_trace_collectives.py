@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.finished_run import REPO, load_script
+from tests.finished_run import load_script
 
 script = load_script("trace_collectives")
 
@@ -61,13 +61,34 @@ def test_time_is_told_apart(trace: Path) -> None:
     )
 
 
+def test_time_is_told_by_kind_of_kernel_and_how_much_of_it_ran_alone() -> None:
+    events = [
+        kernel("nvjet_qqtst_128x256", 0, 100, correlation=1),
+        kernel("ncclDevKernel_AllGather_RING_LL", 50, 250, correlation=2),
+        kernel("triton_red_fused__to_copy_abs_amax_2", 200, 230, correlation=3),
+        kernel("triton_poi_fused_mul_silu_1", 300, 320, correlation=4),
+        {"ph": "X", "cat": "gpu_memcpy", "name": "Memcpy DtoD", "ts": 320, "dur": 5, "args": {}},
+        *({"cat": "cuda_runtime", "ts": ts, "args": {"correlation": c}} for c, ts in ((1, -9), (2, 0), (3, 9), (4, 9))),
+    ]
+    assert script.get_kinds(events) == {
+        "collectives": (1, 0.2, 0.12),  # behind the products 50 microseconds, behind the scales 30
+        "matrix products": (1, 0.1, 0.05),
+        "float8's scales and casts": (1, 0.03, 0.0),
+        "compiled by the inductor": (1, 0.02, 0.02),
+        "copies": (1, 0.005, 0.005),
+    }
+    assert script.describe_launches(events).startswith("3 kernels of arithmetic were launched; 1 began within 30 us")
+
+
 def test_sizes_between_tensor_parallel_ranks_are_those_of_functional_collectives(trace: Path) -> None:
     assert script.get_tensor_parallel_sizes(script.read_events(trace)) == [2 * 5 * 70 * 2, 10 * 20 * 4]
 
 
 def test_the_table_is_printed(trace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", [str(REPO / "scripts/trace_collectives.py"), str(trace)])
+    monkeypatch.setattr(sys, "argv", ["trace_collectives.py", "--longest", "1", str(trace)])
     script.main()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[1] == ["ReduceScatter", "n/a", "n/a", "1", "1.20", "50%", "n/a", "n/a"]
     assert lines[2][-5:] == ["2", "1.00", "60%", "0.00", "0.00"]
+    assert ["matrix", "products", "2", "2.00", "0.90"] in lines
+    assert ["2.00", "ms", "2", "x", "matrix", "products", "gemm"] in lines
