@@ -6,15 +6,19 @@ from typing import Literal
 
 from torchtitan.config.sections import ActivationCheckpoint
 
-BlockMode = Literal["none", "op", "full"]
-"""What a block does in backward: nothing again, what is cheap for its size, or all of its forward."""
+BlockMode = Literal["none", "op", "attention", "full"]
+"""What a block does in backward: nothing again, what is cheap for its size, all but attention, or all."""
 
 ASSUMED_GIB = 79.1
 """Memory of a GPU that is not there, by which activation_checkpoint.mode = "auto" chooses: that of an H100 80GB."""
 
+SELECTIVE_MODES: tuple[BlockMode, ...] = ("op", "attention")
+"""Which keep some results of a block: values of activation_checkpoint.selective_ac_option."""
+
 BLOCK_MODES: dict[BlockMode, str] = {
     "none": "keep all",
     "op": "keep the costly results",
+    "attention": "keep attention's result",
     "full": "are recomputed whole",
 }
 """From the fastest to the leanest, in words."""
@@ -23,8 +27,8 @@ BLOCK_MODES: dict[BlockMode, str] = {
 def get_block_modes(options: ActivationCheckpoint, n_layers: int) -> tuple[BlockMode, ...]:
     """By the block's number in the model; for "auto", which memory/plan.py decides, the leanest."""
     modes: list[BlockMode] = ["none"] * n_layers
-    if options.mode == "selective" and options.selective_ac_option == "op":
-        modes = ["op"] * n_layers
+    if options.mode == "selective" and options.selective_ac_option in SELECTIVE_MODES:
+        modes = [options.selective_ac_option] * n_layers
     elif options.mode != "none":
         every_nth = int(options.selective_ac_option) if options.mode == "selective" else 1
         modes[every_nth - 1 :: every_nth] = ["full"] * (n_layers // every_nth)

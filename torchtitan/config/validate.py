@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from torchtitan.config.block_modes import SELECTIVE_MODES
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError, FusedLossWithPipelineError, LigerNotInstalledError, raise_all
 from torchtitan.config.job_config import JobConfig
@@ -87,8 +88,8 @@ def _about_devices(num_gpus: int | None, local_world_size: int) -> Iterator[str]
 
 def _about_activation_checkpoint(config: JobConfig) -> Iterator[str]:
     activation_checkpoint, option = config.activation_checkpoint, config.activation_checkpoint.selective_ac_option
-    if option != "op" and not (option.isdecimal() and len(option) < 19 and int(option) > 0):
-        yield f"{activation_checkpoint.selective_ac_option=!s} must be op or a positive integer"
+    if option not in SELECTIVE_MODES and not (option.isdecimal() and len(option) < 19 and int(option) > 0):
+        yield f"{activation_checkpoint.selective_ac_option=!s} must be op, attention or a positive integer"
 
 
 def _about_tensor_parallel(config: JobConfig, num_gpus: int | None) -> Iterator[str]:
@@ -277,9 +278,9 @@ def _about_zero_bubble(config: JobConfig) -> Iterator[str]:
             f"{apart}, and misses those of weights that are gathered anew between:"
             " parallelism.fsdp_reshard_after_forward=always does not work with it; use default or never"
         )
-    if checkpointing.mode == "selective" and checkpointing.selective_ac_option == "op":
+    if checkpointing.mode == "selective" and checkpointing.selective_ac_option in SELECTIVE_MODES:
         yield (
-            f"{apart}, which blocks that are recomputed by op allow only once; use activation_checkpoint.mode"
+            f"{apart}, which blocks that keep some results allow only once; use activation_checkpoint.mode"
             " full or none, or a number as activation_checkpoint.selective_ac_option"
         )
 

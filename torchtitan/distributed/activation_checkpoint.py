@@ -24,13 +24,15 @@ _KEPT = "torchtitan.kept"
 """What a module's results are marked with."""
 
 _PRODUCTS = {"aten::mm", "aten::_scaled_mm"}
-_COSTLY_OPS = {
+_ATTENTION = {
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "torchtitan::context_attention",
     "torchtitan::document_attention",
+}
+_COSTLY_OPS = _ATTENTION | {
     "aten::max",  # what float8 scales by, one number or one a row: to find it again reads a whole tensor
     "aten::amax",
     "_c10d_functional::reduce_scatter_tensor",
@@ -55,6 +57,7 @@ def apply_ac(
     options: dict[BlockMode, dict[str, ContextFn]] = {
         "full": {"context_fn": _keep_cpu_attention} if keep_cpu_attention else {},
         "op": {"context_fn": _keep_costly_ops},
+        "attention": {"context_fn": _keep_attention},
     }
     block: Any
     for block in model.layers.values():
@@ -89,6 +92,15 @@ def _marked_forward(module: nn.Module, *args: Any) -> Any:
 
 def _keep_cpu_attention() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts([torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default])
+
+
+def _keep_attention() -> tuple[Any, Any]:
+    """Keep what is as small as the block's input, and at long sequences more than half of its arithmetic."""
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op.name() in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def _keep_costly_ops() -> tuple[Any, Any]:

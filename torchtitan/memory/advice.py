@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from torchtitan.config.block_modes import BlockMode
+from torchtitan.config.block_modes import SELECTIVE_MODES, BlockMode
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import JobConfig
@@ -128,7 +128,8 @@ def _changes(config: JobConfig, world_size: int, liger_installed: bool) -> Itera
     elif liger.logits_memory_budget_mib > _SMALL_BUDGET_MIB:
         yield with_flags(liger_kernel__logits_memory_budget_mib=_SMALL_BUDGET_MIB)
     yield with_flags(training__compile=True)
-    yield with_flags(activation_checkpoint__mode="selective", activation_checkpoint__selective_ac_option="op")
+    for option in SELECTIVE_MODES:
+        yield with_flags(activation_checkpoint__mode="selective", activation_checkpoint__selective_ac_option=option)
     yield with_flags(activation_checkpoint__mode="full")
     if (batch := training.local_batch_size) > 1:
         dims = ParallelDims.from_config(config.parallelism, world_size)

@@ -1,9 +1,9 @@
 """What a start says about memory, and the choice of recomputation that activation_checkpoint.mode = "auto" makes.
 
 The choice begins with the fastest way, every block keeps all, and makes one block after the other leaner until the
-estimated peak fits: first all of them keep only the costly results, then, if need be, they are recomputed whole. So
-what is cheap to recompute for its size goes first. Earlier blocks become leaner first, since they wait longest for
-their backward. Each pipeline rank chooses for its own blocks, by its own peak.
+estimated peak fits: first all of them keep only the costly results, then, if need be, only attention's, and at last
+they are recomputed whole. So what is cheap to recompute for its size goes first. Earlier blocks become leaner first,
+since they wait longest for their backward. Each pipeline rank chooses for its own blocks, by its own peak.
 """
 
 import gc
@@ -158,7 +158,7 @@ def choose_block_modes(config: JobConfig, model: MemoryModel, budget: float) -> 
         return get_block_modes(config.activation_checkpoint, model.n_layers)
     fastest, *leaner = BLOCK_MODES
     if model.dims.pp > 1 and config.parallelism.pipeline_parallel_schedule in ZERO_BUBBLE:
-        leaner.remove("op")  # which these schedules cannot run: config/validate.py
+        leaner = ["full"]  # they cannot run the others: config/validate.py
     chosen = [fastest] * model.n_layers
     for rank in range(model.dims.pp):
         for mode, block in itertools.product(leaner, model.get_blocks(rank)):

@@ -117,7 +117,11 @@ def test_float8_without_torchao_names_the_package(monkeypatch):
         # fused loss
         (2, f"{FUSED} {TP} 2 --liger_kernel.implementation liger", ["implementation=liger", "degree=2", "native"]),
         # activation checkpointing
-        (1, "--activation_checkpoint.selective_ac_option 0", ["selective_ac_option=0", "op or a positive integer"]),
+        (
+            1,
+            "--activation_checkpoint.selective_ac_option 0",
+            ["selective_ac_option=0", "op, attention or a positive integer"],
+        ),
         (1, "--activation_checkpoint.selective_ac_option -1", ["selective_ac_option=-1"]),
         (1, "--activation_checkpoint.selective_ac_option ops", ["selective_ac_option=ops"]),
         # checkpoint
@@ -201,7 +205,7 @@ def test_float8_without_torchao_names_the_package(monkeypatch):
             2,
             f"{PP} 2 {SCHEDULE} ZBVZeroBubble --activation_checkpoint.mode selective"
             " --activation_checkpoint.selective_ac_option op",
-            ["ZBVZeroBubble", "recomputed by op", "activation_checkpoint.mode full or none"],
+            ["ZBVZeroBubble", "keep some results", "activation_checkpoint.mode full or none"],
         ),
         (
             2,
@@ -235,6 +239,7 @@ def test_a_broken_rule_names_the_options_and_a_way_out(world_size, argv, parts):
         (2, f"{FUSED} {TP} 2 --liger_kernel.implementation native"),
         (2, f"{TP} 2 --liger_kernel.implementation liger"),
         (1, "--activation_checkpoint.selective_ac_option op"),
+        (1, "--activation_checkpoint.selective_ac_option attention"),
         (1, "--activation_checkpoint.selective_ac_option 3"),
         (1, "--checkpoint.last_save_in_hf --checkpoint.enable_checkpoint --checkpoint.load_step 7"),
         (1, "--checkpoint.initial_load_in_hf --checkpoint.initial_load_path a"),

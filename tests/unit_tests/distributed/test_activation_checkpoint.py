@@ -20,6 +20,7 @@ NONE: list[BlockMode] = ["none"] * N_LAYERS
 FULL: list[BlockMode] = ["full"] * N_LAYERS
 EVERY_SECOND_BLOCK: list[BlockMode] = ["none", "full"] * (N_LAYERS // 2)
 EVERY_OP: list[BlockMode] = ["op"] * N_LAYERS
+EVERY_ATTENTION: list[BlockMode] = ["attention"] * N_LAYERS
 
 
 class OpCounter(TorchDispatchMode):
@@ -44,7 +45,7 @@ def run(modes: list[BlockMode], **options: Any) -> tuple[dict[str, Tensor], Coun
     return get_gradients(model), backward.counts
 
 
-@pytest.mark.parametrize("modes", [FULL, EVERY_SECOND_BLOCK, EVERY_OP])
+@pytest.mark.parametrize("modes", [FULL, EVERY_SECOND_BLOCK, EVERY_OP, EVERY_ATTENTION])
 def test_gradients_do_not_change(modes: list[BlockMode]) -> None:
     gradients, _ = run(modes)
     for name, expected in run(NONE)[0].items():
@@ -55,13 +56,15 @@ def test_recomputation_is_as_asked() -> None:
     attention = "_scaled_dot_product_flash_attention_for_cpu"
     mm: dict[str, int] = {}
     sdpa: dict[str, int] = {}
-    for name, modes in (("none", NONE), ("full", FULL), ("second", EVERY_SECOND_BLOCK), ("op", EVERY_OP)):
-        counts = run(modes)[1]
+    cases = {"none": NONE, "full": FULL, "second": EVERY_SECOND_BLOCK, "op": EVERY_OP, "attention": EVERY_ATTENTION}
+    for name, modes in cases.items():
+        counts = run(modes, kept_results=KEPT_RESULTS if name == "attention" else ())[1]
         mm[name], sdpa[name] = counts["mm"], counts[attention]
-    assert sdpa == {"none": 0, "full": N_LAYERS, "second": N_LAYERS // 2, "op": 0}
+    assert sdpa == {"none": 0, "full": N_LAYERS, "second": N_LAYERS // 2, "op": 0, "attention": 0}
     # Of a block's seven products the last is never needed again.
     assert mm["full"] - mm["none"] == 6 * N_LAYERS
     assert mm["second"] - mm["none"] == 6 * N_LAYERS // 2
+    assert mm["attention"] - mm["none"] == 6 * N_LAYERS  # no product is kept, whichever are named
     assert mm["op"] - mm["none"] == 6 * N_LAYERS  # attention alone is kept, unless modules are named
     assert run(EVERY_OP, kept_results=KEPT_RESULTS)[1]["mm"] - mm["none"] == N_LAYERS
 
@@ -95,11 +98,12 @@ def test_what_is_kept_is_named_whatever_else_the_block_multiplies(compiled: bool
     assert backward.counts["mm"] - plain.counts["mm"] == 4
 
 
-def test_context_parallel_attention_is_not_recomputed_by_op() -> None:
+@pytest.mark.parametrize("modes", [EVERY_OP, EVERY_ATTENTION])
+def test_context_parallel_attention_is_kept(modes: list[BlockMode]) -> None:
     model, block = Transformer(ARGS(n_layers=1)), nn.Module()
     block.forward = lambda q, k, v: context_attention(q, k, v, 0, 2, "")[0]  # type: ignore[method-assign]
     model.layers["0"] = block
-    apply_ac(model, EVERY_OP)
+    apply_ac(model, modes)
     q, k, v = (torch.empty(1, 2, 4, 8, device="meta", requires_grad=True) for _ in range(3))
     with OpCounter() as forward:
         out = block(q, k, v)
@@ -109,7 +113,7 @@ def test_context_parallel_attention_is_not_recomputed_by_op() -> None:
     assert backward.counts["context_attention_backward"] == 1
 
 
-@pytest.mark.parametrize("modes", [FULL, EVERY_SECOND_BLOCK, EVERY_OP])
+@pytest.mark.parametrize("modes", [FULL, EVERY_SECOND_BLOCK, EVERY_OP, EVERY_ATTENTION])
 def test_names_stay(modes: list[BlockMode]) -> None:
     model = Transformer(ARGS())
     names = [name for name, _ in model.named_parameters()]
@@ -145,7 +149,7 @@ def test_the_modes_of_a_running_model_may_change(compiled: bool) -> None:
     products, compilations = [], []
     first: dict[str, Tensor] = {}
     some_of_each: list[BlockMode] = ["op", "op", "none", "none"]
-    for modes in (NONE, some_of_each, EVERY_OP, NONE):
+    for modes in (NONE, some_of_each, EVERY_OP, EVERY_ATTENTION, NONE):
         set_block_modes(model, modes)
         model.zero_grad()
         loss = loss_sum(model(tokens), labels)
@@ -156,5 +160,5 @@ def test_the_modes_of_a_running_model_may_change(compiled: bool) -> None:
         gradients = get_gradients(model)
         first = first or gradients
         torch.testing.assert_close(gradients, first)
-    assert [n - products[0] for n in products] == [0, 2, N_LAYERS, 0]  # "op" recomputes that of w3
-    assert compilations == ([1, 2, 2, 2] if compiled else [0] * 4)
+    assert [n - products[0] for n in products] == [0, 2, N_LAYERS, 6 * N_LAYERS, 0]  # "op" recomputes that of w3
+    assert compilations == ([1, 2, 2, 3, 3] if compiled else [0] * 5)

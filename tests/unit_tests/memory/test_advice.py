@@ -48,6 +48,7 @@ def test_every_option_is_named_where_it_helps() -> None:
         "--liger_kernel.enable_fused_linear_cross_entropy",
         "--training.compile",
         "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op",
+        "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option attention",
         "--activation_checkpoint.mode full",
         "--training.local_batch_size 2 --training.global_batch_size 32",
         "--parallelism.fsdp_reshard_after_forward always",

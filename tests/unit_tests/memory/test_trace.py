@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from torchtitan.config.block_modes import SELECTIVE_MODES
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.context_parallel import context_attention
 from torchtitan.memory.trace import Float8Linear, MemoryTrace, with_gpu_kernels
@@ -76,7 +77,10 @@ class OfContext(nn.Module):
 
 # Not OfContext by op, for which K and V of the whole sequence are kept: those of the rank, which op keeps too, are then
 # needed no more, and the partitioner drops them.
-@pytest.mark.parametrize(("kernel", "option"), [(Flash, "none"), (Flash, "op"), (OfContext, "none"), (Flash, "float8")])
+@pytest.mark.parametrize(
+    ("kernel", "option"),
+    [(Flash, "none"), (Flash, "op"), (Flash, "attention"), (OfContext, "none"), (Flash, "float8")],
+)
 def test_kept_when_compiled_is_what_the_partitioner_keeps(option: str, kernel: type[nn.Module]) -> None:
     """Against AOTAutograd's partition of the same block, which is what torch.compile runs."""
     from functorch.compile import make_boxed_func
@@ -90,8 +94,8 @@ def test_kept_when_compiled_is_what_the_partitioner_keeps(option: str, kernel: t
     if option == "float8":
         for linear in [module for module in block.modules() if type(module) is nn.Linear]:
             linear.__class__ = Float8Linear
-    if option == "op":
-        apply_ac(model, ["op"], kept_results=KEPT_RESULTS)
+    if option in SELECTIVE_MODES:
+        apply_ac(model, [option], kept_results=KEPT_RESULTS)
 
     trace = MemoryTrace()
     with trace:

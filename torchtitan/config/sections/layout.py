@@ -54,7 +54,7 @@ class ActivationCheckpoint:
     """Share of the device's memory that auto may fill, what other processes hold on it included."""
     selective_ac_option: str = "2"
     """In selective mode: an integer n recomputes every n-th block; op recomputes in every block, but keeps the results
-    of costly operations."""
+    of costly operations, attention only that of attention."""
 
 
 @dataclass
