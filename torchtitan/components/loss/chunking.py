@@ -2,15 +2,20 @@
 
 from typing import NamedTuple
 
-ALIGNMENT = 128
-"""Chunks are multiples of this many rows, the tile height of the matrix products on a GPU."""
-SMALL_ALIGNMENT = 16
-"""Chunks with fewer rows than that are multiples of this: products of other sizes take slower kernels."""
+TILE = 128
+"""Rows that a GPU's matrix products take at a time: a chunk with one more row costs as much as one with that many."""
+_ALIGNMENTS = (1024, TILE, 16, 1)
+"""Chunks are multiples of one of these, the largest that makes no more of them. At D=4096 1024 rows are one full turn
+of an H100's 132 processors in the product for the hidden gradient, at 2048 half of one; below 16 kernels are slow."""
+_SLACK = 32
+"""A budget may be exceeded by one part in so many, where that fills up a tile."""
 
 
 def rows_in_budget(budget_bytes: int, *, vocab_rows: int, bytes_per_logit: int) -> int:
-    """Rows of logits that fit the budget; at least 1."""
-    return max(1, budget_bytes // max(1, vocab_rows * bytes_per_logit))
+    """Rows of logits that fit the budget, or as many as fill the last tile where it is missed by little; at least 1."""
+    rows = max(1, budget_bytes // max(1, vocab_rows * bytes_per_logit))
+    whole_tiles = round_up(rows, TILE)
+    return whole_tiles if (whole_tiles - rows) * _SLACK <= rows else rows
 
 
 class Chunks(NamedTuple):
@@ -32,26 +37,28 @@ def plan_chunks(
     """
     max_rows = rows_in_budget(budget_bytes, vocab_rows=vocab_rows, bytes_per_logit=bytes_per_logit)
     if is_sharded and num_tokens > max_rows:  # one chunk's reduction runs beside the next one's product
-        return Chunks(equal_chunk_rows(num_tokens, max(1, max_rows // 2)), 2)
-    return Chunks(equal_chunk_rows(num_tokens, max_rows), 1)
+        return Chunks(chunk_rows(num_tokens, max(1, max_rows // 2)), 2)
+    return Chunks(chunk_rows(num_tokens, max_rows), 1)
 
 
-def equal_chunk_rows(num_tokens: int, max_rows: int) -> int:
-    """Rows per chunk such that the fewest chunks cover `num_tokens`, alike in size and aligned where that fits.
+def chunk_rows(num_tokens: int, max_rows: int) -> int:
+    """Rows per chunk such that the fewest chunks cover `num_tokens`, alike in size as far as a GPU gains by it.
 
-    >>> equal_chunk_rows(8192, 5000)  # two chunks, not 5000 + 3192
+    >>> chunk_rows(8192, 5000)  # two chunks, not 5000 + 3192
     4096
+    >>> chunk_rows(4400, 4224)  # 3072 + 1328: three full turns and two, where 2200 + 2200 would take three each
+    3072
     """
     if num_tokens <= max_rows:
         return max(num_tokens, 1)
-    alignment = next(a for a in (ALIGNMENT, SMALL_ALIGNMENT, 1) if a <= max_rows)
-    num_chunks = -(-num_tokens // _align_down(max_rows, alignment))
+    needed = next(a for a in _ALIGNMENTS[1:] if a <= max_rows)
+    num_chunks = -(-num_tokens // (max_rows - max_rows % needed))
     rows = -(-num_tokens // num_chunks)
-    return -(-rows // alignment) * alignment
+    return next(aligned for a in _ALIGNMENTS if (aligned := round_up(rows, a)) <= max_rows)
 
 
-def _align_down(number: int, alignment: int) -> int:
-    return number - number % alignment
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def liger_chunk_rows(num_tokens: int, *, dim: int, vocab_size: int, chunk_mem_const: int) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchtitan.components.loss.chunking import equal_chunk_rows, rows_in_budget
+from torchtitan.components.loss.chunking import chunk_rows, rows_in_budget
 from torchtitan.components.loss.cross_entropy import CrossEntropySum
 from torchtitan.components.loss.terms import get_loss_dtype
 from torchtitan.components.loss.vocab_shard import gather_hidden_local_weight
@@ -45,7 +45,7 @@ class EvalLoss:
             vocab_rows=shard.rows_per_rank if shard else len(weight),  # all ranks must take the same steps
             bytes_per_logit=hidden.element_size() + _NUM_COPIES * get_loss_dtype(hidden).itemsize,
         )
-        rows = equal_chunk_rows(len(labels), max_rows)
+        rows = chunk_rows(len(labels), max_rows)
         total = hidden.new_zeros((), dtype=get_loss_dtype(hidden))
         for part, targets in zip(hidden.split(rows), labels.split(rows), strict=True):
             total = total + self._sum.of_local(F.linear(part, weight), targets, shard)

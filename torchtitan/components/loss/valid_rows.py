@@ -1,6 +1,7 @@
 """Ignored tokens are not computed where the host has the labels: the others are gathered, and nothing waits for it.
 
-Their number is rounded up to a 64th of all, with ignored tokens, so that the sizes of what is allocated stay few.
+Their number is rounded up to a 64th of all or a tile of the GPU's products, whichever is less, with ignored tokens: the
+tile costs the same, and the sizes of what is allocated stay few.
 """
 
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchtitan.components.loss.chunking import TILE, round_up
 from torchtitan.components.loss.terms import IGNORE_INDEX
 
 _NUM_SIZES = 64
@@ -31,8 +33,7 @@ class ValidRows:
         rows = None
         if labels.device.type == "cpu" and not torch.compiler.is_compiling():
             is_valid = labels != IGNORE_INDEX
-            size = -(-len(labels) // _NUM_SIZES)
-            wanted = -(-int(is_valid.sum()) // max(size, 1)) * size
+            wanted = round_up(int(is_valid.sum()), max(1, min(TILE, -(-len(labels) // _NUM_SIZES))))
             if wanted < len(labels):
                 rows = torch.cat([is_valid.nonzero(), (~is_valid).nonzero()]).flatten()[:wanted]
         taken = labels if rows is None else labels[rows]
