@@ -3,18 +3,22 @@
     python scripts/benchmark_loss.py                                            # Llama 3 8B's head, on a GPU
     python scripts/benchmark_loss.py --tokens 2048 --vocab 32000 --dim 512 --dtype float32 --budgets 32   # on a CPU
     python scripts/benchmark_loss.py --tokens 8192 --ignored 0 0.5 0.9          # labels that are ignored
-    python scripts/benchmark_loss.py --checkpoint outputs/checkpoint/step-500   # a trained model's head, on real text
+    python scripts/benchmark_loss.py --checkpoint outputs/checkpoint/step-500   # also a trained model's head, on text
 
 Measured is hidden -> loss -> both gradients. "floor" is the three bare matrix products (logits, hidden gradient,
 weight gradient) in the same process; "x floor" a time over it. linear_logprobs computes the logits twice: its floor is
-four. Errors of rows with options that change the loss mean nothing. "peak" is the largest allocation above the inputs,
-"above grads" the same less the two gradients. "error" is |g - g32| / |g32| of the hidden and the weight gradient
-against float32 autograd. Labels are drawn by Zipf's law, as words are: then many tokens add to the same rows of the
-weight gradient, and a sum over chunks shows its rounding. Fused losses get the labels where training has them, on the
-host. With --checkpoint, a run's or Hugging Face's, the weight is its model's, and hidden states and labels are what
-it makes of Python's library: most of a trained model's gradients are tiny, and a loss may leave out what is tiny. With
---profile, a row's longest kernels follow it: how often each ran, and its milliseconds in all. Liger, CCE and quack have
-rows where they import. Writes results.jsonl and benchmark_loss.png to --out.
+four. "x plain" is a time over that of the in-tree loss with the largest budget and no option; the last lines say what
+ignored labels make of each row's time. Errors of rows with options that change the loss mean nothing. "peak" is the
+largest allocation above the inputs, "above grads" the same less the two gradients. "error" is |g - g32| / |g32| of the
+hidden and the weight gradient against float32 autograd. Labels are drawn by Zipf's law, as words are: then many tokens
+add to the same rows of the weight gradient, and a sum over chunks shows its rounding. Fused losses get the labels where
+training has them, on the host.
+
+With --checkpoint, a run's or Hugging Face's, every row is measured twice: with random numbers of its model's shape, and
+with its weight, where hidden states and labels are what it makes of Python's library: most of a trained model's
+gradients are tiny, and a loss may leave out what is tiny. With --profile, a row's longest kernels follow it: how often
+each ran, and its milliseconds in all. Liger, CCE and quack have rows where they import. Writes results.jsonl and
+benchmark_loss.png to --out.
 """
 
 import argparse
@@ -95,7 +99,7 @@ def fused(loss: Any) -> LossFn:
 
 def with_options(hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, **options: Any) -> Tensor:
     if options.pop("token_weights", False):
-        options["token_weights"] = torch.ones_like(labels, dtype=torch.float32)
+        options["token_weights"] = torch.ones(labels.shape, device=hidden.device)
     found = fused_linear_cross_entropy(hidden, weight, labels, scale=scale, **options)
     return found if isinstance(found, Tensor) else found.loss
 
@@ -120,6 +124,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 FOUR_PRODUCTS = ["linear_logprobs"]
+WEIGHTS = ("random", "trained")
 
 
 def implementations(args: argparse.Namespace) -> dict[str, LossFn]:
@@ -150,8 +155,10 @@ def implementations(args: argparse.Namespace) -> dict[str, LossFn]:
         table[f"in-tree, {budget:g} MiB"] = fused(FusedLinearCrossEntropyLoss(budget_bytes=int(budget * MIB)))
     for name, terms in OPTIONS.items():
         table[f"in-tree + {name}"] = partial(with_options, **terms)
+        _ON_HOST.add(table[f"in-tree + {name}"])
     table["in-tree + labels on the device"] = partial(with_options)
     table["linear_logprobs"] = negative_logprobs
+    _ON_HOST.add(negative_logprobs)
     if args.dtype != "float32":
         budget = max(args.budgets)
         loss = FusedLinearCrossEntropyLoss(budget_bytes=int(budget * MIB), accum_dtype=torch.float32)
@@ -317,8 +324,8 @@ def float32_gradients(problem: Problem, chunk: int = 1024) -> tuple[Tensor, Tens
     return d_hidden, d_weight
 
 
-def measure(num_tokens: int, ignored: float, args: argparse.Namespace) -> list[dict[str, Any]]:
-    problem = make_problem(args, num_tokens, ignored, args.trained)
+def measure(num_tokens: int, ignored: float, weights: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    problem = make_problem(args, num_tokens, ignored, args.trained if weights == "trained" else None)
     reference = float32_gradients(problem)
     grad_bytes = sum(t.numel() * t.element_size() for t in (problem.hidden, problem.weight))
     rows: list[dict[str, Any]] = []
@@ -348,6 +355,7 @@ def measure(num_tokens: int, ignored: float, args: argparse.Namespace) -> list[d
                 "name": name,
                 "tokens": num_tokens,
                 "ignored": ignored,
+                "weights": weights,
                 "peak_mib": peak / MIB,
                 "above_grads_mib": (peak - grad_bytes) / MIB,
                 "d_hidden_error": errors[0],
@@ -361,20 +369,58 @@ def measure(num_tokens: int, ignored: float, args: argparse.Namespace) -> list[d
         num_products = 4 if row["name"] in FOUR_PRODUCTS else 3
         row |= {"ms": times[row["name"]], "floor_ms": times["floor"]}
         row["x_floor"] = row["ms"] / row["floor_ms"] * 3 / num_products
+        if plain_name(args) in times:
+            row["x_plain"] = row["ms"] / times[plain_name(args)]
     return rows
 
 
+def plain_name(args: argparse.Namespace) -> str:
+    """Of the row that options and ignored labels are compared with."""
+    return f"in-tree, {max(args.budgets):g} MiB"
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"\n{rows[0]['tokens']} tokens, {100 * rows[0]['ignored']:g}% ignored; floor {rows[0]['floor_ms']:.1f} ms")
-    print(f"{'':40}{'ms':>9}{'x floor':>9}{'peak MiB':>10}{'above grads':>13}{'dH error':>11}{'dW error':>11}")
-    for row in rows:
-        print(
-            f"{row['name']:40}{row['ms']:9.1f}{row['x_floor']:9.2f}{row['peak_mib']:10.0f}{row['above_grads_mib']:13.0f}"
-            f"{row['d_hidden_error']:11.2e}{row['d_weight_error']:11.2e}",
-            flush=True,
-        )
-        for kernel in row.get("kernels", []):
-            print(f"    {kernel['ms']:9.2f} ms {kernel['count']:5} x {kernel['kernel'][:90]}")
+    """Of one size; what was measured with random and with trained weights is in one line."""
+    by_weights = {weights: [row for row in rows if row["weights"] == weights] for weights in WEIGHTS}
+    by_weights = {weights: found for weights, found in by_weights.items() if found}
+    floors = ", ".join(f"{found[0]['floor_ms']:.1f} ms with {weights} weights" for weights, found in by_weights.items())
+    print(f"\n{rows[0]['tokens']} tokens, {100 * rows[0]['ignored']:g}% ignored; floor {floors}")
+    columns = (
+        f"{'ms':>9}{'x floor':>9}{'x plain':>9}{'peak MiB':>10}{'above grads':>13}{'dH error':>11}{'dW error':>11}"
+    )
+    print(f"{'':45}" + "".join(f"{weights:>{len(columns)}}" for weights in by_weights))
+    print(f"{'':45}" + columns * len(by_weights))
+    for name in dict.fromkeys(row["name"] for row in rows):
+        found = {row["weights"]: row for row in rows if row["name"] == name}
+        cells = [_cells(found[weights]) if weights in found else " " * len(columns) for weights in by_weights]
+        print(f"{name:45}" + "".join(cells), flush=True)
+        for row in found.values():
+            for kernel in row.get("kernels", []):
+                print(f"    {row['weights']} {kernel['ms']:9.2f} ms {kernel['count']:5} x {kernel['kernel'][:90]}")
+
+
+def _cells(row: dict[str, Any]) -> str:
+    plain = f"{row['x_plain']:9.3f}" if "x_plain" in row else " " * 9
+    return (
+        f"{row['ms']:9.1f}{row['x_floor']:9.3f}{plain}{row['peak_mib']:10.0f}{row['above_grads_mib']:13.0f}"
+        f"{row['d_hidden_error']:11.2e}{row['d_weight_error']:11.2e}"
+    )
+
+
+def print_ignored(rows: list[dict[str, Any]]) -> None:
+    """Of each row measured with none of the labels ignored, what others of them ignored make of its time."""
+    times = {(row["name"], row["weights"], row["tokens"], row["ignored"]): row["ms"] for row in rows}
+    for (name, weights, num_tokens, ignored), whole in times.items():
+        if ignored == 0:
+            others = {row["ignored"] for row in rows} - {0}
+            parts = [
+                (i, times[name, weights, num_tokens, i])
+                for i in sorted(others)
+                if (name, weights, num_tokens, i) in times
+            ]
+            told = ", ".join(f"{part / whole:.3f} with {100 * i:g}%" for i, part in parts)
+            if told:
+                print(f"{name}, {num_tokens} tokens, {weights} weights: {told} of the labels ignored")
 
 
 def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -419,7 +465,7 @@ def main() -> None:
     parser.add_argument(
         "--ignored", type=float, nargs="+", default=[0.01], help="shares of the labels that are ignored, one by one"
     )
-    parser.add_argument("--checkpoint", type=Path, help="take weight and hidden states of this trained model")
+    parser.add_argument("--checkpoint", type=Path, help="also with weight and hidden states of this trained model")
     parser.add_argument(
         "--budgets",
         type=float,
@@ -450,12 +496,15 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with (args.out / "results.jsonl").open("w") as results:
         for num_tokens, ignored in product(args.tokens, args.ignored):
-            new = measure(num_tokens, ignored, args)
+            kinds = WEIGHTS if args.trained else WEIGHTS[:1]
+            new = [row for weights in kinds for row in measure(num_tokens, ignored, weights, args)]
             if new:  # not out of memory with all of them
                 print_table(new)
             rows += new
             results.writelines(json.dumps({**about, **row}) + "\n" for row in new)
-    plot(rows, args.out / "benchmark_loss.png", title)
+    print()
+    print_ignored(rows)
+    plot([row for row in rows if row["weights"] == WEIGHTS[0]], args.out / "benchmark_loss.png", title)
 
 
 if __name__ == "__main__":
