@@ -9,7 +9,6 @@ whatever the number of ignored labels on each rank. Between two log steps the ho
 (docs/architecture.md names the exceptions).
 """
 
-import datetime
 import math
 import signal
 import sys
@@ -26,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchtitan.checkpoint.manager import CheckpointManager, build_checkpoint_manager
-from torchtitan.components.dataloader import Batch, build_dataloader
+from torchtitan.components.dataloader import Batch, agree_on_ignored, build_dataloader
 from torchtitan.components.document_mask import build_document_marker
 from torchtitan.components.history import get_environment, get_report_command
 from torchtitan.components.loss import IGNORE_INDEX
@@ -75,7 +74,7 @@ class Trainer:
         )
         self.parallel_dims = ParallelDims.from_config(config.parallelism, utils.get_world().size)
         self.mesh = build_mesh(self.parallel_dims, self.device.type)
-        self._set_timeouts(config.comm.init_timeout_seconds)  # the mesh's groups have torch's own
+        utils.set_pg_timeouts(config.comm.init_timeout_seconds, self.mesh, self.device)
         self.gc = GarbageCollection(config.training.gc_freq, debug=config.training.gc_debug)
         self.seed = utils.set_determinism(training.seed, self.device, deterministic=training.deterministic)
         self.guard = RunGuard(self.device)
@@ -146,7 +145,8 @@ class Trainer:
         """
         config, steps, rank = self.config, self.config.training.steps, utils.get_world().rank
         if self.checkpointer.load() and self.dataloader.seed != self.seed:
-            self._report_seed()
+            without_effect = f"; training.seed={self.seed} changes nothing" * (config.training.seed is not None)
+            logger.info(f"The data's order goes on with the checkpoint's seed, {self.dataloader.seed}{without_effect}")
         self.save_options()
         batches, first_step = self.batches(), self.step + 1
         nothing_left = f"Nothing is left to train: step {self.step} is done, of training.steps={steps}"
@@ -169,17 +169,22 @@ class Trainer:
                     self._stop()
                 profile_step()
                 if self.step == first_step:
-                    self._set_timeouts(config.comm.train_timeout_seconds)
+                    utils.set_pg_timeouts(config.comm.train_timeout_seconds, self.mesh, self.device)
         logger.info(f"Training completed; to see it: {get_report_command(config.job.dump_folder)}")
 
     def train_step(self, batches: Iterator[Batch]) -> bool:
-        """One optimizer step, left out where a rank that is to stop has no data; whether one was to stop before it."""
+        """One optimizer step, or none; whether a rank was to stop before it (run_guard.py says when it is left out)."""
         place = self.dataloader.place
         microbatches = [next(batches) for _ in range(self.num_microbatches)]
+        if getattr(self.loss, "takes_host_labels", False):
+            agree_on_ignored(microbatches, self.mesh["tp"], self.device, stand_in=self.dataloader.gave_up)
         # on the CPU, where the batches are, and by one rank of those that read the same sequences
         num_local_tokens = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in microbatches]).sum()
         count = int(num_local_tokens) * self.mesh.is_first("pp", "cp", "tp")
         scale = 1 / self.guard.sum_tokens(count, no_data=self.dataloader.gave_up).clamp(min=1)
+        if self.guard.stops_at_once():
+            self.step, self.dataloader.place = self.step - 1, place
+            return True
 
         loss = self.memory.run(partial(self._forward_backward, microbatches, scale), self.runner.model_parts)
         self.source_losses.add_step(microbatches)
@@ -255,20 +260,12 @@ class Trainer:
             write_resolved(self.get_options_in_force(), Path(self.config.job.dump_folder) / "config.toml")
             self.metrics.note("start", self.step, **get_environment(self.parallel_dims, self.device))
 
-    def _report_seed(self) -> None:
-        given = self.config.training.seed
-        without_effect = "" if given is None else f"; training.seed={given} changes nothing"
-        logger.info(f"The data's order goes on with the checkpoint's seed, {self.dataloader.seed}{without_effect}")
-
     def _stop(self) -> None:
         self.guard.check_weights(self.parameters(), self.step)
         saved = self.checkpointer.save(self.step)
         self.metrics.note("stop", self.step, saved=saved)
         logger.info(f"Stopped by SIGTERM after step {self.step}; " + ("it is saved" if saved else "nothing was saved"))
         raise SystemExit(EXIT_PREEMPTED)
-
-    def _set_timeouts(self, seconds: int) -> None:
-        utils.set_pg_timeouts(datetime.timedelta(seconds=seconds), self.mesh, self.device)
 
     def _build_loss(self) -> Loss:
         return (self.model_code.build_loss or build_loss)(
@@ -345,8 +342,7 @@ def main(argv: list[str]) -> int:
     end_with_launcher()
     config: JobConfig | None = None
     trainer: Trainer | None = None
-    failed = True
-    world = utils.get_world()
+    failed, world = True, utils.get_world()
     try:
         config = ConfigManager().parse_args(argv)
         maybe_import_custom(config.experimental.custom_import)

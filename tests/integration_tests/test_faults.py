@@ -45,6 +45,9 @@ from torchtitan.checkpoint.folder import CheckpointFolder
 from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
 from torchtitan.components import dataloader
 from torchtitan.components.dataloader import Batch
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.run_guard import RunGuard
+from torchtitan.components.samples import Sampler
 from torchtitan.components.validate import Validator
 from torchtitan.config.errors import EXIT_MISTAKE
 from torchtitan.datasets import SequenceReader
@@ -172,21 +175,36 @@ def test_sigterm_finishes_the_step_and_saves_it(tmp_path, undisturbed, mode):
     assert all(len(lives) == 1 for lives in read_records(life.folder).values())  # nothing was trained twice
 
 
-def test_sigterm_is_answered_after_one_more_step_and_before_a_validation(tmp_path):
+def test_sigterm_is_answered_after_the_step_and_before_a_validation_and_amid_its_texts(tmp_path):
     options = f"{SAVING} --validation.enabled --validation.freq 5 --validation.steps 1 --validation.seq_len 32"
-    options += f" --validation.dataset_path {REPO}/LICENSE"
-    life = Life(tmp_path / "run", options, hook=ask_to_stop_in_step_9)
-    assert life.wait() == [EXIT_PREEMPTED], life.last_words()
-    assert "Stopped by SIGTERM after step 10; it is saved" in life.output()
+    options += f" --validation.dataset_path {REPO}/LICENSE --validation.prompts this --validation.max_new_tokens 3"
+    for hook, last in ((ask_to_stop_at_the_second_token, 1), (ask_to_stop_in_step_10, 10)):
+        life = Life(tmp_path / "run", options, hook=hook)
+        assert life.wait() == [EXIT_PREEMPTED], life.last_words()
+        assert f"Stopped by SIGTERM after step {last}; it is saved" in life.output()
     assert [line["step"] for line in read_lines(life.folder) if "grad_norm" not in line] == [1, 5]
+    events = [json.loads(line) for line in (life.folder / "history.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "text"] == [5]
 
 
-def ask_to_stop_in_step_9() -> None:
+def ask_to_stop_at_the_second_token() -> None:
+    next_tokens, asked = Sampler._next_tokens, itertools.count(1)
+
+    def ask(self: Sampler, *texts: torch.Tensor) -> torch.Tensor:
+        if next(asked) == 2:
+            Sampler._next_tokens = None  # there is no third
+            ask_to_stop()
+        return next_tokens(self, *texts)
+
+    Sampler._next_tokens = ask
+
+
+def ask_to_stop_in_step_10() -> None:
     train_step = Trainer.train_step
 
     def then_ask(trainer: Trainer, batches: Iterator[Batch]) -> bool:
         stop = train_step(trainer, batches)
-        if trainer.step == 9:
+        if trainer.step == 10:
             ask_to_stop()
         return stop
 
@@ -216,12 +234,11 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step_whatever_they_are_at(tmp
     folder = tmp_path / "run"
     validating = "--validation.enabled --validation.freq 100 --validation.seq_len 32 --validation.dataset_path"
     options = f"{PAIR_SAVING} {validating} {REPO}/LICENSE"
-    for hook, last in ((ask_in_validation, 1), (ask_in_a_save, 6), (ask_in_a_step_without_data, 19)):
+    for hook, last in ((ask_in_validation, 1), (ask_in_a_save, 5), (ask_in_a_step_without_data, 19)):
         life = Life(folder, options, world_size=2, hook=hook)
         assert life.wait() == [EXIT_PREEMPTED, EXIT_PREEMPTED], life.last_words()
         assert f"Stopped by SIGTERM after step {last}; it is saved" in life.output()
         assert f"step-{last}" in checkpoints(folder)
-    assert {"step-5", "step-6"} <= {*checkpoints(folder)}
     train(folder, PAIR_SAVING, world_size=2)
     assert_as_undisturbed(folder, undisturbed_pair, up_to=PAIR_STEPS)
     assert all(len(lives) == 1 for lives in read_records(folder).values())  # nothing was trained twice
@@ -249,7 +266,7 @@ def ask_in_validation() -> None:
 
 
 def ask_in_a_save() -> None:
-    """Of step 5, on rank 0, which alone makes it visible; both then train step 6."""
+    """Of step 5, on rank 0, which alone makes it visible; both then begin step 6, and leave it out."""
     publish = CheckpointFolder.publish
 
     def ask_and_publish(self: CheckpointFolder, path: Path, step: int) -> None:
@@ -261,16 +278,39 @@ def ask_in_a_save() -> None:
 
 
 def ask_in_a_step_without_data() -> None:
-    """Step 20, of which rank 0 has its batch; the other's never comes."""
-    read = SequenceReader.read
+    """The 15th, of which rank 0 has its batch; the other's never comes. As on a GPU, which has it queued by then."""
+    read, steps = SequenceReader.read, itertools.count(1)
 
-    def read_on_to_step_19(self: SequenceReader) -> Iterator[Any]:
-        yield from itertools.islice(read(self), 19 - 6)
+    def read_14(self: SequenceReader) -> Iterator[Any]:
+        yield from itertools.islice(read(self), 14)
         threading.Event().wait()
 
+    RunGuard.stops_at_once = lambda self: False
+
     if os.environ["RANK"] == "1":
-        SequenceReader.read, dataloader.STOP_TIMEOUT_SECONDS = read_on_to_step_19, 0
-        before_step(lambda trainer: ask_to_stop() if trainer.step == 20 else None)
+        SequenceReader.read, dataloader.STOP_TIMEOUT_SECONDS = read_14, 0
+        before_step(lambda trainer: ask_to_stop() if next(steps) == 15 else None)
+
+
+def test_one_tensor_parallel_rank_without_data_takes_the_step_that_the_other_has_queued(tmp_path):
+    """In the fused loss too, where what the ranks tell each other is as large as there are labels."""
+    options = f"{SAVING} --parallelism.tensor_parallel_degree 2 --liger_kernel.enable_fused_linear_cross_entropy"
+    options += " --training.steps 30 --comm.train_timeout_seconds 20"
+    life = Life(tmp_path / "run", options, world_size=2, hook=ask_in_a_step_without_data_of_few_labels)
+    assert life.wait() == [EXIT_PREEMPTED, EXIT_PREEMPTED], life.last_words()
+    assert "Stopped by SIGTERM after step 14; it is saved" in life.output()
+
+
+def ask_in_a_step_without_data_of_few_labels() -> None:
+    read = SequenceReader.read
+
+    def read_few_labels(self: SequenceReader) -> Iterator[Any]:
+        for rows, *rest in read(self):
+            rows[:, 9:] = IGNORE_INDEX
+            yield rows, *rest
+
+    SequenceReader.read = read_few_labels
+    ask_in_a_step_without_data()
 
 
 def test_torchrun_restarts_after_a_dead_worker_and_passes_sigterm_on(tmp_path, undisturbed_pair):

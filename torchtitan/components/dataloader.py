@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_map
 
 from torchtitan.components.data_sources import compare_tokenizers, open_together
@@ -43,6 +44,7 @@ from torchtitan.datasets import (
     pack,
 )
 from torchtitan.datasets.tokens import TokenFiles
+from torchtitan.distributed.utils import dist_max
 from torchtitan.protocols.sequences import Documents
 from torchtitan.tools.logging import logger
 
@@ -182,7 +184,7 @@ class TrainingDataLoader:
             yield _to_batch(rows)._replace(sources=torch.tensor(sources))
         while self._ahead is not None:  # it has not been closed
             self.gave_up = True
-            # A tensor-parallel rank may have the batch: the loss of both must walk over all tokens, so none is ignored.
+            # which labels count, if any, agree_on_ignored says
             word = min({0, 1, 2} - {self.tokenizer.bos_id, self.tokenizer.eos_id})
             rows = np.full((self.division.batch_size, self.division.seq_len + 1), word, np.int32)
             yield _to_batch(rows)._replace(sources=torch.zeros(len(rows), dtype=torch.int64))
@@ -272,6 +274,21 @@ def _deal(
         for row, (sequence, _) in zip(rows, group[rank * batch_size :], strict=False):
             row[: len(sequence)] = sequence
         yield rows
+
+
+def agree_on_ignored(batches: list[Batch], axis: DeviceMesh, device: torch.device, *, stand_in: bool) -> None:
+    """Have stand-ins ignore the labels that other ranks of the axis, which have the batches themselves, ignore.
+
+    The sizes of what a loss that takes labels on the host communicates hang on them. Only who has stand-ins waits.
+    """
+    if axis.size() == 1:
+        return
+    counts = torch.stack([batch.labels != IGNORE_INDEX for batch in batches]).to(torch.uint8) * (not stand_in)
+    counts = counts.pin_memory() if device.type == "cuda" else counts
+    of_all = dist_max(counts.to(device, non_blocking=True), axis)
+    if stand_in:
+        for i, (batch, counts) in enumerate(zip(batches, of_all.cpu().bool(), strict=True)):
+            batches[i] = batch._replace(labels=batch.labels.where(counts, IGNORE_INDEX))
 
 
 def _to_batch(rows: Rows) -> Batch:

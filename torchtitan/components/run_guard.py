@@ -1,11 +1,14 @@
 """What ends a run between two steps: a request to stop, and numbers that are not finite.
 
 All ranks learn of it together, from flags on the device that the host reads when they are long there, so that it never
-waits for work that it has just queued.
+waits for work that it has just queued. A request is told as the device begins a step. On the CPU that step is left out.
+A GPU has it queued when the host learns of it, and trains it: to leave it out, the host would have to wait in each step
+for the one before to end, and queue nothing meanwhile. On both, a step for which some rank has no data is left out.
 """
 
 import math
 import signal
+import time
 from collections.abc import Iterable
 from types import FrameType
 
@@ -20,7 +23,9 @@ class RunGuard:
     """One for a run; its calls are made by all ranks at the same steps."""
 
     def __init__(self, device: torch.device) -> None:
-        self._asked_to_stop = False
+        self._device = device
+        self._asked = torch.zeros(1, pin_memory=device.type == "cuda")  # a GPU reads it when it comes to that
+        self._asked_on_host = self._asked.numpy()  # a signal handler must not call torch, which may be in the midst
         self._all_finite = torch.ones((), dtype=torch.bool, device=device)
         self._no_data = torch.zeros((), dtype=torch.bool, device=device)
         self._finite: _Later | None = None
@@ -32,18 +37,24 @@ class RunGuard:
 
     def asked_to_stop(self) -> bool:
         """This rank."""
-        return self._asked_to_stop
+        return bool(self._asked_on_host[0])
 
     def must_stop(self) -> bool:
         """Whether some rank was asked to: a collective call, which waits for the device."""
-        return bool(sum_over_world_(torch.tensor(float(self._asked_to_stop), device=self._all_finite.device)))
+        return bool(sum_over_world_(self._asked.to(self._device, copy=True)))
 
     def sum_tokens(self, num_tokens: int, *, no_data: bool) -> Tensor:
         """Of all ranks, as each step begins: 0-dim float32. With it they tell who is to stop, and if it has no data."""
-        counts = torch.tensor([num_tokens, self._asked_to_stop, no_data], dtype=torch.float32)
-        sums = sum_over_world_(counts.to(self._all_finite.device, non_blocking=True))
-        self._stop, self._no_data = _Later(sums[1:]), sums[2] > 0
+        counts = torch.tensor([num_tokens, no_data], dtype=torch.float32)
+        both = [values.to(self._device, non_blocking=True) for values in (counts, self._asked)]
+        sums = sum_over_world_(torch.cat(both))
+        self._stop, self._no_data = _Later(sums[1:]), sums[1] > 0
         return sums[0]
+
+    def stops_at_once(self) -> bool:
+        """Whether the step that has begun is to be left out, for all that was asked before it."""
+        assert self._stop is not None
+        return self._device.type == "cpu" and bool(self._stop.read()[1])
 
     def must_skip(self, grad_norm: Tensor) -> Tensor:
         """Whether the optimizer is to leave this step out: 0-dim bool, and true ever after a norm was not finite."""
@@ -61,7 +72,7 @@ class RunGuard:
         self._check_last(step - 1)
         self._finite = _Later(self._all_finite)
         assert self._stop is not None
-        stop, no_data = self._stop.read().tolist()
+        no_data, stop = self._stop.read().tolist()
         return stop > 0, no_data > 0
 
     def _check_last(self, step: int) -> None:
@@ -81,7 +92,7 @@ class RunGuard:
             raise NonFiniteError(step, "the optimizer has made weights that are inf or nan; they are not saved")
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
-        self._asked_to_stop = True
+        self._asked_on_host[0] = 1
 
 
 class _Later:
@@ -93,6 +104,6 @@ class _Later:
         self._event = torch.cuda.current_stream().record_event() if value.is_cuda else None
 
     def read(self) -> Tensor:
-        if self._event is not None:
-            self._event.synchronize()
+        while self._event is not None and not self._event.query():
+            time.sleep(0.001)  # not synchronize(), during which Python handles no signal; the device has work queued
         return self._copy

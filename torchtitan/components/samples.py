@@ -8,7 +8,7 @@ there the next one is read from the logits.
 Shapes: P prompts, S the length of all of them, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from torchtitan.distributed.utils import dist_sum
 
 @dataclass
 class Sampler:
-    """Continues the prompts; a collective call of all ranks.
+    """Continues the prompts; a collective call of all ranks, which all ask `must_stop` before each new token.
 
     Raises:
         ConfigError: a prompt has no tokens, or too many.
@@ -41,6 +41,7 @@ class Sampler:
     device: torch.device
     context: int
     """Tokens that the model can see."""
+    must_stop: Callable[[], bool]
 
     def __post_init__(self) -> None:
         prompts, new = self.validation.prompts, self.validation.max_new_tokens
@@ -56,24 +57,26 @@ class Sampler:
                 )
         self.seq_len = -(-(max(map(len, self.ids), default=0) + new) // unit) * unit
 
-    def __call__(self) -> Iterator[tuple[str, str]]:
-        """Each prompt and what follows it, up to the end token. The model is in eval mode."""
-        if not self.ids:
-            return
+    def __call__(self) -> list[tuple[str, str]] | None:
+        """Each prompt and what follows it, up to the end token; None where it must stop. The model is in eval mode."""
         tokens = torch.zeros(len(self.ids), self.seq_len, dtype=torch.int64)  # (P, S)
         ends = torch.tensor([len(ids) for ids in self.ids])
         for row, ids in enumerate(self.ids):
             tokens[row, : len(ids)] = torch.tensor(ids)
         rows = torch.arange(len(self.ids))
-        for _ in range(self.validation.max_new_tokens):
+        for _ in range(self.validation.max_new_tokens if self.ids else 0):
+            if self.must_stop():
+                return None
             tokens[rows, ends] = self._next_tokens(tokens, ends)
             ends += 1
+        texts = []
         for prompt, ids, made in zip(self.validation.prompts, self.ids, tokens.tolist(), strict=True):
             new = made[len(ids) : len(ids) + self.validation.max_new_tokens]
             if self.tokenizer.eos_id in new:
                 new = new[: new.index(self.tokenizer.eos_id)]
             # what a tokenizer makes of the first tokens may depend on those before
-            yield prompt, self.tokenizer.decode([*ids, *new])[len(self.tokenizer.decode(ids)) :]
+            texts.append((prompt, self.tokenizer.decode([*ids, *new])[len(self.tokenizer.decode(ids)) :]))
+        return texts
 
     def _next_tokens(self, tokens: Tensor, ends: Tensor) -> Tensor:
         """(P, S) and the length of each text -> (P,), on the CPU."""

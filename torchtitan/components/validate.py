@@ -60,7 +60,14 @@ class Validator:
         )
         context = max(self.training.seq_len, self.validation.seq_len)
         self.sample = Sampler(
-            self.validation, self.tokenizer, self.runner, self.shard_context, self.mesh, self.device, context
+            self.validation,
+            self.tokenizer,
+            self.runner,
+            self.shard_context,
+            self.mesh,
+            self.device,
+            context,
+            self.guard.must_stop,
         )
 
     def maybe_validate(self, step: int) -> bool:
@@ -71,7 +78,9 @@ class Validator:
                     return True
                 loss, n_tokens = result
                 self.metrics.log_validation(step, loss=loss, n_tokens=n_tokens)
-                for prompt, text in self.sample():
+                if (texts := self.sample()) is None:
+                    return True
+                for prompt, text in texts:
                     self.metrics.log_text(step, prompt, text)
         return False
 

@@ -163,14 +163,17 @@ def _enable_flight_recorder(comm: Comm, dump_folder: Path) -> None:
     os.environ["TORCH_FR_DUMP_TEMP_FILE"] = f"{folder}/rank_"
 
 
-def set_pg_timeouts(timeout: datetime.timedelta, mesh: Mesh, device: torch.device) -> None:
-    """Change the time-out of every group's collectives: long while all start up, short once they keep pace."""
+def set_pg_timeouts(seconds: int, mesh: Mesh, device: torch.device) -> None:
+    """Change the time-out of every group's collectives: long while all start up, short once they keep pace.
+
+    A mesh's groups begin with torch's own.
+    """
     # All ranks must have finished what ran under the old time-out.
     dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     for group in [*mesh.get_groups(), None]:  # None is the group of all ranks
-        _set_pg_timeout(timeout, group)
+        _set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
 def set_determinism(seed: int | None, device: torch.device, *, deterministic: bool = False) -> int:

@@ -450,7 +450,7 @@ def test_prefetcher_that_is_asked_to_stop_takes_what_is_there_and_waits_for_noth
 
 
 def test_what_stands_in_for_data_that_do_not_come_has_labels_everywhere(build, tokenizer, monkeypatch):
-    """A loss that leaves ignored tokens out would take fewer steps than that of a tensor-parallel rank with data."""
+    """Of which agree_on_ignored leaves those that count where a tensor-parallel rank has the data."""
     monkeypatch.setattr("torchtitan.components.dataloader.PATIENCE_SECONDS", 0.01)
     never = threading.Event()
     monkeypatch.setattr("torchtitan.components.dataloader.SequenceReader.read", lambda _: iter(never.wait, True))

@@ -58,10 +58,10 @@ def on_two_ranks() -> dict[str, Any]:
     found["drawn"], found["given"] = set_determinism(None, device), set_determinism(11, device)
     found["random"] = torch.rand(1)
     clock = SimpleNamespace(now=lambda: datetime.datetime(2026, 1, 31, 12, 0, 59 - rank))
-    utils.datetime = SimpleNamespace(datetime=clock)  # of this process alone
+    utils.datetime = SimpleNamespace(datetime=clock, timedelta=datetime.timedelta)  # of this process alone
     found["start"] = get_start_time()
 
-    set_pg_timeouts(datetime.timedelta(seconds=77), mesh, device)
+    set_pg_timeouts(77, mesh, device)
     groups = [*mesh.get_groups(), dist.group.WORLD]
     found["timeouts"] = {group._get_backend(device).options._timeout.seconds for group in groups}
     return found
