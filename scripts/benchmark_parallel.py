@@ -8,7 +8,8 @@
     train     tokens/s, MFU and memory of a whole step: sharded, with tensor and context parallel, the flag off and on
     head      the loss head alone, its vocabulary sharded: in-tree against gathering the weight
     profile   the collectives of a step with tensor parallel and the fused loss; none may gather the head's weight
-    restart   a worker is killed; the run comes back from its last checkpoint and ends as one that was left alone
+    restart   a worker is killed; the run comes back from its last checkpoint and ends as one that was left alone.
+              Half of the GPUs go on with a run of all
 
 Each part starts processes of its own, with a time limit; one that fails is told, and the others go on. Writes
 report.md, results.jsonl and the logs of all processes to --out. Exit status: 1 if anything failed.

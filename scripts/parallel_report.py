@@ -14,7 +14,8 @@ ABOUT = {
     "head": "Hidden states to both gradients; the floor is the bare matrix products of a rank's share.",
     "profile": "The collectives of one step on rank 0, with tensor parallel 2 and the fused loss. Hidden is the share"
     " of their time in which arithmetic ran too.",
-    "restart": "A worker is killed; the differences are those of every step, in each life, from a run left alone.",
+    "restart": "A worker is killed, or half of the ranks go on with a run; the differences are those of every step, in"
+    " each life, from a run left alone.",
 }
 # A key of the rows, and how its value is written.
 COLUMNS = {

@@ -61,11 +61,15 @@ LAYOUTS = [
     # two on 4
     ParallelDims(dp_replicate=2, dp_shard=2),
     *(ParallelDims(**{axis: 2, "dp_shard": 2}) for axis in ("tp", "cp", "pp")),
+    *(ParallelDims(**{axis: 2, "dp_replicate": 2}) for axis in ("tp", "cp")),
     ParallelDims(tp=2, cp=2),
+    *(ParallelDims(**{axis: 2, "pp": 2}) for axis in ("tp", "cp")),
     # and more on 8
     ParallelDims(dp_replicate=2, dp_shard=4),
     *(ParallelDims(**{axis: 2, "dp_shard": 4}) for axis in ("tp", "cp", "pp")),
     ParallelDims(tp=2, cp=2, dp_shard=2),
+    *(ParallelDims(**{axis: 2, "pp": 2, "dp_shard": 2}) for axis in ("tp", "cp")),
+    *(ParallelDims(**{axis: 2, "dp_replicate": 2, "dp_shard": 2}) for axis in ("tp", "cp")),
 ]
 DTYPES = ("float32", "bfloat16")
 CASES = [
@@ -92,6 +96,8 @@ CASES = [
         for options in (RECOMPUTED, f"{RECOMPUTED} {ASYNC_TP}")
     ),
     *(Case("cuda", ParallelDims(cp=2), "fused", dtype, RECOMPUTED) for dtype in DTYPES),
+    # HSDP's copies are summed once for all microbatches
+    *(Case("cuda", ParallelDims(dp_replicate=2, dp_shard=2), "fused", dtype, accumulation=2) for dtype in DTYPES),
 ]
 
 
