@@ -83,7 +83,7 @@ def _upstream() -> Iterator[str]:
     for name, entry in UPSTREAM_OPTIONS.items():
         if entry.here:
             accepted = f"`{entry.here}`"
-        elif entry.only:
+        elif entry.instead:
             accepted = f"only `{shown(entry.option.default)}`: {entry.instead}"
         else:
             accepted = "any value, without effect"

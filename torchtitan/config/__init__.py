@@ -3,7 +3,7 @@
 sections/          the schema: one dataclass per TOML [section]; types.py has what types its fields may have
 job_config.py      all sections as one configuration
 schema.py          the schema as a table of options: types, ranges, documentation, reading one value
-upstream.py        upstream's options and values: other names of ours, without effect here, or refused
+upstream.py, .toml upstream's options and values: other names of ours, without effect here, or refused
 manager.py         defaults < TOML < command line -> JobConfig; `python -m torchtitan.config.manager` prints it
 degrees.py         how many ranks each kind of parallelism takes
 pipeline_split.py  which modules each pipeline stage has

@@ -30,14 +30,7 @@ import tomli_w
 from torchtitan.config.errors import ConfigError, raise_all
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.schema import Option, get_options, get_sections, nearest, shown
-from torchtitan.config.upstream import (
-    UPSTREAM_OPTIONS,
-    here,
-    is_worth_a_warning,
-    no_effect_warning,
-    refusal,
-    value_here,
-)
+from torchtitan.config.upstream import UPSTREAM_OPTIONS, here, is_worth_a_warning, refusal, value_here
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _CONFIG_FILE = "job.config_file"
@@ -58,7 +51,9 @@ class ConfigManager:
             raise SystemExit(0)
         config, no_effect = resolve(argv)
         if no_effect and warn:
-            logging.getLogger("torchtitan").warning(no_effect_warning(no_effect))
+            logging.getLogger("torchtitan").warning(
+                f"Options of upstream torchtitan that have no effect here: {', '.join(no_effect)}"
+            )
         return config
 
 

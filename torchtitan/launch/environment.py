@@ -11,17 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from torchtitan.config.errors import ConfigError
-
-_UPSTREAM = {
-    "TRAIN_FILE": "the program is always torchtitan.train; experimental.custom_import adds to it",
-    "COMM_MODE": "--dry_run tells what a run on any number of ranks will be, and starts nothing",
-    "TORCHFT_LIGHTHOUSE": "TorchFT is not part of this package",
-    "WANDB_TEAM": "wandb's own variable is WANDB_ENTITY",
-    "WANDB_RUN_NAME": "wandb's own variable is WANDB_NAME",
-    "WANDB_RUN_NOTES": "wandb's own variable is WANDB_NOTES",
-    "WANDB_RUN_TAGS": "wandb's own variable is WANDB_TAGS",
-    "WANDB_RUN_JOB_TYPE": "wandb's own variable is WANDB_JOB_TYPE",
-}
+from torchtitan.config.upstream import UPSTREAM_VARIABLES
 
 
 def set_defaults_of_workers(nproc: int) -> None:
@@ -37,7 +27,7 @@ def set_defaults_of_workers(nproc: int) -> None:
 
 def describe_upstream_variables() -> str | None:
     """One line about those that are set, which only upstream torchtitan reads; None if there are none."""
-    found = [f"{name} ({instead})" for name, instead in _UPSTREAM.items() if os.environ.get(name)]
+    found = [f"{name} ({instead})" for name, instead in UPSTREAM_VARIABLES.items() if os.environ.get(name)]
     return f"Environment variables of upstream torchtitan that do nothing here: {'; '.join(found)}" if found else None
 
 
