@@ -276,10 +276,8 @@ def program_file(program: tuple[str, ...]) -> Path | None:
     if not program[0].endswith(".py"):
         return None
     path = REPO / program[0]
-    door = re.search(
-        r"^from (torchtitan\.cli\.\w+) import main$", path.read_text() if path.exists() else "", re.MULTILINE
-    )
-    return REPO / (door[1].replace(".", "/") + ".py") if door else path
+    door = re.search(r"main\(\[\"(\w+)\", \*sys", path.read_text() if path.exists() else "")
+    return program_file(("torchtitan", door[1])) if door else path
 
 
 def _about_flags(text: str, known: set[str] | frozenset[str]) -> Iterator[str]:

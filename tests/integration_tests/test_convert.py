@@ -16,7 +16,7 @@ from tokenizers import models
 from tests.finished_run import REPO, TOKENIZER, load_weights, save_run
 from tests.full_disk import limited_files
 from torchtitan.checkpoint.pretrained import find_pretrained
-from torchtitan.cli.convert import main as convert
+from torchtitan.cli.main import main
 
 CONFIG = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -57,7 +57,7 @@ def assert_same_logits(path: Path, theirs) -> None:
 
 
 def fails(capsys, *arguments: object) -> str:
-    assert convert([str(argument) for argument in arguments]) == 1
+    assert main(["convert", *(str(argument) for argument in arguments)]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     return error
@@ -66,9 +66,11 @@ def fails(capsys, *arguments: object) -> str:
 def test_round_trip_from_a_run_is_bit_exact(run_checkpoint, tmp_path):
     hf, back = tmp_path / "hf", tmp_path / "new/checkpoint/step-0"
     # as a user starts it, from any folder
-    command = [sys.executable, REPO / "scripts/convert_checkpoint.py", "to_hf", run_checkpoint, "hf"]
-    subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}, check=True)
-    assert convert(["from_hf", str(hf), str(back)]) == 0
+    command = [sys.executable, "-m", "torchtitan", "convert", "to_hf", run_checkpoint, "hf"]
+    subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}, check=True
+    )
+    assert main(["convert", "from_hf", str(hf), str(back)]) == 0
     assert_same(load_weights(back), load_weights(run_checkpoint))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (back / name).read_bytes() == (hf / name).read_bytes() == (TOKENIZER / name).read_bytes()
@@ -79,8 +81,8 @@ def test_round_trip_from_a_run_is_bit_exact(run_checkpoint, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip_from_hugging_face_is_bit_exact(tmp_path, dtype):
     save_theirs(tmp_path / "hf", dtype)
-    assert convert(["from_hf", str(tmp_path / "hf"), str(tmp_path / "ours")]) == 0
-    assert convert(["to_hf", str(tmp_path / "ours"), str(tmp_path / "again")]) == 0
+    assert main(["convert", "from_hf", str(tmp_path / "hf"), str(tmp_path / "ours")]) == 0
+    assert main(["convert", "to_hf", str(tmp_path / "ours"), str(tmp_path / "again")]) == 0
     theirs = safetensors.torch.load_file(tmp_path / "hf/model.safetensors")
     assert {weight.dtype for weight in theirs.values()} == {dtype}
     assert_same(safetensors.torch.load_file(tmp_path / "again/model.safetensors"), theirs)
@@ -94,13 +96,13 @@ def test_each_weight_keeps_its_own_dtype(tmp_path):
     weights = safetensors.torch.load_file(file)
     weights["model.norm.weight"] = weights["model.norm.weight"].bfloat16()
     safetensors.torch.save_file(weights, file)
-    assert convert(["from_hf", str(tmp_path / "hf"), str(tmp_path / "ours")]) == 0
+    assert main(["convert", "from_hf", str(tmp_path / "hf"), str(tmp_path / "ours")]) == 0
     ours = load_weights(tmp_path / "ours")
     assert {name for name, weight in ours.items() if weight.dtype == torch.bfloat16} == {"norm.weight"}
 
 
 def test_dtype_of_the_export_can_be_chosen(run_checkpoint, tmp_path):
-    assert convert(["to_hf", str(run_checkpoint), str(tmp_path / "hf"), "--dtype", "bfloat16"]) == 0
+    assert main(["convert", "to_hf", str(run_checkpoint), str(tmp_path / "hf"), "--dtype", "bfloat16"]) == 0
     exported = safetensors.torch.load_file(tmp_path / "hf/model.safetensors")
     assert {weight.dtype for weight in exported.values()} == {torch.bfloat16}
     expected = load_weights(run_checkpoint)["output.weight"].bfloat16()
@@ -113,7 +115,7 @@ def test_transformers_computes_the_same_logits_with_our_export(tmp_path, use_sca
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = save_run(tmp_path, use_scaled_rope=use_scaled_rope)
-    assert convert(["to_hf", str(path), str(tmp_path / "hf")]) == 0
+    assert main(["convert", "to_hf", str(path), str(tmp_path / "hf")]) == 0
     assert_same_logits(path, AutoModelForCausalLM.from_pretrained(tmp_path / "hf"))
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token_id == 1
 
@@ -125,7 +127,7 @@ def test_transformers_computes_the_same_logits_with_our_export(tmp_path, use_sca
 )
 def test_we_compute_the_same_logits_with_their_save(tmp_path, config):
     theirs = save_theirs(tmp_path / "hf", **config)
-    assert convert(["from_hf", str(tmp_path / "hf"), str(tmp_path / "ours")]) == 0
+    assert main(["convert", "from_hf", str(tmp_path / "hf"), str(tmp_path / "ours")]) == 0
     assert_same_logits(tmp_path / "hf", theirs)
     assert_same_logits(tmp_path / "ours", theirs)
 

@@ -81,8 +81,8 @@ class Step:
 
 def steps_of(page: Page) -> Iterator[Step]:
     for name in sorted({name for command in page.commands() for name in _LLAMA.findall(" ".join(command.words))}):
-        words = ["scripts/convert_checkpoint.py", "to_hf", "outputs/checkpoint/step-10", name]
-        yield Step(f"{page.name}:0 {name}", "script", words)
+        words = ["torchtitan", "convert", "to_hf", "outputs/checkpoint/step-10", name]
+        yield Step(f"{page.name}:0 {name}", "module", words)
     for block in page.blocks:
         if block.language == "python" and not block.not_run and file_name_of(block) is None:
             yield Step(f"{page.name}:{block.line}", "code", code=block.text)
@@ -301,21 +301,21 @@ def test_a_page_is_read_as_it_is_meant() -> None:
 x = 1
 ```
 ```bash
-A=1 python scripts/generate.py --prompt "two words" \\
+A=1 python scripts/benchmark_loss.py --dtype "two words" \\
     --seed 1 | head && ./run_train.sh   # comment
 ```
 <!-- not run: reasons -->
 ```bash
-torchrun --nproc_per_node 2 scripts/generate.py --seed 2
+torchrun --nproc_per_node 2 scripts/benchmark_loss_tp.py --seed 2
 ```
 """.replace("\\\\", "\\")
     page = Page.parse("page.md", REPO, text)
     assert page.files() == {"my_file.py": "# my_file.py\nx = 1\n"}
-    generate, train, not_run = page.commands()
-    assert generate.words == ("python", "scripts/generate.py", "--prompt", "two words", "--seed", "1")
-    assert (generate.where, generate.env) == ("page.md:8", {"A": "1"})
+    benchmark, train, not_run = page.commands()
+    assert benchmark.words == ("python", "scripts/benchmark_loss.py", "--dtype", "two words", "--seed", "1")
+    assert (benchmark.where, benchmark.env) == ("page.md:8", {"A": "1"})
     assert train.words == ("./run_train.sh",)
-    assert (not_run.not_run, not_run.program()) == ("reasons", ("scripts/generate.py", "--seed", "2"))
+    assert (not_run.not_run, not_run.program()) == ("reasons", ("scripts/benchmark_loss_tp.py", "--seed", "2"))
     assert [step.kind for step in steps_of(page)] == ["script", "training"]
 
 

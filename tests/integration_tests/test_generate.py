@@ -10,7 +10,7 @@ import torch
 
 from tests.finished_run import CONTEXT, REPO, TOKENIZER, save_run
 from torchtitan.cli import generate as script
-from torchtitan.cli.convert import main as convert
+from torchtitan.cli.main import main
 from torchtitan.components.tokenizer import build_tokenizer
 
 PROMPT = "def naïve(x):"
@@ -25,7 +25,7 @@ def run_checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def hf_checkpoint(run_checkpoint, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("hf") / "model"
-    assert convert(["to_hf", str(run_checkpoint), str(path)]) == 0
+    assert main(["convert", "to_hf", str(run_checkpoint), str(path)]) == 0
     return path
 
 
@@ -36,14 +36,14 @@ def arguments(checkpoint: Path, *more: object) -> list[str]:
 
 def make(capsys, checkpoint: Path, *more: object) -> str:
     capsys.readouterr()
-    assert script.main(arguments(checkpoint, *more)) == 0
+    assert main(["generate", *arguments(checkpoint, *more)]) == 0
     return capsys.readouterr().out
 
 
 def start(*launcher: str, checkpoint: Path, more: list[str]) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     return subprocess.Popen(
-        [sys.executable, *launcher, str(REPO / "scripts/generate.py"), *arguments(checkpoint, *more)],
+        [sys.executable, *launcher, "-m", "torchtitan", "generate", *arguments(checkpoint, *more)],
         cwd=checkpoint,  # any folder will do
         env=environment,
         stdout=subprocess.PIPE,
@@ -114,7 +114,7 @@ def test_a_seed_repeats_the_text_and_the_seed_of_any_text_is_told(run_checkpoint
     text = make(capsys, run_checkpoint, "--seed", 1)
     assert make(capsys, run_checkpoint, "--seed", 1) == text
     assert make(capsys, run_checkpoint, "--seed", 2) != text
-    assert script.main(arguments(run_checkpoint)) == 0
+    assert main(["generate", *arguments(run_checkpoint)]) == 0
     drawn, report = capsys.readouterr()
     assert make(capsys, run_checkpoint, "--seed", report.split()[-1]) == drawn
 
@@ -140,7 +140,7 @@ def test_without_a_prompt_a_text_begins(run_checkpoint, capsys):
 
 def test_without_a_length_the_context_is_filled(run_checkpoint, capsys):
     options = ["--checkpoint", str(run_checkpoint), "--prompt", PROMPT, "--seed", "3", "--device", "cpu"]
-    assert script.main(options) == 0
+    assert main(["generate", *options]) == 0
     num_prompt_tokens = len(build_tokenizer(TOKENIZER).encode(PROMPT, add_bos=True, add_eos=False))
     assert capsys.readouterr().err.startswith(f"{CONTEXT - num_prompt_tokens} tokens, ")
 
@@ -163,7 +163,7 @@ def test_bfloat16_on_cpu(run_checkpoint, capsys):
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_a_mistake_gets_one_message(run_checkpoint, options, message, capsys):
-    assert script.main(arguments(run_checkpoint, *options)) == 1
+    assert main(["generate", *arguments(run_checkpoint, *options)]) == 1
     out, error = capsys.readouterr()
     assert error.startswith(message)
     assert (error.count("\n"), out) == (1, "")
@@ -171,7 +171,7 @@ def test_a_mistake_gets_one_message(run_checkpoint, options, message, capsys):
 
 def test_device_that_is_not_there_is_refused(run_checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert script.main(arguments(run_checkpoint, "--device", "cuda")) == 1
+    assert main(["generate", *arguments(run_checkpoint, "--device", "cuda")]) == 1
     assert capsys.readouterr().err == "ConfigError: 1 processes on this machine need a GPU each, and it has 0\n"
 
 
@@ -179,7 +179,7 @@ def test_a_mistake_is_reported_by_the_first_process_alone(run_checkpoint, monkey
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank, report in {"1": "", "0": "3 processes cannot share n_kv_heads=16 and n_heads=16 equally"}.items():
         monkeypatch.setenv("RANK", rank)
-        assert script.main(arguments(run_checkpoint)) == 1
+        assert main(["generate", *arguments(run_checkpoint)]) == 1
         error = capsys.readouterr().err
         assert error.removeprefix("ConfigError: ").startswith(report) and error.count("\n") == bool(report)
 

@@ -14,7 +14,6 @@ difference exceeds --tolerance, or a run fails.
 import argparse
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -74,37 +73,22 @@ def table(a: Run, b: Run) -> str:
     return "\n".join(f"{label:22}{first:>14}{second:>14}" for label, first, second in rows if first or second)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Compare as the arguments say; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="torchtitan compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def main(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    """Compare as the words say; the exit status."""
     side: dict[str, Any] = {"metavar": "OPTIONS|FOLDER", "type": options_or_folder}
     parser.add_argument("--baseline", default="", **side, help="default: no further options")
     parser.add_argument("--candidate", default=FUSED, **side, help=f"default: {FUSED}")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of a new run (default: 30)")
     parser.add_argument("--tolerance", type=float, help="largest difference of loss and gradient norm that is accepted")
     parser.add_argument("--out", type=Path, default=Path("outputs/loss_compare"), help="default: %(default)s")
-    args, shared = parser.parse_known_args(_join_options(argv))
+    args, shared = parser.parse_known_args(_join_options(words))
     if shared and isinstance(args.baseline, Path) and isinstance(args.candidate, Path):
         parser.error(f"no run is started that would take {shlex.join(shared)}: both are folders of finished runs")
     page = args.out / "report.html"
-    try:
-        a = get_run("baseline", args.baseline, shared, args)
-        b = get_run("candidate", args.candidate, shared, args)
-        differences = [
-            Difference.of("loss", LOSS, a, b),
-            Difference.of("gradient norm", GRAD_NORM, a, b),
-        ]
-        report.write([a, b], page)
-    except RunError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    a = get_run("baseline", args.baseline, shared, args)
+    b = get_run("candidate", args.candidate, shared, args)
+    differences = [Difference.of("loss", LOSS, a, b), Difference.of("gradient norm", GRAD_NORM, a, b)]
+    report.write([a, b], page)
     print(f"\n{table(a, b)}\n\nlargest difference over {len(differences[0].by_step)} steps")
     for difference in differences:
         print(f"  {difference.name:20}{difference.largest:14.3g}   at step {difference.worst_step}")

@@ -9,7 +9,6 @@ from (checkpoint.initial_load_path), with config.json and the tokenizer beside t
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -17,13 +16,10 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from torchtitan.checkpoint import HuggingFaceFormat, find_pretrained, reason
-from torchtitan.config.errors import CheckpointError, ConfigError
+from torchtitan.config.errors import CheckpointError
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
     directions = parser.add_subparsers(required=True, metavar="to_hf | from_hf")
     to = directions.add_parser("to_hf", help="a checkpoint of ours to a folder of Hugging Face's")
     to.set_defaults(convert=to_hf)
@@ -36,7 +32,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for direction in (to, back):
         direction.add_argument("source", type=Path, metavar="SRC", help="what is converted")
         direction.add_argument("target", type=Path, metavar="DST", help="a new folder")
-    return parser.parse_args(argv)
+    return parser.parse_args(words)
 
 
 def to_hf(args: argparse.Namespace, target: Path) -> None:
@@ -63,24 +59,19 @@ def from_hf(args: argparse.Namespace, target: Path) -> None:
     HuggingFaceFormat(pretrained.build_adapter()).convert_back(args.source, target, shapes)
 
 
-def main(argv: list[str]) -> int:
-    """The exit status."""
-    args = parse_args(argv)
+def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Convert as the words say."""
+    args = parse_args(parser, words)
+    if args.target.exists():
+        raise CheckpointError(f"{args.target} exists; name a folder that does not")
+    incomplete = args.target.with_name(f"{args.target.name}.incomplete-conversion")
+    shutil.rmtree(incomplete, ignore_errors=True)
     try:
-        if args.target.exists():
-            raise CheckpointError(f"{args.target} exists; name a folder that does not")
-        incomplete = args.target.with_name(f"{args.target.name}.incomplete-conversion")
-        shutil.rmtree(incomplete, ignore_errors=True)
-        try:
-            args.convert(args, incomplete)
-            incomplete.rename(args.target)
-        finally:
-            shutil.rmtree(incomplete, ignore_errors=True)
-    except ConfigError as error:
-        print(error.report(), file=sys.stderr)
-        return 1
+        args.convert(args, incomplete)
+        incomplete.rename(args.target)
     except (OSError, SafetensorError, CheckpointException) as error:  # the latter two of a full disk, among others
-        print(f"{args.target} was not written: {reason(error)}", file=sys.stderr)
-        return 1
+        raise CheckpointError(f"{args.target} was not written: {reason(error)}") from error
+    finally:
+        shutil.rmtree(incomplete, ignore_errors=True)
     print(f"{args.target}: {', '.join(sorted(file.name for file in args.target.iterdir()))}")
     return 0

@@ -8,9 +8,9 @@ looks for the most sequences at once that fit, with --longest too for the longes
 and writes the options with them as a TOML file to train with.
 """
 
-import argparse
 import os
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -28,47 +28,33 @@ if TYPE_CHECKING:
     from torchtitan.memory import MemoryEstimate
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print the table; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="torchtitan estimate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="torchtitan train --help lists the options of a run.",
-        allow_abbrev=False,
-    )
+def main(parser: ArgumentParser, words: Sequence[str]) -> int:
+    """Print the table."""
+    parser.epilog = "torchtitan train --help lists the options of a run."
     parser.add_argument("--world_size", "--world-size", type=int, default=os.environ.get("NGPU", 1), help="GPUs")
     parser.add_argument(
         "--gib", type=float, default=ASSUMED_GIB, help="memory of a GPU (default: that of an H100 80GB)"
     )
     parser.add_argument("--write", type=Path, metavar="FILE", help="find the largest training.local_batch_size")
     parser.add_argument("--longest", action="store_true", help="with --write: the longest training.seq_len instead")
-    launch, options = parser.parse_known_args(argv)
+    launch, options = parser.parse_known_args(words)
     if config_file := os.environ.get("CONFIG_FILE"):
         options = ["--job.config_file", config_file, *options]
     if launch.world_size < 1:
         parser.error(f"--world_size {launch.world_size}: expected the number of GPUs, 1 or more")
     if launch.longest and not launch.write:
         parser.error("--longest: expected --write FILE beside it, the file that gets the longest training.seq_len")
-    try:
-        config = ConfigManager().parse_args(options)
-        maybe_import_custom(config.experimental.custom_import)
-        validate_run(config, world_size=launch.world_size, liger_installed=True)
-    except ConfigError as error:
-        print(error.report(), file=sys.stderr)
-        return 1
+    config = ConfigManager().parse_args(options)
+    maybe_import_custom(config.experimental.custom_import)
+    validate_run(config, world_size=launch.world_size, liger_installed=True)
     from torchtitan.memory.estimate import GIB, MemoryModel, describe  # torch: slow to import
     from torchtitan.memory.plan import choose_block_modes
 
     budget = config.activation_checkpoint.memory_share * launch.gib * GIB
     if launch.write:
-        try:
-            found: Literal["local_batch_size", "seq_len"] = "seq_len" if launch.longest else "local_batch_size"
-            find_largest(found, config, launch.world_size, budget)
-            write_resolved(config, launch.write)
-        except ConfigError as error:
-            print(error.report(), file=sys.stderr)
-            return 1
+        found: Literal["local_batch_size", "seq_len"] = "seq_len" if launch.longest else "local_batch_size"
+        find_largest(found, config, launch.world_size, budget)
+        write_resolved(config, launch.write)
         print(f"{launch.write} has training.{found} = {getattr(config.training, found)}")
     memory = MemoryModel(config, world_size=launch.world_size)
     block_modes = choose_block_modes(config, memory, budget)

@@ -9,8 +9,6 @@ Several processes share the model by tensor parallel. The text goes to stdout, a
 
 import argparse
 import io
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -30,10 +28,7 @@ from torchtitan.protocols.model import Decoder
 from torchtitan.tools.device import get_device_type
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--prompt", default="", help="text to continue (default: none)")
     parser.add_argument(
@@ -57,7 +52,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), help="of the weights (default: bfloat16 on a GPU, float32 on CPU)"
     )
-    return parser.parse_args(argv)
+    return parser.parse_args(words)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -138,19 +133,14 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
-def main(argv: list[str]) -> int:
-    """The exit status."""
+def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    """Write the text; the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 lacks some characters
     try:
-        run(parse_args(argv))
-        return 0
-    except ConfigError as error:
+        run(parse_args(parser, words))
+    except ConfigError:
         if get_world().rank == 0:  # all ranks raise it
-            print(error.report(), file=sys.stderr)
+            raise
         return 1
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader, `| head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return 0

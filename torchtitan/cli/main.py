@@ -1,16 +1,20 @@
 """The program `torchtitan`, and `python -m torchtitan`: a command, then what it takes; without one, it trains."""
 
+import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.manager import get_ready_files
 
 
 class Command(NamedTuple):
     module: str
-    """Its main(argv) takes the words after the command and returns the exit status."""
+    """Its main(words), or in this room main(parser, words), takes what follows and returns the exit status."""
     about: str
 
 
@@ -41,7 +45,26 @@ def main(argv: Sequence[str]) -> int:
     words = list(argv[1:])
     if word == "train" and not any(flag.replace("-", "_").startswith("__job.config_file") for flag in words):
         words = ["--job.config_file", "debug_model", *words]  # as run_train.sh does
-    status: int = import_module(COMMANDS[word].module).main(words)
+    module = import_module(COMMANDS[word].module)
+    if not module.__name__.startswith("torchtitan.cli."):
+        status: int = module.main(words)
+        return status
+    parser = argparse.ArgumentParser(
+        prog=f"torchtitan {word}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    try:
+        status = module.main(parser, words)
+    except ConfigError as error:
+        print(error.report(), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader, `| head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return status
 
 

@@ -7,15 +7,16 @@ Documents are shuffled, each with its begin and end token. The files are numpy's
 the tokenizer has more than 65,536 ids.
 """
 
-import argparse
 import json
 import time
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from torchtitan.cli.tokenizer import make_output
 from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.config.errors import ConfigError
 from torchtitan.datasets import DocumentStreams, Position, open_dataset
@@ -26,26 +27,17 @@ FILE_TOKENS = 2**26
 DOCUMENTS_TOGETHER = 256
 
 
-def main(argv: Sequence[str]) -> int:
-    """Tokenise as the arguments say; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="torchtitan tokenize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(parser: ArgumentParser, words: Sequence[str]) -> int:
+    """Tokenise as the words say."""
     parser.add_argument("--dataset", default="python_stdlib", help="name of a registered dataset")
     parser.add_argument("--dataset_path", help="local file or folder to read instead")
     parser.add_argument("--tokenizer_path", required=True, help="a tokenizer.json or its folder")
     parser.add_argument("--output", type=Path, required=True, help="folder of the result, new or empty")
-    args = parser.parse_args(argv)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-        if any(args.output.iterdir()):
-            parser.error(f"--output {args.output}: is not empty")
-    except OSError as error:
-        parser.error(f"--output {args.output}: {error.strerror}")
-    try:
-        print(tokenize(args.dataset, args.dataset_path, args.tokenizer_path, args.output))
-    except ConfigError as error:
-        raise SystemExit(error.report()) from None
+    args = parser.parse_args(words)
+    make_output(args.output)
+    if any(args.output.iterdir()):
+        raise ConfigError(f"--output {args.output}: is not empty; name a new folder")
+    print(tokenize(args.dataset, args.dataset_path, args.tokenizer_path, args.output))
     return 0
 
 

@@ -8,10 +8,10 @@ Every byte is a token, so any text can be encoded, and decoded without loss. The
 same file. The data is the training part of a dataset, in memory: choose a sample of a large one.
 """
 
-import argparse
 import json
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,30 +25,28 @@ BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
 
 
-def main(argv: Sequence[str]) -> int:
-    """Train one as the arguments say; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="torchtitan tokenizer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_output(folder: Path) -> None:
+    """Raises ConfigError where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {folder}: {error.strerror}") from None
+
+
+def main(parser: ArgumentParser, words: Sequence[str]) -> int:
+    """Train one as the words say."""
     parser.add_argument("--dataset", default="python_stdlib", help="name of a registered dataset")
     parser.add_argument("--dataset_path", help="local file or folder to read instead")
     parser.add_argument("--vocab_size", type=int, default=2000, help="number of ids, the two special tokens included")
     parser.add_argument("--output", type=Path, required=True, help="folder of the result")
-    args = parser.parse_args(argv)
-
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output {args.output}: {error.strerror}")
-    try:
-        source = open_dataset(args.dataset, args.dataset_path)
-        documents: list[str] = []
-        with Progress(f"Reading {source.name}", len(source)) as progress:
-            for shard in range(len(source)):
-                documents += (document for document in source.read(shard, 0, 1) if isinstance(document, str))
-                progress.show(shard + 1)
-    except ConfigError as error:
-        raise SystemExit(error.report()) from None
+    args = parser.parse_args(words)
+    make_output(args.output)
+    source = open_dataset(args.dataset, args.dataset_path)
+    documents: list[str] = []
+    with Progress(f"Reading {source.name}", len(source)) as progress:
+        for shard in range(len(source)):
+            documents += (document for document in source.read(shard, 0, 1) if isinstance(document, str))
+            progress.show(shard + 1)
     print(f"{source.name}: {len(documents)} documents")
     tokenizer = train(documents, args.vocab_size)
 
@@ -63,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 def train(documents: list[str], vocab_size: int) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size < len(alphabet) + 2:
-        raise SystemExit(f"--vocab_size {vocab_size}: 256 bytes and 2 special tokens need at least 258")
+        raise ConfigError(f"--vocab_size {vocab_size}: 256 bytes and 2 special tokens need at least 258")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,7 +74,7 @@ def train(documents: list[str], vocab_size: int) -> Tokenizer:
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
     if tokenizer.get_vocab_size() < vocab_size:
-        raise SystemExit(
+        raise ConfigError(
             f"the data gives only {tokenizer.get_vocab_size()} ids: give more of it, or a lower --vocab_size"
         )
     return tokenizer

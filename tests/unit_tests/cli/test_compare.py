@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from torchtitan.cli import compare
+from torchtitan.cli.main import main
 
 # Writes a loss that depends on the options, as a run would.
 RUN = """
@@ -42,7 +43,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_new_runs_start_anew_whatever_an_earlier_comparison_left(
     script: ModuleType, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert script.main(["--steps", "2", "--checkpoint.enable_checkpoint"]) == 0
+    assert main(["compare", "--steps", "2", "--checkpoint.enable_checkpoint"]) == 0
     started = [line for line in capfd.readouterr().out.splitlines() if line.startswith("ran with")]
     assert len(started) == 2
     for line in started:
@@ -66,7 +67,7 @@ def test_finished_runs_are_compared_where_both_have_steps(
 ) -> None:
     a = write_run(tmp_path / "a", {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0})
     b = write_run(tmp_path / "b", {2: 4.25, 3: 3.125, 4: 2.0, 5: 1.0}, grad_norms={4: 1.5})
-    assert script.main(["--baseline", a, "--candidate", b, "--out", str(tmp_path / "out")]) == 0
+    assert main(["compare", "--baseline", a, "--candidate", b, "--out", str(tmp_path / "out")]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     for line in (
         "first loss 5.0000 4.2500",
@@ -96,7 +97,7 @@ def test_mistakes_in_the_arguments_are_said_before_any_run(
     script: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        script.main(arguments)
+        main(["compare", *arguments])
     out, error = capsys.readouterr()
     assert (ended.value.code, out) == (2, "")
     assert message in error
@@ -111,18 +112,18 @@ def test_tolerance_decides_the_exit_status(
     b = write_run(
         tmp_path / "b", {1: 5.0, 2: 4.2 if differs == "loss" else 4.0}, {2: 1.2} if differs != "loss" else None
     )
-    assert script.main(["--baseline", a, "--candidate", b, "--tolerance", tolerance]) == status
+    assert main(["compare", "--baseline", a, "--candidate", b, "--tolerance", tolerance]) == status
 
 
 def test_equal_runs_can_be_drawn(script: ModuleType, tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", {1: 5.0, 2: 4.0})
-    assert script.main(["--baseline", a, "--candidate", a, "--tolerance", "0", "--out", str(tmp_path / "out")]) == 0
+    assert main(["compare", "--baseline", a, "--candidate", a, "--tolerance", "0", "--out", str(tmp_path / "out")]) == 0
 
 
 def test_two_configurations_are_run_with_one_seed(script: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["--steps", "4", "--model.flavor", "1B", "--candidate", "--add 0.5", "--out", "out"]
-    assert script.main(arguments) == 0
-    assert script.main(arguments) == 0  # the second time the old metrics do not count
+    assert main(["compare", *arguments]) == 0
+    assert main(["compare", *arguments]) == 0  # the second time the old metrics do not count
     out = capfd.readouterr().out
     shared = "ran with --training.steps 4 --training.seed 42 --metrics.log_freq 1 --model.flavor 1B"
     assert f"{shared} --job.dump_folder out/baseline " in out
@@ -132,7 +133,7 @@ def test_two_configurations_are_run_with_one_seed(script: ModuleType, capfd: pyt
 
 
 def test_without_options_the_fused_loss_is_compared(script: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
-    assert script.main([]) == 0
+    assert main(["compare"]) == 0
     baseline, candidate = (line for line in capfd.readouterr().out.splitlines() if line.startswith("ran with"))
     assert "--liger_kernel.enable_fused_linear_cross_entropy" not in baseline
     assert "--liger_kernel.enable_fused_linear_cross_entropy" in candidate
@@ -153,6 +154,6 @@ def test_what_cannot_be_compared_is_said_in_one_line(
     write_run(tmp_path / "a", {1: 5.0})
     write_run(tmp_path / "b", {2: 5.0})
     write_run(tmp_path / "empty", {})
-    assert script.main(arguments) == 1
+    assert main(["compare", *arguments]) == 1
     errors = capsys.readouterr().err
     assert message in errors and len(errors.splitlines()) == 1

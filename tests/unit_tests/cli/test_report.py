@@ -15,6 +15,7 @@ import pytest
 
 from torchtitan.cli import report
 from torchtitan.cli.chart import MOST_POINTS, Curve, draw, thin
+from torchtitan.cli.main import main
 from torchtitan.cli.runs import LOSS, VALIDATION_LOSS, read_run
 from torchtitan.config import JobConfig
 from torchtitan.config.manager import write_resolved
@@ -103,7 +104,7 @@ def rows(page: ET.Element) -> list[list[str]]:
 
 
 def test_a_killed_and_resumed_run_is_drawn_with_what_it_lost(tmp_path: Path) -> None:
-    assert report.main([str(killed_and_resumed(tmp_path / "run"))]) == 0
+    assert main(["report", str(killed_and_resumed(tmp_path / "run"))]) == 0
     page = parse((tmp_path / "run/report.html").read_text())
     loss = figures(page)["Loss, and on held-out data (circles)"]
     expected = [(1, 7.0), (2, 6.0), (3, 5.5), (4, 4.5), (5, 3.5), (6, 2.5)]
@@ -144,7 +145,7 @@ def test_memory_is_drawn_against_that_of_the_device(tmp_path: Path) -> None:
 def test_several_runs_are_laid_over_each_other_with_what_differs(tmp_path: Path) -> None:
     write_run(tmp_path / "out/a", [step(n, loss=5.0, **{"mfu(%)": 40.0}) for n in (1, 2, 3)], seq_len=64)
     write_run(tmp_path / "out/b", [step(n, loss=5.0 - n / 8) for n in (2, 3, 4)], seq_len=128)
-    assert report.main([str(tmp_path / "out"), "--output", str(tmp_path / "both.html")]) == 0
+    assert main(["report", str(tmp_path / "out"), "--output", str(tmp_path / "both.html")]) == 0
     page = parse((tmp_path / "both.html").read_text())
     drawn = figures(page)
     assert [y for _, y in read_curve(drawn["Loss"], index=1)] == pytest.approx([4.75, 4.625, 4.5], abs=0.01)
@@ -231,7 +232,7 @@ def test_what_cannot_be_drawn_is_said_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "run", [step(1)])
-    assert report.main(arguments) == 1
+    assert main(["report", *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
 

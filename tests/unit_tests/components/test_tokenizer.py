@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from torchtitan.cli import tokenizer as script
+from torchtitan.cli.main import main
 from torchtitan.components.tokenizer import build_tokenizer
-from torchtitan.config.errors import TokenizerError
+from torchtitan.config.errors import ConfigError, TokenizerError
 from torchtitan.launch.preflight import get_vocab_size
 
 SHIPPED = Path("tests/assets/tokenizer")
@@ -159,23 +161,25 @@ def test_training_gives_the_same_file_each_time(tmp_path):
     (tmp_path / "a.txt").write_text(Path(script.__file__).read_text() * 3)
     for name in ("one", "two"):
         arguments = ["--dataset_path", str(tmp_path / "a.txt"), "--vocab_size", "400", "--output", str(tmp_path / name)]
-        assert script.main(arguments) == 0
+        assert main(["tokenizer", *arguments]) == 0
     assert (tmp_path / "one" / "tokenizer.json").read_bytes() == (tmp_path / "two" / "tokenizer.json").read_bytes()
     tokenizer = build_tokenizer(tmp_path / "one")
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (400, 0, 1)
 
 
 def test_training_on_too_little_text_is_told():
-    with pytest.raises(SystemExit, match=r"the data gives only 2\d\d ids: give more of it, or a lower --vocab_size"):
+    with pytest.raises(ConfigError, match=r"the data gives only 2\d\d ids: give more of it, or a lower --vocab_size"):
         script.train(["too little"], 2000)
-    with pytest.raises(SystemExit, match="--vocab_size 100: 256 bytes and 2 special tokens need at least 258"):
+    with pytest.raises(ConfigError, match="--vocab_size 100: 256 bytes and 2 special tokens need at least 258"):
         script.train(["too little"], 100)
 
 
-def test_data_that_are_not_there_are_told(tmp_path):
-    argv = ["--dataset_path", str(tmp_path / "nope"), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="^DatasetError: .*nope does not exist; dataset_path takes a file or a folder"):
-        script.main(argv)
+def test_data_that_are_not_there_are_told(tmp_path, capsys):
+    words = ["--dataset_path", str(tmp_path / "nope"), "--output", str(tmp_path / "out")]
+    assert main(["tokenizer", *words]) == 1
+    assert re.match(
+        "DatasetError: .*nope does not exist; dataset_path takes a file or a folder", capsys.readouterr().err
+    )
 
 
 def test_shipped_file_is_what_the_script_writes():

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from torchtitan.cli.estimate import main, to_table
+from torchtitan.cli.estimate import to_table
+from torchtitan.cli.main import main
 from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, operators
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.block_modes import BlockMode, get_block_modes
@@ -362,25 +363,28 @@ def test_the_page_shows_these_estimates(capsys: pytest.CaptureFixture[str]) -> N
     assert len(rows) == 3
     for gpus, config_file, *shown in rows:
         for more, gib in zip(([], [COMPILE], [COMPILE, FLAG]), shown, strict=True):
-            main(["--world_size", gpus, "--job.config_file", str(repo / config_file), *more])
+            main(["estimate", "--world_size", gpus, "--job.config_file", str(repo / config_file), *more])
             assert f"per device: {gib} GiB (" in capsys.readouterr().out, (config_file, more)
 
 
 def test_the_script_takes_the_options_of_a_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["--world_size", "4", "--model.flavor", "8B", "--parallelism.tensor_parallel_degree", "2"]) == 0
+    assert (
+        main(["estimate", "--world_size", "4", "--model.flavor", "8B", "--parallelism.tensor_parallel_degree", "2"])
+        == 0
+    )
     out = capsys.readouterr().out
     told = "llama3 8B on 4 GPUs, 8 x 2048 tokens on each data-parallel rank"
     assert out.startswith(f"{told}\nEstimated peak memory per device: ")
     assert "backward of block 32" in out
-    assert main(["--world_size", "3", "--parallelism.tensor_parallel_degree", "2"]) == 1
+    assert main(["estimate", "--world_size", "3", "--parallelism.tensor_parallel_degree", "2"]) == 1
     assert "do not fit 3 processes" in capsys.readouterr().err
-    assert main(["--experimental.custom_import", "no_such_module"]) == 1
+    assert main(["estimate", "--experimental.custom_import", "no_such_module"]) == 1
     assert "experimental.custom_import=no_such_module: there is no such module" in capsys.readouterr().err
     monkeypatch.setenv("NGPU", "2")
     monkeypatch.setenv("CONFIG_FILE", "torchtitan/models/llama3/train_configs/llama3_1b.toml")
-    assert main([]) == 0
+    assert main(["estimate"]) == 0
     assert capsys.readouterr().out.startswith("llama3 1B on 2 GPUs, 4 x 4096 tokens")
 
 
@@ -394,7 +398,7 @@ def test_the_file_that_is_written_has_the_most_that_fits(
     options = [*flags, "--model.tokenizer_path", "tests/assets/tokenizer", "--gib", "0.5"]
     if name == "seq_len":
         options += ["--training.local_batch_size", "2"]
-    assert main([*options, "--write", str(tmp_path / "fits.toml")]) == 0
+    assert main(["estimate", *options, "--write", str(tmp_path / "fits.toml")]) == 0
     config = ConfigManager().parse_args(["--job.config_file", str(tmp_path / "fits.toml")])
     found, budget = getattr(config.training, name), config.activation_checkpoint.memory_share * 0.5 * GIB
     assert f"fits.toml has training.{name} = {found}\n" in capsys.readouterr().out
@@ -403,12 +407,12 @@ def test_the_file_that_is_written_has_the_most_that_fits(
         setattr(config.training, name, size)
         peaks.append(estimate_memory(config, world_size=1).peak)
     assert peaks[0] <= budget < peaks[1]
-    assert main([*options, "--gib", "0.01", "--write", str(tmp_path / "none.toml")]) == 1
+    assert main(["estimate", *options, "--gib", "0.01", "--write", str(tmp_path / "none.toml")]) == 1
     assert f"training.{name}={step} does not fit into 0.0 GiB" in capsys.readouterr().err
     assert not (tmp_path / "none.toml").exists()
 
 
 def test_the_longest_sequence_goes_into_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["--longest"])
+        main(["estimate", "--longest"])
     assert "--longest: expected --write FILE" in capsys.readouterr().err
