@@ -247,7 +247,7 @@ class Trainer:
             raise NonFiniteError(self.step, f"{found}; the weights are left as they were before")
         values = {"loss_avg": loss_avg, "loss_max": loss_max, "grad_norm": norm, "lr": self.lr_scheduler.lr}
         scaled = self.token_sums.scaled(scale * self.mesh.is_first("tp"))  # whose ranks all have the same
-        of_tokens = {name: utils.sum_over_world_(value).item() for name, value in scaled.items()}
+        of_tokens = utils.sum_each_over_world(scaled)
         self.metrics.log(self.step, self.source_losses.report(), of_tokens, n_tokens_seen=self.n_tokens_seen, **values)
 
     def get_options_in_force(self) -> JobConfig:

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -204,6 +205,11 @@ def sum_over_world_(values: Tensor) -> Tensor:
     """Sum of a plain tensor over all ranks, in place."""
     dist.all_reduce(values)
     return values
+
+
+def sum_each_over_world(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Sums of numbers, () each, over all ranks, which have the same names: one reduction, none without names."""
+    return dict(zip(values, sum_over_world_(torch.stack([*values.values()])).tolist(), strict=True)) if values else {}
 
 
 def dist_sum(value: Tensor, axis: DeviceMesh) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.config.degrees import ParallelDims
@@ -27,6 +28,7 @@ from torchtitan.distributed.utils import (
     init_distributed,
     set_determinism,
     set_pg_timeouts,
+    sum_each_over_world,
     tells_all,
 )
 
@@ -40,6 +42,9 @@ def on_two_ranks() -> dict[str, Any]:
     found["sum"], found["max"] = dist_sum(mine, mesh["dp"]), dist_max(mine, mesh["dp"])
     found["over one"] = dist_sum(mine, mesh["tp"])
     found["untouched"] = mine
+    with CommDebugMode() as comm:
+        found["each"] = [sum_each_over_world(told) for told in ({}, {"a": mine[0], "b": mine[1]})]
+    found["reductions"] = comm.get_total_counts()
 
     generator = torch.Generator().manual_seed(0)
     big, small, alike = (torch.randn(shape, generator=generator) for shape in ((5, 3), (1, 2), (4,)))
@@ -77,6 +82,11 @@ def test_reductions_give_new_tensors(ranks: list[dict[str, Any]]) -> None:
         assert found["sum"].tolist() == [3.0, 9.0]
         assert found["max"].tolist() == [2.0, 5.0]
         assert found["over one"].tolist() == found["untouched"].tolist() == [1.0 + rank, 5.0 - rank]
+
+
+def test_several_numbers_take_one_reduction(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["each"] == [{}, {"a": 3.0, "b": 9.0}] and found["reductions"] == 1
 
 
 def test_norm_is_that_of_all_gradients_whatever_mesh_they_are_on(ranks: list[dict[str, Any]]) -> None:

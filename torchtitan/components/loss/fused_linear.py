@@ -25,6 +25,7 @@ Liger's implementation differs in its chunk size (see liger.py), in its host syn
 vocabulary.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
@@ -68,18 +69,18 @@ class FusedLinearCrossEntropyLoss:
 
     def _of_local_rows(self, hidden: Tensor, weight: Tensor, *, labels: Tensor, scale: Tensor) -> Tensor:
         hidden, weight, shard = gather_hidden_local_weight(hidden, weight)
-        options: dict[str, Any] = {"scale": scale, "shard": shard, **self._options}
         sums = self._sums
-        if not (sums.z_loss or sums.wants_predictions or sums.by_sequence):
-            return fused_linear_cross_entropy(hidden, weight, labels, **options)
-        found = fused_linear_cross_entropy(hidden, weight, labels, z_loss=sums.z_loss, return_outputs=True, **options)
+        vocab_size = len(weight) if shard is None else shard.vocab_size
+        terms = Terms(vocab_size, z_loss=sums.z_loss, outputs=sums.wants_predictions)
+        loss, tokens = _walk(hidden, weight, labels, terms, scale, shard=shard, **self._options)
         if sums.by_sequence:
-            sums.of_sequences.append(found.token_losses.sum(-1))
+            sums.of_sequences.append(tokens.losses().sum(-1))
         if sums.wants_predictions:
-            sums.add_predictions(found.correct, found.entropies)
+            entropies, _, correct = tokens.predictions()
+            sums.add_predictions(correct, entropies)
         if not sums.z_loss:
-            return found.loss
-        return sums.z_loss_apart(found.loss, sums.z_loss * found.log_sum_exps.square().sum(), scale)
+            return loss
+        return sums.z_loss_apart(loss, sums.z_loss * tokens.log_sum_exps().square().sum(), scale)
 
 
 class LossOutputs(NamedTuple):
@@ -156,17 +157,64 @@ def fused_linear_cross_entropy(  # type: ignore[misc]  # the overloads know of t
             number is negative or not finite.
         RuntimeError: a second backward, create_graph, or one of torch.func's transforms.
     """
-    check_inputs(hidden, weight, labels, bias)
-    dtype, device, shape = get_loss_dtype(hidden), hidden.device, labels.shape
     terms = Terms(
         vocab_size=len(weight) if shard is None else shard.vocab_size,
         bias=bias,
-        class_weights=class_weights.detach().to(device, dtype) if class_weights is not None else None,
+        class_weights=None
+        if class_weights is None
+        else class_weights.detach().to(hidden.device, get_loss_dtype(hidden)),
         softcap=softcap,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
         outputs=return_outputs,
     )
+    options: dict[str, Any] = {"budget_bytes": budget_bytes, "accum_dtype": accum_dtype, "shard": shard}
+    loss, tokens = _walk(hidden, weight, labels, terms, scale, token_weights, **options)
+    return LossOutputs(loss, tokens.losses(), tokens.log_sum_exps(), *tokens.predictions()) if return_outputs else loss
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What was found of the tokens, from which is computed what is asked for, (...) as the labels."""
+
+    statistics: Tensor  # (K, T) of those that were walked over
+    valid: ValidRows
+    terms: Terms
+    shape: torch.Size
+
+    def losses(self) -> Tensor:
+        return self._of_all(cross_entropies(self.statistics, self.valid.labels, self.terms))
+
+    def log_sum_exps(self) -> Tensor:
+        return self._of_all(log_sum_exps(self.statistics, self.valid.labels))
+
+    def predictions(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Entropies, the arg max, and whether it is the label; they need `terms.outputs`."""
+        labels = self.valid.labels
+        arg_max = torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, self.statistics[ARG_MAX].long())
+        is_correct = (arg_max == labels) & (labels != IGNORE_INDEX)
+        found = self._of_all(entropies(self.statistics, labels))
+        return found, self._of_all(arg_max, IGNORE_INDEX), self._of_all(is_correct)
+
+    def _of_all(self, values: Tensor, fill: float = 0) -> Tensor:
+        return self.valid.put_back(values, fill).view(self.shape)
+
+
+def _walk(
+    hidden: Tensor,  # (..., D)
+    weight: Tensor,  # (Vp, D)
+    labels: Tensor,  # (...)
+    terms: Terms,
+    scale: Tensor | float,
+    token_weights: Tensor | None = None,  # (...)
+    *,
+    budget_bytes: int,
+    accum_dtype: torch.dtype | None,
+    shard: VocabShard | None,
+) -> tuple[Tensor, _Tokens]:
+    """The loss, (), and what is known of the tokens."""
+    check_inputs(hidden, weight, labels, terms.bias)
+    dtype, device, shape = get_loss_dtype(hidden), hidden.device, labels.shape
     _check_shape("class_weights", terms.class_weights, torch.Size([terms.vocab_size]))
     _check_shape("token_weights", token_weights, shape)
     if not isinstance(scale, Tensor):
@@ -177,7 +225,7 @@ def fused_linear_cross_entropy(  # type: ignore[misc]  # the overloads know of t
         )
     scale = scale.detach().to(device, dtype)
 
-    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, terms.bias)]
     valid = ValidRows.of(labels, device)
     # copies only where they are not contiguous
     hidden, labels = valid.take(hidden.reshape(-1, hidden.shape[-1]).contiguous()), valid.labels
@@ -188,12 +236,12 @@ def fused_linear_cross_entropy(  # type: ignore[misc]  # the overloads know of t
     loss, statistics, *_ = walk(
         hidden,
         weight,
-        bias,
+        terms.bias,
         labels,
         scale,
         terms.class_weights,
         terms.numbers,
-        return_outputs,
+        terms.outputs,
         needs,
         torch.promote_types(accum_dtype or weight.dtype, weight.dtype),
         budget_bytes,
@@ -201,24 +249,7 @@ def fused_linear_cross_entropy(  # type: ignore[misc]  # the overloads know of t
     )
     if not torch.compiler.is_compiling():  # a compiled graph goes backward as often as it is asked to
         loss = OneBackward.apply(loss)
-    if not return_outputs:
-        return loss
-    statistics = statistics.detach()
-    is_ignored = labels == IGNORE_INDEX
-    arg_max = torch.where(is_ignored, IGNORE_INDEX, statistics[ARG_MAX].long())
-    return LossOutputs(
-        loss,
-        *(
-            valid.put_back(values, fill).view(shape)
-            for values, fill in (
-                (cross_entropies(statistics, labels, terms), 0),
-                (log_sum_exps(statistics, labels), 0),
-                (entropies(statistics, labels), 0),
-                (arg_max, IGNORE_INDEX),
-                ((arg_max == labels) & ~is_ignored, False),
-            )
-        ),
-    )
+    return loss, _Tokens(statistics.detach(), valid, terms, shape)
 
 
 def check_inputs(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:

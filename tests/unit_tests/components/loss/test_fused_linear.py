@@ -16,6 +16,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchtitan.components.loss import (
     IGNORE_INDEX,
+    FusedLinearCrossEntropyLoss,
+    TokenSums,
     fused_linear,
     fused_linear_cross_entropy,
     linear_logprobs,
@@ -24,6 +26,7 @@ from torchtitan.components.loss import (
 from torchtitan.components.loss.softmax_gradient import combine_statistics, row_statistics
 from torchtitan.components.loss.terms import Terms
 from torchtitan.components.loss.valid_rows import ValidRows
+from torchtitan.models.common.model import OutputHead
 
 VOCAB, DIM = 101, 16
 BYTES = 4 * VOCAB  # of one row of float32 logits
@@ -133,6 +136,30 @@ def test_statistics_of_parts_combine_to_those_of_the_whole() -> None:
 
     parts = [row_statistics(logits[:, first:last], labels, terms(first)) for first, last in pairwise(bounds)]
     torch.testing.assert_close(combine_statistics(torch.stack(parts)), row_statistics(logits, labels, terms(0)))
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_training_has_the_walk_find_no_more_than_the_log_tells(logged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    compute = operators.cross_entropies
+
+    def record(statistics: Tensor, *others: Any) -> Tensor:
+        found.append(len(statistics))
+        return compute(statistics, *others)
+
+    monkeypatch.setattr(operators, "cross_entropies", record)
+    sums = TokenSums(z_loss=0.01, predictions=True, by_sequence=True)
+    sums.reset(logged=logged)
+    head, hidden, labels = OutputHead(DIM, VOCAB), torch.randn(3, 5, DIM), torch.randint(VOCAB, (3, 5))
+    labels[0, 1:] = IGNORE_INDEX
+    loss = FusedLinearCrossEntropyLoss(budget_bytes=1 << 20, sums=sums)(hidden, head, labels, torch.tensor(0.5))
+    logits = head(hidden)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(3, 5).sum(-1)
+    torch.testing.assert_close(sums.of_sequences, [expected.detach()])
+    torch.testing.assert_close(loss, 0.5 * expected.sum())
+    told = sums.scaled(torch.tensor(1.0))
+    is_right = (logits.argmax(-1) == labels) & (labels != IGNORE_INDEX)
+    assert found == [6 if logged else 3] and told.get("token_accuracy") == (is_right.sum() if logged else None)
 
 
 @pytest.mark.parametrize("labels_are_on_the_host", [True, False])
