@@ -250,6 +250,8 @@ def _get_fused_loss_use(config: JobConfig, dims: ParallelDims, weight_shape: tor
         logits = liger_chunk_rows(num_tokens, dim=dim, vocab_size=rows, chunk_mem_const=value) * rows * itemsize
     hidden = num_tokens * dim * itemsize
     gathered_hidden = hidden if dims.tp > 1 else 0
+    # where labels are ignored, the other tokens' rows are copied together, and their gradient back apart
+    copied_hidden = hidden if config.training.document_mask and config.training.boundary_labels == "ignore" else 0
     d_weight = rows * dim * itemsize
     float_d_weight = rows * dim * 4
     gradient = logits + d_weight
@@ -260,8 +262,8 @@ def _get_fused_loss_use(config: JobConfig, dims: ParallelDims, weight_shape: tor
     has_cast = casts_weights(config, dims) and itemsize != 4
     return Use(
         kept=d_weight + hidden,
-        forward=gradient + hidden + gathered_hidden + (d_weight if has_cast else 0),
-        backward=d_weight + hidden + (float_d_weight if has_cast else 0),
+        forward=gradient + hidden + gathered_hidden + copied_hidden + (d_weight if has_cast else 0),
+        backward=d_weight + hidden + max(copied_hidden, float_d_weight if has_cast else 0),
     )
 
 

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,24 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from torchtitan.cli.estimate import to_table
 from torchtitan.cli.main import main
-from torchtitan.components.loss import CrossEntropyLoss, FusedLinearCrossEntropyLoss, operators
+from torchtitan.components.loss import (
+    IGNORE_INDEX,
+    CrossEntropyLoss,
+    FusedLinearCrossEntropyLoss,
+    operators,
+    softmax_gradient,
+)
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.block_modes import BlockMode, get_block_modes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.sections import Model
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.memory import estimate as memory_estimate
+from torchtitan.memory import measure as memory_measure
 from torchtitan.memory.estimate import GIB, MemoryEstimate, Moment, describe, estimate_memory
 from torchtitan.memory.measure import measure
 from torchtitan.memory.trace import MemoryTrace, with_gpu_kernels
-from torchtitan.models.common.model import Transformer
+from torchtitan.models.common.model import OutputHead, Transformer
 from torchtitan.models.common.parallelize import parallelize_transformer
 from torchtitan.models.llama3 import llama3_flavors
 
@@ -94,6 +102,29 @@ def check_whole_step(options: str, monkeypatch: pytest.MonkeyPatch, *, untrue: i
     always = 12 * llama3_flavors["debugmodel"].num_params() + measure(config, ParallelDims(), None).buffers
     backward = max(m.total for m in result.moments if m.name not in ("optimizer", "start"))
     assert backward - always == pytest.approx(trace_whole_step(config) - untrue, rel=0.03)
+
+
+@pytest.mark.parametrize("boundary_labels", ["ignore", "keep"])
+def test_where_labels_are_ignored_the_other_rows_are_copied(
+    boundary_labels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "multiply_", lambda gradient, factor: None)  # which reads a value
+    monkeypatch.setattr(softmax_gradient, "_CPU_BLOCK_BYTES", 8 * 4 * 2000)  # the GPU's kernels copy no logits
+    options = f"--training.document_mask --training.boundary_labels {boundary_labels} --training.seq_len 256"
+    precision = "--training.mixed_precision_param float32 --liger_kernel.logits_memory_budget_mib 1"
+    config = parse(f"{FUSED} {options} {precision} --training.local_batch_size 4")
+    labels = torch.zeros(4, 256, dtype=torch.int64)
+    if boundary_labels == "ignore":
+        labels[0, :16] = IGNORE_INDEX  # few, but enough for the others to be copied
+    with torch.device("meta"):
+        head, hidden, scale = OutputHead(256, 2000), torch.empty(4, 256, 256, requires_grad=True), torch.empty(())
+    loss = FusedLinearCrossEntropyLoss(budget_bytes=1 << 20)
+    found = memory_measure._trace(partial(loss, hidden, head, labels, scale), is_compiled=False)
+    if boundary_labels == "ignore":  # torch scatters the gradient in place, but not where it is traced
+        found = replace(found, backward=found.backward - hidden.nbytes)
+    estimated = measure(config, ParallelDims(), None).loss
+    for name in ("kept", "forward", "backward"):
+        assert getattr(estimated, name) == pytest.approx(getattr(found, name), rel=0.03), name
 
 
 def test_equals_a_whole_step_of_a_tied_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +227,7 @@ def test_documents_take_no_mask_and_under_context_parallel_one_more_output_a_blo
     for degree, more in ((1, 0), (2, 6 * output)):
         options = f"{sizes} --parallelism.context_parallel_degree {degree}"
         plain = estimate(options, world_size=degree).peak
-        masked = estimate(f"{options} --training.document_mask", world_size=degree).peak
+        masked = estimate(f"{options} --training.document_mask --training.boundary_labels keep", world_size=degree).peak
         assert masked - plain == pytest.approx(more, rel=0.05, abs=1024)
 
 
