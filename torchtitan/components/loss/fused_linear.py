@@ -55,7 +55,7 @@ class FusedLinearCrossEntropyLoss:
     def __init__(
         self, *, budget_bytes: int, accum_dtype: torch.dtype | None = None, sums: TokenSums | None = None
     ) -> None:
-        self._options = {"budget_bytes": budget_bytes, "accum_dtype": accum_dtype}
+        self._options: dict[str, Any] = {"budget_bytes": budget_bytes, "accum_dtype": accum_dtype}
         self._sums = sums or TokenSums()
 
     def __call__(
