@@ -298,6 +298,7 @@ class Trainer:
             seed=self.seed,
             logits_budget_bytes=config.liger_kernel.logits_memory_budget_mib << 20,
             float8=self.float8,
+            offload=config.activation_checkpoint.offload,
             weight_dtype=get_weight_dtype(config.training, config.optimizer),
         )
 

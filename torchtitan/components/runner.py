@@ -14,6 +14,7 @@ from torch import Tensor
 from torchtitan.components.loss import CrossEntropyLoss, EvalLoss
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import Float8, Parallelism, Training
+from torchtitan.distributed.activation_offload import apply_offload
 from torchtitan.distributed.attention_kernels import report_kernel
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import Mesh
@@ -90,12 +91,14 @@ def build_runner(
     seed: int,
     logits_budget_bytes: int = 1 << 30,
     float8: Float8 | None = None,
+    offload: bool = False,
     weight_dtype: torch.dtype = torch.float32,
 ) -> Runner:
     """Build the model on the meta device, divide it, then give this rank's parts their memory and starting weights.
 
     logits_budget_bytes: for the logits of a validation, and what the loss makes of them.
     float8: how the blocks' linear layers are converted; None leaves them.
+    offload: what recomputed blocks keep goes to the machine's memory.
     """
 
     def build_on_meta() -> Decoder:
@@ -150,6 +153,8 @@ def build_runner(
     else:
         model = build_on_meta()
         parallelize(model)
+        if offload:
+            apply_offload(model, device)
         runner = EagerRunner(model, loss, eval_loss=eval_loss)
 
     parameter_device = torch.device("cpu") if training.enable_cpu_offload else device

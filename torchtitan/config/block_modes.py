@@ -15,6 +15,9 @@ ASSUMED_GIB = 79.1
 SELECTIVE_MODES: tuple[BlockMode, ...] = ("op", "attention")
 """Which keep some results of a block: values of activation_checkpoint.selective_ac_option."""
 
+OFFLOADED_MODES: tuple[BlockMode, ...] = ("attention", "full")
+"""What activation_checkpoint.offload moves to the machine's memory: little for the time that the block takes."""
+
 BLOCK_MODES: dict[BlockMode, str] = {
     "none": "keep all",
     "op": "keep the costly results",

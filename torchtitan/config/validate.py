@@ -52,7 +52,7 @@ def validate(
     found = [
         *_about_devices(num_gpus, local_world_size or world_size),
         *problems,
-        *_about_activation_checkpoint(config),
+        *_about_activation_checkpoint(config, num_gpus),
         *_about_tensor_parallel(config, num_gpus),
         *_about_converters(config),
         *_about_state_precision(config),
@@ -86,10 +86,26 @@ def _about_devices(num_gpus: int | None, local_world_size: int) -> Iterator[str]
         )
 
 
-def _about_activation_checkpoint(config: JobConfig) -> Iterator[str]:
+def _about_activation_checkpoint(config: JobConfig, num_gpus: int | None) -> Iterator[str]:
     activation_checkpoint, option = config.activation_checkpoint, config.activation_checkpoint.selective_ac_option
     if option not in SELECTIVE_MODES and not (option.isdecimal() and len(option) < 19 and int(option) > 0):
         yield f"{activation_checkpoint.selective_ac_option=!s} must be op, attention or a positive integer"
+    if not activation_checkpoint.offload:
+        return
+    if num_gpus == 0:
+        yield "activation_checkpoint.offload needs GPUs; leave it off on CPU"
+    if config.parallelism.pipeline_parallel_degree > 1:
+        yield (
+            "activation_checkpoint.offload follows one microbatch at a time, and pipelines hold several; leave it off,"
+            " or parallelism.pipeline_parallel_degree at 1"
+        )
+    keeps_much = activation_checkpoint.mode == "none" or (activation_checkpoint.mode == "selective" and option == "op")
+    if keeps_much:
+        yield (
+            f"activation_checkpoint.offload moves what recomputed blocks keep, and {activation_checkpoint.mode=!s}"
+            f"{f' with {option}' * (option == 'op')} keeps too much to be moved in time; use auto, full, or"
+            " activation_checkpoint.selective_ac_option=attention"
+        )
 
 
 def _about_tensor_parallel(config: JobConfig, num_gpus: int | None) -> Iterator[str]:

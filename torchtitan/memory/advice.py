@@ -131,6 +131,9 @@ def _changes(config: JobConfig, world_size: int, liger_installed: bool) -> Itera
     for option in SELECTIVE_MODES:
         yield with_flags(activation_checkpoint__mode="selective", activation_checkpoint__selective_ac_option=option)
     yield with_flags(activation_checkpoint__mode="full")
+    is_lean = config.activation_checkpoint.mode in ("auto", "full")
+    leaner = {} if is_lean else {"activation_checkpoint__mode": "full"}
+    yield with_flags(**leaner, activation_checkpoint__offload=True)
     if (batch := training.local_batch_size) > 1:
         dims = ParallelDims.from_config(config.parallelism, world_size)
         yield with_flags(

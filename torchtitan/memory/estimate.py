@@ -19,7 +19,7 @@ from typing import Literal
 
 from torchtitan.components.compact_optimizer import MAX_GROUP
 from torchtitan.components.optimizer import get_weight_dtype
-from torchtitan.config.block_modes import BlockMode, get_block_modes
+from torchtitan.config.block_modes import OFFLOADED_MODES, BlockMode, get_block_modes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.job_config import JobConfig
 from torchtitan.config.pipeline_split import ONE_STAGE, get_stage_modules, get_stages_of_rank
@@ -87,7 +87,7 @@ class MemoryEstimate:
 
     moments: list[Moment]
     host: int
-    """Bytes in the machine's memory: with enable_cpu_offload."""
+    """Bytes in the machine's memory: with enable_cpu_offload, and of activations with activation_checkpoint.offload."""
     pp_rank: int | None = None
     """Of a pipeline."""
 
@@ -150,6 +150,8 @@ def describe(estimate: MemoryEstimate, *, capacity: int | None = None) -> str:
     line = f"Estimated peak memory per device: {estimate.peak / GIB:.1f} GiB ({parts})"
     if capacity is not None and estimate.peak > capacity:
         line += f", of {capacity / GIB:.1f} GiB that it has"
+    if estimate.host:
+        line += f"; and {estimate.host / GIB:.1f} GiB of the machine's memory"
     return line
 
 
@@ -170,7 +172,9 @@ class _Rank:
         self.is_offloaded = config.training.enable_cpu_offload
         stages = _get_stages(config, dims, measured.n_layers, pp_rank)
         names = [name for stage in stages for name in stage]
-        self.block_uses = [measured.blocks[block_modes[number]] for number in _get_blocks(stages)]
+        blocks = _get_blocks(stages)
+        self.block_uses = [measured.blocks[block_modes[number]] for number in blocks]
+        self.moved = [self._get_moved(block_modes[number]) for number in blocks[:-1]]
         no_unit = Unit()
         self.embedding, self.norm, self.output = (
             measured.units[name] if name in names else no_unit for name in ("tok_embeddings", "norm", "output")
@@ -194,7 +198,7 @@ class _Rank:
         self.other_microbatches = self._get_other_microbatches(len(stages))
 
     def estimate(self) -> MemoryEstimate:
-        host = self.is_offloaded * (2 * self.all_shards + self.states)
+        host = self.is_offloaded * (2 * self.all_shards + self.states) + sum(self.moved)
         moments = [
             self._moment("start", weights=self.measured.largest_parameter * FLOAT32, has_optimizer=False),
             *self._get_forward_moments(),
@@ -291,8 +295,15 @@ class _Rank:
     def _kept(self, block: int) -> int:
         """Activations that wait for backward, when forward or backward is at this block."""
         boundary, uses = self.measured.boundary, self.block_uses
-        own = boundary + sum(use.kept for use in uses[:block])
+        # of what is moved to the host that of the block before is here: on its way out or back
+        own = boundary + sum(use.kept for use in uses[:block]) - sum(self.moved[: max(0, block - 1)])
         return own + round(self.other_microbatches * (boundary + sum(use.kept for use in uses)))
+
+    def _get_moved(self, mode: BlockMode) -> int:
+        """Bytes that a block keeps on the host: by the autograd hooks of distributed/activation_offload.py."""
+        if not self.config.activation_checkpoint.offload or mode not in OFFLOADED_MODES:
+            return 0
+        return self.measured.blocks[mode].kept if self.config.training.compile else self.measured.boundary
 
     def _moment(
         self, name: str, *, reduced: int = 0, gathering: int = 0, has_optimizer: bool = True, gap: int = 0, **parts: int

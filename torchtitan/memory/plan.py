@@ -29,7 +29,7 @@ from torchtitan.memory.estimate import GIB, MemoryModel, describe
 from torchtitan.memory.measure import is_one_process
 from torchtitan.protocols.model import Decoder
 from torchtitan.protocols.train_spec import get_run_args
-from torchtitan.tools.device import DeviceMemoryMonitor, get_memory_held_by_others
+from torchtitan.tools.device import DeviceMemoryMonitor, get_host_memory, get_memory_held_by_others
 from torchtitan.tools.logging import logger
 
 T = TypeVar("T")
@@ -102,7 +102,8 @@ def plan_memory(config: JobConfig, *, world: World, mesh: Mesh, device: torch.de
     On a CPU, whose memory also holds the program, nothing is said unless the recomputation is to be chosen.
 
     Raises:
-        ConfigError: the mode is "auto", and the model fits in no way, or its memory cannot be estimated.
+        ConfigError: the mode is "auto", and the model fits in no way, or its memory cannot be estimated; or what is to
+            wait in the machine's memory does not fit there.
     """
     options = config.activation_checkpoint
     unchosen = get_block_modes(options, get_run_args(config.model, max_seq_len=config.max_seq_len).n_layers)
@@ -128,6 +129,7 @@ def plan_memory(config: JobConfig, *, world: World, mesh: Mesh, device: torch.de
         block_modes = choose(estimate.peak * LEANER)
         estimate = model.estimate(block_modes)
     logger.info(describe(estimate, capacity=capacity))
+    _check_host_memory(config, estimate.host * world.local_size)
     if options.mode == "auto":
         if estimate.peak > budget:
             raise ConfigError(_explain_misfit(config, estimate.peak, budget, capacity, world, mesh))
@@ -184,6 +186,18 @@ def _get_most(value: int, device: torch.device) -> int:
     most = torch.tensor(value, dtype=torch.int64, device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return int(most.item())
+
+
+def _check_host_memory(config: JobConfig, needed: int) -> None:
+    available = get_host_memory()
+    if needed > available:
+        option = (
+            "activation_checkpoint.offload" if config.activation_checkpoint.offload else "training.enable_cpu_offload"
+        )
+        raise ConfigError(
+            f"{option} needs {needed / GIB:.1f} GiB of this machine's memory for its processes, which has"
+            f" {available / GIB:.1f}; use shorter sequences, or leave it off"
+        )
 
 
 def _explain_misfit(config: JobConfig, peak: int, budget: int, capacity: int, world: World, mesh: Mesh) -> str:

@@ -73,7 +73,7 @@ class DeviceMemoryMonitor:
         self._device = device
         self.name = get_device_name(device)
         on_gpu = device.type == "cuda"
-        self.capacity = torch.cuda.get_device_properties(device).total_memory if on_gpu else _physical_memory()
+        self.capacity = torch.cuda.get_device_properties(device).total_memory if on_gpu else get_host_memory()
         self.reset_peak()
 
     def get_peak(self) -> MemoryStats:
@@ -95,7 +95,7 @@ class DeviceMemoryMonitor:
                 Path("/proc/self/clear_refs").write_text("5")
 
 
-def _physical_memory() -> int:
+def get_host_memory() -> int:
     """Bytes that this process may use: the machine's memory, or its control group's limit where that is smaller."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:

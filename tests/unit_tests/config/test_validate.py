@@ -123,6 +123,17 @@ def test_float8_without_torchao_names_the_package(monkeypatch):
             ["selective_ac_option=0", "op, attention or a positive integer"],
         ),
         (1, "--activation_checkpoint.selective_ac_option -1", ["selective_ac_option=-1"]),
+        (
+            1,
+            "--activation_checkpoint.offload --activation_checkpoint.mode none",
+            ["offload", "mode=none keeps too much"],
+        ),
+        (
+            1,
+            "--activation_checkpoint.offload --activation_checkpoint.selective_ac_option op",
+            ["mode=selective with op", "use auto, full, or activation_checkpoint.selective_ac_option=attention"],
+        ),
+        (2, "--activation_checkpoint.offload --parallelism.pipeline_parallel_degree 2", ["pipelines hold several"]),
         (1, "--activation_checkpoint.selective_ac_option ops", ["selective_ac_option=ops"]),
         # checkpoint
         (
@@ -317,6 +328,9 @@ def test_more_processes_than_gpus():
 def test_async_tensor_parallel_is_refused_on_cpu():
     with pytest.raises(ConfigError, match="needs GPUs"):
         check(f"{TP} 2 --parallelism.enable_async_tensor_parallel --training.compile", world_size=2, num_gpus=0)
+    with pytest.raises(ConfigError, match="activation_checkpoint.offload needs GPUs"):
+        check(["--activation_checkpoint.offload"], num_gpus=0)
+    check(["--activation_checkpoint.offload"], num_gpus=1)
 
 
 @pytest.mark.parametrize("implementation", ["auto", "liger"])

@@ -274,6 +274,23 @@ def test_cpu_offload_moves_the_states_to_the_machine() -> None:
     assert there.parts["optimizer"] == 0 < here.parts["optimizer"]
 
 
+def test_offload_leaves_two_blocks_inputs_on_the_gpu() -> None:
+    option = "--activation_checkpoint.selective_ac_option attention"
+    here, there = (estimate(f"{LARGE} {COMPILE} {option} {more}") for more in ("", "--activation_checkpoint.offload"))
+    hidden = 4 * 4096 * llama3_flavors["1B"].dim * 2  # bf16, of input and of attention's result alike
+    log_sum_exps = 4 * 4096 * llama3_flavors["1B"].n_heads * 4
+    kept = 2 * hidden + log_sum_exps
+    assert here.host == 0
+    assert there.host == pytest.approx(15 * kept, abs=1 << 10)  # the last block's stays
+    freed = {a.name: a.total - b.total for a, b in zip(here.moments, there.moments, strict=True)}
+    assert freed["backward of block 16"] == pytest.approx(14 * kept, abs=1 << 10)
+    assert freed["backward of block 1"] == 0
+    assert freed["loss"] == pytest.approx(15 * kept, abs=1 << 10)
+    assert f"; and {15 * kept / GIB:.1f} GiB of the machine's memory" in describe(there)
+    eager = estimate(f"{LARGE} {option} --activation_checkpoint.offload")
+    assert eager.host == 15 * hidden  # checkpoint's own store is not moved
+
+
 def test_validation_holds_the_logits_of_its_budget_only() -> None:
     validating = f"{LARGE} --validation.enabled --validation.local_batch_size 2 --validation.seq_len 4096"
     hidden = 2 * 4096 * llama3_flavors["1B"].dim * 2  # bf16

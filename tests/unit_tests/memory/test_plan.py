@@ -221,6 +221,17 @@ def test_a_model_that_fits_in_no_way_is_refused_with_what_would_help(
     plan_memory(parse(f"{options} {needed}"), world=get_world(), mesh=mesh, device=CPU)
 
 
+def test_what_does_not_fit_the_machine_s_memory_is_refused(mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "get_host_memory", lambda: 8 * GIB)
+    set_capacity(monkeypatch, 80)
+    options = f"{LARGE} --activation_checkpoint.offload --training.local_batch_size"
+    plan_memory(parse(f"{options} 4"), world=get_world(), mesh=mesh, device=CPU)
+    with pytest.raises(
+        ConfigError, match=r"offload needs \d+\.\d GiB of this machine's memory .* has 8.0; use shorter"
+    ):
+        plan_memory(parse(f"{options} 64"), world=get_world(), mesh=mesh, device=CPU)
+
+
 def test_a_model_without_an_estimate_cannot_choose(mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("no meta kernel")

@@ -55,6 +55,9 @@ class ActivationCheckpoint:
     selective_ac_option: str = "2"
     """In selective mode: an integer n recomputes every n-th block; op recomputes in every block, but keeps the results
     of costly operations, attention only that of attention."""
+    offload: bool = False
+    """Keep the inputs of recomputed blocks in the machine's memory, copied there and back behind the computation (GPU,
+    no pipelines; compiled, the results of attention too)."""
 
 
 @dataclass
