@@ -174,9 +174,8 @@ def _read_command_line(argv: Sequence[str]) -> Iterator[_Setting]:
         elif negated:
             yield _Setting(option.name, given, problem=f"takes no value; there is {option.flag} True or False")
         elif not values:
-            yield _Setting(
-                option.name, given, problem=f"needs a value, {option.allowed()}{_maybe_meant(tokens, option)}"
-            )
+            hint = f"; one that begins with -- is written {option.flag}=..." if option.base is str and tokens else ""
+            yield _Setting(option.name, given, problem=f"needs a value, {option.allowed()}{hint}")
         else:
             yield _read(option, given, option.parse, " ".join(values))
 
@@ -188,19 +187,6 @@ def _take_values(tokens: deque[str], option: Option | None) -> list[str]:
     while tokens and not tokens[0].startswith("--") and (several or not values):
         values.append(tokens.popleft())
     return values
-
-
-def _maybe_meant(tokens: deque[str], option: Option) -> str:
-    """How to give the token that follows as the value of a text; it is removed if it is like no option."""
-    if option.base is not str or not tokens:
-        return ""
-    token = tokens[0]
-    name = token[2:].partition("=")[0].replace("-", "_")
-    if _find(name)[0]:
-        return ""
-    if not nearest(name, get_options()):
-        tokens.popleft()
-    return f"; one that begins with -- is written {option.flag}={token}"
 
 
 def _find(name: str) -> tuple[Option | None, bool]:

@@ -1,7 +1,7 @@
 """From a file or a folder on this machine to the source of its kind: which files are read, and as what."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from stat import S_ISREG
 
@@ -94,23 +94,34 @@ def _look(path: str | Path, text: Text) -> Files:
     return kind(files, root=root, text=text)
 
 
+def check_path(path: Path) -> None:
+    """Raise DatasetError unless there is something to read there; in an instant, however many files there are."""
+    try:
+        if path.is_file():
+            has_data = path.stat().st_size > 0
+        elif path.is_dir():
+            has_data = any(file.is_file() and file.stat().st_size > 0 for file in walk_files(path))
+        elif path.exists():
+            raise DatasetError(
+                f"{path} is neither a file nor a folder: data is read more than once, as a pipe or a device cannot be;"
+                " write it to a file"
+            )
+        else:
+            place = "" if path.is_absolute() else f" in {Path.cwd()}"
+            raise DatasetError(f"{path} does not exist{place}; it takes a file or a folder on this machine, of {KNOWN}")
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
+    if not has_data:
+        raise DatasetError(f"{path} is empty" + ("; hidden files are passed over" if path.is_dir() else ""))
+
+
 def _find_files(root: Path) -> list[Path]:
+    check_path(root)
     if root.is_file():
         return [root]
-    if not root.exists():
-        raise DatasetError(f"{root} does not exist; dataset_path takes a file or a folder on this machine")
-    if not root.is_dir():
-        raise DatasetError(
-            f"{root} is neither a file nor a folder: data is read more than once, as a pipe or a device cannot be;"
-            " write it to a file"
-        )
-    try:
-        names = [path.name for path in root.iterdir()]  # the walk would pass over a folder that may not be read
-    except OSError as error:
-        raise DatasetError(f"{root} cannot be read: {error.strerror}; check its permissions") from None
     files: dict[tuple[int, int], Path] = {}
     twice: list[Path] = []
-    for path in sorted(walk_files(root, on_error=_refuse)):
+    for path in sorted(walk_files(root)):
         try:
             found = path.stat()
         except OSError as error:
@@ -121,10 +132,6 @@ def _find_files(root: Path) -> list[Path]:
     if twice:
         first = files[twice[0].stat().st_dev, twice[0].stat().st_ino]
         logger.info(f"{root}: left out: {count_files(twice)} that links lead to twice ({twice[0]} is {first})")
-    if not files and names and all(map(_is_hidden, names)):
-        raise DatasetError(f"{root} holds hidden files only ({names[0]}), which are passed over; rename them")
-    if not files:
-        raise DatasetError(f"{root} is an empty folder; dataset_path takes {KNOWN}")
     return list(files.values())
 
 
@@ -141,13 +148,13 @@ def _leave_out(root: Path, files: Sequence[Path]) -> None:
         logger.info(f"{root}: left out: {told}")
 
 
-def walk_files(root: Path, on_error: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+def walk_files(root: Path) -> Iterator[Path]:
     """What is in a folder and its subfolders, hidden ones left out. Links are followed, but never round in a loop.
 
-    A folder that may not be read is passed over, but for what `on_error` makes of it.
+    Raises DatasetError: a folder may not be read.
     """
     visited = set(root.resolve().parents)
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=on_error):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_refuse):
         real_folder = Path(folder).resolve()
         if real_folder in visited:
             subfolders.clear()

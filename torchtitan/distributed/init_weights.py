@@ -4,8 +4,8 @@ import hashlib
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torchtitan.protocols.model import Decoder
 
@@ -37,21 +37,10 @@ def local_shard(
     like: DTensor,
 ) -> Tensor:
     """This rank's part of `whole`, divided as `like` is; a view."""
-    coordinate = like.device_mesh.get_coordinate()
-    assert coordinate is not None, "this rank is not part of the mesh"
-    axes = list(zip(like.placements, like.device_mesh.shape, coordinate, strict=True))
-    # FSDP divides what tensor parallel has left to the rank: a strided shard is cut last though its axis comes first.
-    for cut in (Shard, _StridedShard):
-        for placement, num_ranks, rank in axes:
-            if isinstance(placement, cut):
-                whole = _chunk(whole, placement.dim, num_ranks, rank)
-    assert all(isinstance(placement, Replicate | Shard | _StridedShard) for placement, _, _ in axes), like.placements
+    sizes, offsets = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
+    for dim, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
+        whole = whole.narrow(dim, min(offset, whole.size(dim) - size), size)  # past the end for an empty part
     return whole
-
-
-def _chunk(tensor: Tensor, dim: int, num_chunks: int, index: int) -> Tensor:
-    chunks = tensor.chunk(num_chunks, dim)  # fewer than num_chunks where the tensor is too short
-    return chunks[index] if index < len(chunks) else tensor.narrow(dim, 0, 0)
 
 
 def _seed_for(seed: int, name: str) -> int:

@@ -4,7 +4,6 @@ Imports no torch, so that a mistake costs a fraction of a second.
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -18,7 +17,7 @@ from torchtitan.config.manager import REPOSITORY, ConfigManager
 from torchtitan.config.mixture import parse_mixture
 from torchtitan.config.schema import either, meant_or_known, nearest
 from torchtitan.datasets import get_dataset_names, open_dataset
-from torchtitan.datasets.local import walk_files
+from torchtitan.datasets.local import check_path
 from torchtitan.launch.environment import about_compiler, about_wandb_key
 from torchtitan.protocols.custom_import import check_custom_import
 from torchtitan.protocols.hf_folder import check_hf_config, check_weight_names, read_weight_files
@@ -158,30 +157,16 @@ def _about_dataset(config: JobConfig, section: Literal["training", "validation"]
                     f"training.datasets has {part.name}, no dataset and no path; did you mean {either(meant)}?"
                 )
             else:
-                yield from _about_dataset_path(f"training.datasets has {part.name}, which", path)
+                yield from _about_dataset_path("training.datasets: ", path)
     if options.dataset_path is not None:
-        yield from _about_dataset_path(f"{section}.dataset_path={options.dataset_path}", Path(options.dataset_path))
+        yield from _about_dataset_path(f"{section}.dataset_path=", Path(options.dataset_path))
 
 
 def _about_dataset_path(given: str, path: Path) -> Iterator[ConfigError]:
-    advice = "it takes a file or a folder on this machine, of text, JSON lines, Parquet or token ids"
     try:
-        if not path.exists():
-            yield DatasetError(f"{given} {_is_absent(path, Path.cwd())}; {advice}")
-        elif not path.is_file() and not path.is_dir():
-            yield DatasetError(f"{given} is neither a file nor a folder; {advice}")
-        elif not _has_data(path):
-            yield DatasetError(f"{given} is empty" + ("; hidden files are passed over" if path.is_dir() else ""))
-    except OSError as error:
-        yield DatasetError(f"{given} cannot be read: {error.strerror}")
-
-
-def _has_data(path: Path) -> bool:
-    if path.is_file():
-        return path.stat().st_size > 0
-    with os.scandir(path):
-        pass  # raises OSError where the folder may not be read
-    return any(file.is_file() and file.stat().st_size for file in walk_files(path))
+        check_path(path)
+    except DatasetError as error:
+        yield DatasetError(f"{given}{error}")
 
 
 def _about_initial_checkpoint(config: JobConfig) -> Iterator[ConfigError]:

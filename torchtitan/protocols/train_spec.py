@@ -157,11 +157,24 @@ def find_family(model: Model) -> TrainSpec:
 
 def get_run_args(model: Model, *, max_seq_len: int) -> Any:
     """The ModelArgs of the model that is asked for, with what the run's options decide."""
+    return _get_args(model).for_run(model, max_seq_len=max_seq_len)
+
+
+def _get_args(model: Model) -> ModelArgs:
+    """Raises ConfigError: there is no such family or flavour."""
     if model.hf_folder is not None:
-        args = read_hf_model(Path(model.hf_folder, HF_CONFIG))[1]
-    else:
-        args = get_train_spec(model.name).flavors[model.flavor]
-    return args.for_run(model, max_seq_len=max_seq_len)
+        file = Path(model.hf_folder, HF_CONFIG)
+        if not file.is_file():
+            raise ConfigError(
+                f"model.hf_folder={file.parent} holds no {HF_CONFIG}; it takes the folder of a Hugging Face model"
+            )
+        args: ModelArgs = read_hf_model(file)[1]
+        return args
+    flavors = get_train_spec(model.name).flavors
+    if model.flavor not in flavors:
+        hint = about_unknown_name("model.flavor", model.flavor) or meant_or_known(model.flavor, flavors)
+        raise ConfigError(f"model.flavor={model.flavor} is unknown; {hint}")
+    return flavors[model.flavor]  # type: ignore[no-any-return]
 
 
 def read_hf_model(file: Path) -> tuple[TrainSpec, Any]:
@@ -174,7 +187,11 @@ def read_hf_model(file: Path) -> tuple[TrainSpec, Any]:
     try:
         if config.get("quantization_config") is not None:
             raise CheckpointError("quantized weights are not supported; get the model in bfloat16 or float32")
-        spec = find_hf_family(config.get("model_type"))
+        families, model_type = _get_hf_families(), config.get("model_type")
+        if not isinstance(model_type, str) or model_type not in families:
+            known = " or ".join(map(repr, families))
+            raise CheckpointError(f"model_type is {model_type!r}; the families of this package have {known}")
+        spec = families[model_type]
         assert spec.hf is not None
         return spec, spec.hf.read(config)
     except ConfigError as error:
@@ -183,15 +200,6 @@ def read_hf_model(file: Path) -> tuple[TrainSpec, Any]:
         raise CheckpointError(f"{file} has no {error}, which the model needs") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} describes no model: {error}") from error
-
-
-def find_hf_family(model_type: object) -> TrainSpec:
-    """The family of a config.json's model_type; ConfigError if there is none."""
-    families = _get_hf_families()
-    if not isinstance(model_type, str) or model_type not in families:
-        known = " or ".join(map(repr, families))
-        raise ConfigError(f"model_type is {model_type!r}; the families of this package have {known}")
-    return families[model_type]
 
 
 def _get_hf_families() -> dict[str, TrainSpec]:
@@ -205,26 +213,16 @@ def find_model(config: JobConfig) -> ModelArgs | None:
     Raises:
         ConfigError: there is no such family or flavour.
     """
-    model = config.model
-    if model.hf_folder is not None:
-        return _find_hf_model(Path(model.hf_folder), may_come=bool(config.experimental.custom_import))
-    if config.experimental.custom_import and model.name not in get_model_names():
+    if config.experimental.custom_import and not _is_family_known(config.model):
         return None
-    flavors = get_train_spec(model.name).flavors
-    if model.flavor not in flavors:
-        hint = about_unknown_name("model.flavor", model.flavor) or meant_or_known(model.flavor, flavors)
-        raise ConfigError(f"model.flavor={model.flavor} is unknown; {hint}")
-    return flavors[model.flavor]
+    return _get_args(config.model)
 
 
-def _find_hf_model(folder: Path, *, may_come: bool) -> ModelArgs | None:
-    file = folder / HF_CONFIG
-    if not file.is_file():
-        raise ConfigError(f"model.hf_folder={folder} holds no {HF_CONFIG}; it takes the folder of a Hugging Face model")
-    if may_come and read_json(file, CheckpointError).get("model_type") not in _get_hf_families():
-        return None
-    args: ModelArgs = read_hf_model(file)[1]
-    return args
+def _is_family_known(model: Model) -> bool:
+    if model.hf_folder is None:
+        return model.name in get_model_names()
+    file = Path(model.hf_folder, HF_CONFIG)
+    return not file.is_file() or read_json(file, CheckpointError).get("model_type") in _get_hf_families()
 
 
 def validate_run(

@@ -218,9 +218,8 @@ def test_path_faults_are_named(tmp_path, write_parquet):
     assert error(tmp_path / "nowhere").startswith(f"{tmp_path}/nowhere does not exist")
     folder = tmp_path / "folder"
     folder.mkdir()
-    assert error(folder).startswith(f"{folder} is an empty folder; dataset_path takes text (.txt, ")
     (folder / ".a.jsonl").write_text('{"text": "a"}')
-    assert error(folder) == f"{folder} holds hidden files only (.a.jsonl), which are passed over; rename them"
+    assert error(folder) == f"{folder} is empty; hidden files are passed over"
     os.mkfifo(tmp_path / "pipe")
     assert error(tmp_path / "pipe") == (
         f"{tmp_path}/pipe is neither a file nor a folder: data is read more than once, as a pipe or a device cannot be;"
@@ -230,6 +229,7 @@ def test_path_faults_are_named(tmp_path, write_parquet):
     assert error(folder).startswith(f"{folder} holds no file of a known kind, but .zip; dataset_path takes text")
     assert error(folder / "a.zip").startswith(f"{folder}/a.zip holds no file of a known kind, but .zip")
     (folder / "a.jsonl").write_text("")
+    assert error(folder / "a.jsonl") == f"{folder}/a.jsonl is empty"
     assert error(folder) == f"{folder} is empty: there is no byte in 1 file of JSON lines"
     (folder / "a.jsonl").write_text('{"text": "a"}')
     write_parquet(folder / "a.parquet", ["a"])

@@ -14,13 +14,14 @@ from safetensors.numpy import save_file
 
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.manager import resolve
+from torchtitan.datasets.local import KNOWN
 from torchtitan.launch.environment import describe_upstream_variables
 from torchtitan.launch.preflight import about_other_numbers, check, get_vocab_size
 from torchtitan.models.llama3 import hf_config, llama3_flavors
 from torchtitan.protocols.train_spec import get_run_args
 
 ROOT = Path(__file__).parents[3]
-DATASET_ADVICE = "it takes a file or a folder on this machine, of text, JSON lines, Parquet or token ids"
+DATASET_ADVICE = f"it takes a file or a folder on this machine, of {KNOWN}"
 
 
 def write_tokenizer(folder: Path, num_tokens: int, num_added: int = 0) -> Path:
@@ -129,7 +130,8 @@ def test_dataset_missing_or_empty(refused, valid, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, part in {
         "nowhere": f"does not exist; {DATASET_ADVICE}",
-        "pipe": f"is neither a file nor a folder; {DATASET_ADVICE}",
+        "pipe": "is neither a file nor a folder: data is read more than once, as a pipe or a device cannot be;"
+        " write it to a file",
         "empty.txt": "is empty",
         "folder": "is empty; hidden files are passed over",
     }.items():
@@ -182,7 +184,7 @@ def test_what_a_mixture_names_is_a_dataset_or_a_path(refused, valid, tmp_path):
         text == "DatasetError: training.datasets has python_stdlb, no dataset and no path; did you mean python_stdlib?"
     )
     text = refused("--training.datasets", f"c4=2,{tmp_path}/nowhere=1")
-    assert text.startswith(f"DatasetError: training.datasets has {tmp_path}/nowhere, which does not exist; it takes a")
+    assert text.startswith(f"DatasetError: training.datasets: {tmp_path}/nowhere does not exist; it takes a")
     (tmp_path / "data.txt").write_text("text")
     check([*valid, "--training.datasets", f"python_stdlib=0.7, {tmp_path}=0.3"], nproc=1)
 
@@ -279,9 +281,12 @@ def test_a_folder_that_may_not_be_read_is_not_called_empty(refused, tmp_path, mo
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr("torchtitan.launch.preflight.os.scandir", refuse)  # nothing is forbidden to root
+    monkeypatch.setattr("torchtitan.datasets.local.os.scandir", refuse)  # nothing is forbidden to root
     text = refused("--training.dataset_path", str(tmp_path))
-    assert text == f"DatasetError: training.dataset_path={tmp_path} cannot be read: Permission denied"
+    assert (
+        text
+        == f"DatasetError: training.dataset_path={tmp_path} cannot be read: Permission denied; check its permissions"
+    )
 
 
 def test_a_module_that_is_not_there(refused):
