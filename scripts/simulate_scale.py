@@ -40,6 +40,7 @@ from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.protocols.train_spec import get_run_args, get_train_spec
+from torchtitan.tools.gc import GarbageCollection
 from torchtitan.tools.logging import logger
 
 CONFIGS = Path(__file__).resolve().parents[1] / "torchtitan/models/llama3/train_configs"
@@ -165,6 +166,7 @@ def measure(model: str, num_ranks: int) -> dict[str, float]:
     that leaves out what else the machine does; the two threads wait for each other by Python's lock.)
     """
     torch.set_num_threads(1)
+    GarbageCollection(gc_freq=50)  # off, as in a run: a full collection takes as long as all that is measured here
     with simulated(model, num_ranks) as run, tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as thread:
         packed = [pack_table(run.table(rank)) for rank in range(num_ranks)]
         run.plan(0)

@@ -104,6 +104,7 @@ class HuggingFaceFormat:
         titles = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
         if len(files) == 1:
             titles = [SINGLE_FILE]
+        done = 0
 
         def begin() -> None:
             check_files(source, metadata)
@@ -112,17 +113,19 @@ class HuggingFaceFormat:
         def write(number: int) -> None:
             if number < len(files):
                 weights = {name: torch.empty(entries[name].size, dtype=dtypes[name]) for name in files[number]}
-                for name, weight in weights.items():
-                    load_alone(source, {name: weight}, metadata)
-                    done.append(num_bytes[name])
-                    if ranks.is_first:
-                        progress.show(sum(done))
+                load_alone(source, weights, metadata, on_read=count)  # which opens each file of the source once
                 converted = {name: weight.contiguous() for name, weight in self._adapter.to_hf(weights).items()}
                 try:
                     safetensors.torch.save_file(converted, target / titles[number], metadata={"format": "pt"})
                     sync(target / titles[number])
                 except Exception as error:  # safetensors has its own for a full disk
                     raise CheckpointError(f"{target / titles[number]} was not written: {reason(error)}") from error
+
+        def count(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            if ranks.is_first:
+                progress.show(done)
 
         def finish() -> None:
             check_sizes(target, dict.fromkeys(titles, 1))
@@ -134,7 +137,6 @@ class HuggingFaceFormat:
         held = list(zip(titles, files, strict=True))
         ranks.ask_first(begin)
         own = [num_bytes[name] for names in files[ranks.rank :: ranks.size] for name in names]
-        done: list[int] = []
         with Progress(f"Converting {source}", sum(own)) as progress:
             for first in range(0, len(files), ranks.size):
                 ranks.together(partial(write, first + ranks.rank))

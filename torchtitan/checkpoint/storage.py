@@ -12,12 +12,13 @@ import pickle
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -193,20 +194,33 @@ class _CheckpointReader(FileSystemReader):
 class _LoadPlanner(DefaultLoadPlanner):
     """torch's planner, for flat keys, which unpickles nothing but plain values."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_read: Callable[[int], None]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._on_read = on_read
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        self._on_read(tensor.nbytes)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
-def load_alone(path: Path, state: dict[str, Any], metadata: Metadata | None = None) -> None:
-    """Fill `state` from the checkpoint at `path`: each rank reads for itself, and none tells another what."""
+def load_alone(
+    path: Path,
+    state: dict[str, Any],
+    metadata: Metadata | None = None,
+    *,
+    on_read: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Fill `state` from the checkpoint at `path`: each rank reads for itself, and none tells another what.
+
+    on_read: told of the bytes of each part of a tensor that has been filled.
+    """
     reader = _CheckpointReader(path, metadata or read_metadata(path))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it was asked to be
-            load(state, storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
+            load(state, storage_reader=reader, planner=_LoadPlanner(on_read), no_dist=True)
     except CheckpointException as error:
         raise UnusableCheckpointError(f"{path} cannot be loaded: {reason(error)}") from error
 

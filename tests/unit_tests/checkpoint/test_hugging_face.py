@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -137,8 +138,16 @@ def test_there_and_back_keeps_where_a_text_ends(tmp_path, monkeypatch, caplog):
     shapes = {name: weight.shape for name, weight in Transformer(MODEL).state_dict().items()}
     monkeypatch.setattr(terminal, "SAID_EVERY_S", 0)
     caplog.clear()
+    opened, create_stream = [], FileSystem.create_stream
+
+    def count_and_open(self: FileSystem, path: Any, mode: str) -> Any:
+        opened.append(path.name)
+        return create_stream(self, path, mode)
+
     ours_to_theirs.convert_back(theirs, ours, shapes)
+    monkeypatch.setattr(FileSystem, "create_stream", count_and_open)
     ours_to_theirs.convert(ours, back)
+    assert opened == ["__0_0.distcp"]  # once, for all the weights of a file
     ends = [message for message in caplog.messages if message.endswith(": 100%, 0:00:00 left")]
     assert [message.split(": ")[0] for message in ends] == [f"Reading {theirs}", f"Converting {ours}"]
     assert json.loads((back / "config.json").read_bytes())["eos_token_id"] == [1, 5, 7]
