@@ -8,7 +8,7 @@ from pathlib import Path
 
 # One process imports what most tests need, and those that tests start are forked from it: each then begins in a tenth
 # of a second, where one that imports torch anew takes seconds. It has the environment of the first test that asks.
-multiprocessing.set_forkserver_preload(["pytest", "torchtitan.train", "torchtitan.models.common.parallelize"])
+multiprocessing.set_forkserver_preload(["tests.preloaded"])
 FORKED = multiprocessing.get_context("forkserver")
 
 

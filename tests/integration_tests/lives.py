@@ -1,7 +1,8 @@
 """The real trainer on a tiny model, in real processes that a test can watch, stop and kill.
 
-A process is forked from one that has imported torch and the package: so a run starts in a tenth of a second, and
-tests can afford many. What it printed, its exit status and its metrics.jsonl are what a test looks at.
+A process is forked from one that has imported torch and the package, and so is the one that writes its checkpoints: a
+run starts in a tenth of a second, and tests can afford many. What it printed, its exit status and its metrics.jsonl are
+what a test looks at.
 """
 
 import json
@@ -13,7 +14,7 @@ import socket
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,10 @@ import torch
 
 import torchtitan.train
 from tests.processes import FORKED, find_children
+from torchtitan.checkpoint import background
+from torchtitan.components.dataloader import Batch
 from torchtitan.config.errors import EXIT_MISTAKE
+from torchtitan.train import Trainer
 
 REPO = Path(__file__).parents[2]
 OPTIONS = f"""
@@ -132,6 +136,22 @@ def train(
     return life
 
 
+def before_step(what: Callable[[Trainer], None]) -> None:
+    """For a hook: have the trainer do this first in each step."""
+    train_step = Trainer.train_step
+
+    def do_first(self: Trainer, batches: Iterator[Batch]) -> bool:
+        what(self)
+        return train_step(self, batches)
+
+    Trainer.train_step = do_first
+
+
+def signal_at(step: int, number: signal.Signals) -> None:
+    """A hook: the trainer gets a signal as this step begins."""
+    before_step(lambda trainer: os.kill(os.getpid(), number) if trainer.step == step else None)
+
+
 def errors(life: Life, rank: int = 0) -> list[str]:
     """Lines of the log that tell of an error, without their time; any other line that is no log line counts too.
 
@@ -212,6 +232,7 @@ def _live(rank: int, world_size: int, port: int, argv: list[str], log: Path, hoo
         }
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
+    background.START_METHOD = "fork"
     if hook is not None:
         hook()
     sys.exit(torchtitan.train.main(argv))

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ from tests.integration_tests.lives import (
     REPO,
     TIMEOUT_S,
     Life,
+    before_step,
     checkpoints,
     errors,
     last_step,
     read_lines,
     read_records,
     read_steps,
+    signal_at,
     train,
     write_data,
 )
@@ -55,9 +58,10 @@ from torchtitan.distributed import utils
 from torchtitan.protocols.hf_folder import holds_hf_weights
 from torchtitan.train import EXIT_PREEMPTED, Trainer
 
-STEPS, PAIR_STEPS = 200, 80
+STEPS, SHORT_STEPS, PAIR_STEPS = 200, 60, 80
 MODES = ["disabled", "async", "async_with_pinned_mem"]
 SAVING = f"--training.steps {STEPS} --checkpoint.enable_checkpoint --checkpoint.interval 5"
+SHORT_SAVING = f"{SAVING} --training.steps {SHORT_STEPS}"
 PAIR_SAVING = f"{SAVING} --training.steps {PAIR_STEPS} --parallelism.data_parallel_shard_degree 2"
 
 
@@ -70,6 +74,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def undisturbed_short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of fewer steps."""
+    folder = tmp_path_factory.mktemp("undisturbed_short") / "run"
+    train(folder, f"{SHORT_SAVING} --checkpoint.interval 1000000")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def undisturbed_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same by two processes."""
     folder = tmp_path_factory.mktemp("undisturbed_pair") / "run"
@@ -77,10 +89,10 @@ def undisturbed_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_as_undisturbed(folder: Path, undisturbed: Path, *, up_to: int = STEPS) -> None:
+def assert_as_undisturbed(folder: Path, undisturbed: Path) -> None:
     """Each life of the run in `folder` trained the undisturbed run's steps, and together they trained all."""
     records, expected = read_records(folder), read_steps(undisturbed)
-    assert list(records) == list(range(1, up_to + 1))
+    assert list(records) == list(expected)
     for step, said in records.items():
         assert set(said) == {expected[step]}, f"step {step}"
 
@@ -159,24 +171,23 @@ def test_killed_again_and_again_a_run_ends_with_the_bits_of_one_left_alone(tmp_p
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_sigterm_finishes_the_step_and_saves_it(tmp_path, undisturbed, mode):
-    life = Life(tmp_path / "run", f"{SAVING} --checkpoint.async_mode {mode}")
-    life.wait_for_step(22)
-    life.signal(signal.SIGTERM)
+def test_sigterm_finishes_the_step_and_saves_it(tmp_path, undisturbed_short, mode):
+    hook = partial(signal_at, 22, signal.SIGTERM)
+    life = Life(tmp_path / "run", f"{SHORT_SAVING} --checkpoint.async_mode {mode}", hook=hook)
     assert life.wait() == [EXIT_PREEMPTED], life.last_words()
     last = last_step(life.folder)
     assert f"Stopped by SIGTERM after step {last}; it is saved" in life.output()
     assert f"step-{last}" in checkpoints(life.folder)
     stop = json.loads((life.folder / "history.jsonl").read_text().splitlines()[-1])
     assert (stop["event"], stop["step"], stop["saved"]) == ("stop", last, True)
-    life = train(life.folder, SAVING)
+    life = train(life.folder, SHORT_SAVING)
     assert f"Training starts at step {last + 1}" in life.output()
-    assert_as_undisturbed(life.folder, undisturbed)
+    assert_as_undisturbed(life.folder, undisturbed_short)
     assert all(len(lives) == 1 for lives in read_records(life.folder).values())  # nothing was trained twice
 
 
 def test_sigterm_is_answered_after_the_step_and_before_a_validation_and_amid_its_texts(tmp_path):
-    options = f"{SAVING} --validation.enabled --validation.freq 5 --validation.steps 1 --validation.seq_len 32"
+    options = f"{SHORT_SAVING} --validation.enabled --validation.freq 5 --validation.steps 1 --validation.seq_len 32"
     options += f" --validation.dataset_path {REPO}/LICENSE --validation.prompts this --validation.max_new_tokens 3"
     for hook, last in ((ask_to_stop_at_the_second_token, 1), (ask_to_stop_in_step_10, 10)):
         life = Life(tmp_path / "run", options, hook=hook)
@@ -240,7 +251,7 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step_whatever_they_are_at(tmp
         assert f"Stopped by SIGTERM after step {last}; it is saved" in life.output()
         assert f"step-{last}" in checkpoints(folder)
     train(folder, PAIR_SAVING, world_size=2)
-    assert_as_undisturbed(folder, undisturbed_pair, up_to=PAIR_STEPS)
+    assert_as_undisturbed(folder, undisturbed_pair)
     assert all(len(lives) == 1 for lives in read_records(folder).values())  # nothing was trained twice
     assert all("grad_norm" in line for line in read_lines(folder))  # no validation came to its end
 
@@ -343,7 +354,7 @@ def test_torchrun_restarts_after_a_dead_worker_and_passes_sigterm_on(tmp_path, u
     assert re.search(r"Stopped by SIGTERM after step (\d+); it is saved", said)[1] == str(last_step(folder))
     assert "Traceback" not in said
     train(folder, PAIR_SAVING, world_size=2)
-    assert_as_undisturbed(folder, undisturbed_pair, up_to=PAIR_STEPS)
+    assert_as_undisturbed(folder, undisturbed_pair)
 
 
 # Ranks that leave the others alone
@@ -407,17 +418,6 @@ def fail(self, batches):
 
 train.Trainer.train_step = fail
 """
-
-
-def before_step(what: Callable[[Trainer], None]) -> None:
-    """Have the trainer do this first in each step."""
-    train_step = Trainer.train_step
-
-    def do_first(self: Trainer, batches: Iterator[Batch]) -> bool:
-        what(self)
-        return train_step(self, batches)
-
-    Trainer.train_step = do_first
 
 
 # Numbers that are not finite
@@ -535,16 +535,15 @@ def test_weights_that_the_optimizer_ruined_are_not_saved(tmp_path):
     assert checkpoints(life.folder) == []
 
 
-def test_run_that_diverged_goes_on_from_its_last_checkpoint_with_other_values(tmp_path, undisturbed):
+def test_run_that_diverged_goes_on_from_its_last_checkpoint_with_other_values(tmp_path, undisturbed_short):
     folder = tmp_path / "run"
-    life = Life(folder, SAVING)
-    life.wait_for_step(12)
-    life.kill()
-    life = train(folder, f"{SAVING} --optimizer.lr 1e30", status=1)
+    life = Life(folder, SHORT_SAVING, hook=partial(signal_at, 13, signal.SIGKILL))
+    assert life.wait() == [-signal.SIGKILL], life.last_words()
+    life = train(folder, f"{SHORT_SAVING} --optimizer.lr 1e30", status=1)
     (message,) = errors(life)
     assert "NonFiniteError: at step " in message
-    train(folder, SAVING)
-    assert_as_undisturbed(folder, undisturbed)
+    train(folder, SHORT_SAVING)
+    assert_as_undisturbed(folder, undisturbed_short)
 
 
 # Disks
@@ -571,8 +570,8 @@ def remove_slowly() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_full_disk_costs_the_saves_but_not_the_run(tmp_path, undisturbed, mode):
-    options = f"{SAVING} --checkpoint.async_mode {mode} --checkpoint.interval 50"
+def test_full_disk_costs_the_saves_but_not_the_run(tmp_path, undisturbed_short, mode):
+    options = f"{SHORT_SAVING} --checkpoint.async_mode {mode} --checkpoint.interval 15"
     options += " --checkpoint.last_save_model_only False"
     disk = tmp_path / "disk"
     with small_disk(disk, 3 * 2**20):  # room for one checkpoint
@@ -583,37 +582,36 @@ def test_full_disk_costs_the_saves_but_not_the_run(tmp_path, undisturbed, mode):
         (folder / "metrics.jsonl").symlink_to(tmp_path / "metrics.jsonl")
         life = train(folder, options, status=1)
         messages = errors(life)
-        for step, message in zip(range(100, STEPS + 1, 50), messages, strict=False):
+        for step, message in zip(range(30, SHORT_STEPS + 1, 15), messages, strict=False):
             assert re.fullmatch(
                 rf"ERROR - Saving the checkpoint of step {step} failed: No space left on device\. The run goes on;"
-                rf" the newest whole checkpoint is {folder}/checkpoint/step-50; \d MiB are free there\.",
+                rf" the newest whole checkpoint is {folder}/checkpoint/step-15; \d MiB are free there\.",
                 message,
             )
-        assert f"UnsavedError: the last checkpoint, of step {STEPS}, could not be saved" in messages[-1]
-        assert checkpoints(folder) == ["step-50"]
+        assert f"UnsavedError: the last checkpoint, of step {SHORT_STEPS}, could not be saved" in messages[-1]
+        assert checkpoints(folder) == ["step-15"]
 
         subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
         train(folder, options)
-        assert_as_undisturbed(folder, undisturbed)
+        assert_as_undisturbed(folder, undisturbed_short)
 
 
 @pytest.mark.parametrize(
     ("file", "how"), [(".metadata", "deleted"), ("__0_0.distcp", "cut"), ("__0_0.distcp", "a bit")]
 )
-def test_damaged_checkpoint_stops_the_start_and_the_advice_in_the_message_works(tmp_path, undisturbed, file, how):
+def test_damaged_checkpoint_stops_the_start_and_the_advice_in_the_message_works(tmp_path, undisturbed_short, file, how):
     folder = tmp_path / "run"
-    life = Life(folder, SAVING)
-    life.wait_for_step(14)
-    life.kill()
-    newest = folder / "checkpoint" / max(checkpoints(folder), key=lambda name: int(name.split("-")[1].split(".")[0]))
+    life = Life(folder, SHORT_SAVING, hook=partial(signal_at, 15, signal.SIGKILL))
+    assert life.wait() == [-signal.SIGKILL], life.last_words()
+    newest = folder / "checkpoint/step-10"
     damage(newest / file, how)
-    life = train(folder, SAVING, status=1)
+    life = train(folder, SHORT_SAVING, status=1)
     (message,) = errors(life)
     assert message.startswith("ERROR - CheckpointError: ")
     assert f"{newest}/{file}" in message
     advice = re.search(r"To continue from step 5: (--checkpoint.load_step 5)$", message)
-    train(folder, f"{SAVING} {advice[1]}")
-    assert_as_undisturbed(folder, undisturbed)
+    train(folder, f"{SHORT_SAVING} {advice[1]}")
+    assert_as_undisturbed(folder, undisturbed_short)
 
 
 def damage(file: Path, how: str) -> None:
@@ -630,7 +628,7 @@ def damage(file: Path, how: str) -> None:
 def test_folder_that_cannot_be_written_stops_the_run_before_its_first_step(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/checkpoint").write_text("in the way")
-    life = train(tmp_path / "run", SAVING, status=1)
+    life = train(tmp_path / "run", SHORT_SAVING, status=1)
     (message,) = errors(life)
     where = f"{tmp_path}/run/checkpoint"
     assert message.startswith(f"ERROR - CheckpointError: checkpoints cannot be saved in {where}: File exists")

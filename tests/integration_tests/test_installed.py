@@ -14,7 +14,7 @@ from torchtitan.config.manager import get_ready_files
 
 REPO = Path(__file__).parents[2]
 SMALL = ["--training.steps", "2", "--training.seq_len", "32", "--training.local_batch_size", "2"]
-SMALL += ["--checkpoint.enable_checkpoint", "--checkpoint.interval", "1"]
+SMALL += ["--checkpoint.enable_checkpoint", "--checkpoint.interval", "1", "--checkpoint.async_mode", "async"]
 RUN_EACH = """
 import contextlib, io, json, sys, torchtitan
 from torchtitan.cli.main import main

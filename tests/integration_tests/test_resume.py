@@ -1,7 +1,6 @@
 """A run that is continued is the run that was never stopped: to the bit on its own layout, to 1e-5 on another."""
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -16,12 +15,11 @@ import torch
 
 import torchtitan.train
 from tests.finished_run import load_weights
-from tests.integration_tests.lives import REPO, Life, Step, errors, read_records, read_steps, train
+from tests.integration_tests.lives import REPO, Life, Step, errors, read_records, read_steps, signal_at, train
 from tests.integration_tests.tiny_sizes import TINY
 from torchtitan.checkpoint.storage import read_metadata
 from torchtitan.components.dataloader import Batch
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.train import Trainer
 
 STEPS = 6
 SAVING = f"""
@@ -146,18 +144,6 @@ def read_the_same_batch_in_every_step() -> None:
     torchtitan.train.build_dataloader = build
 
 
-def die_at(step: int) -> None:
-    """As by kill -9."""
-    train_step = Trainer.train_step
-
-    def train_or_die(trainer: Trainer, batches: Iterator[Batch]) -> bool:
-        if trainer.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return train_step(trainer, batches)
-
-    Trainer.train_step = train_or_die
-
-
 def test_any_number_of_data_ranks_reads_the_same_and_goes_on_where_others_were_killed(tmp_path):
     """20 steps of real text by 1, 2 and 4 ranks, in 4, 2 and 1 microbatches; and by 2, then 4, then 1."""
     options = f"""
@@ -168,7 +154,7 @@ def test_any_number_of_data_ranks_reads_the_same_and_goes_on_where_others_were_k
     expected = read_steps(one)
     killed = tmp_path / "killed"
     for world_size, step in ((2, 8), (4, 14)):
-        life = Life(killed, options, world_size=world_size, hook=partial(die_at, step))
+        life = Life(killed, options, world_size=world_size, hook=partial(signal_at, step, signal.SIGKILL))
         assert life.wait() == [-signal.SIGKILL] * world_size, life.last_words()
     train(killed, options)
     for folder in (two, four, killed):

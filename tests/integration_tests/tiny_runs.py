@@ -1,6 +1,5 @@
 """Runs of the real trainer, in real processes, on a tiny model and on global batches that every layout sees alike."""
 
-import gc
 import json
 import os
 import shutil
@@ -185,7 +184,6 @@ def _to_step(line: str) -> Step:
 
 def _work(rank: int, runs: Sequence[Run], folder: str, ports: Sequence[int], on_gpus: bool) -> None:
     torchtitan.train.build_dataloader = build_global_batches
-    gc.freeze()  # the trainer collects garbage when it is built: what was imported is none
     for run, port in zip(runs, ports, strict=True):
         become_worker(rank, run.world_size, port, on_gpus=on_gpus)
         torch._dynamo.reset()
@@ -195,7 +193,6 @@ def _work(rank: int, runs: Sequence[Run], folder: str, ports: Sequence[int], on_
             status = torchtitan.train.main(run.arguments(Path(folder, run.name)))
         assert status == 0, f"{run.name}: exit status {status}"
         _end_file(folder, run, rank).touch()
-    gc.unfreeze()
 
 
 def become_worker(rank: int, world_size: int, port: int, *, on_gpus: bool = False) -> None:

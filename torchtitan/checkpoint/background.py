@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from torchtitan.tools.logging import logger
 
 # Where a tensor begins in the buffer of copies: a multiple of every dtype's size.
 ALIGNMENT = 64
+
+# Of the process that writes: a fork would share the trainer's sockets and its use of a GPU, and has its threads' locks.
+START_METHOD: Final = "spawn"
 
 
 class Place(NamedTuple):
@@ -202,7 +205,7 @@ class WriterProcess:
             self._process = None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(START_METHOD)
         self._connection, other_end = context.Pipe()
         self._process = context.Process(target=_write, args=(other_end,), name="checkpoint")
         self._process.start()

@@ -17,14 +17,14 @@ class GarbageCollection:
         self._gc_freq = gc_freq
         self._debug = debug
         gc.disable()
-        gc.collect()
+        gc.collect(1)  # the young generations: a full collection would walk all of torch, or the whole model
 
     def run(self, step: int) -> None:
         """With `debug`, collect everything at every step and name the tensors that reference cycles kept alive."""
         if self._debug:
             _collect_and_report(step)
         elif step % self._gc_freq == 0:
-            gc.collect(1)  # the young generations: a full collection would walk the whole model
+            gc.collect(1)
 
 
 def _collect_and_report(step: int) -> None:

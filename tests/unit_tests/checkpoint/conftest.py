@@ -6,6 +6,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.processes import FORKED
+from torchtitan.checkpoint import background
+
+
+@pytest.fixture
+def quick_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that writes beside training does not import torch anew; in test_background.py it does."""
+    monkeypatch.setattr(background, "START_METHOD", FORKED.get_start_method())
+
 
 @pytest.fixture(scope="module")
 def process_group() -> Iterator[None]:

@@ -38,7 +38,7 @@ from torchtitan.models.llama3 import train_spec
 
 build_adapter = train_spec.load().state_dict_adapter
 
-pytestmark = pytest.mark.usefixtures("process_group")
+pytestmark = pytest.mark.usefixtures("process_group", "quick_writer")
 
 
 # Saving and going on

@@ -25,7 +25,7 @@ from torchtitan.checkpoint.write import CheckpointWriter, WrittenFile, save_alon
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import CheckpointError
 
-pytestmark = pytest.mark.usefixtures("process_group")
+pytestmark = pytest.mark.usefixtures("process_group", "quick_writer")
 
 
 # Kills
@@ -45,6 +45,7 @@ KILL_POINTS = {
 
 
 def die_while_saving(dump_folder: Path, point: str, mode: str) -> None:
+    background.START_METHOD = "fork"
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     run = build_run(dump_folder, async_mode=mode, keep_latest_k=2)
     run.checkpointer.load()
@@ -381,6 +382,7 @@ def test_last_save_that_fails_is_an_error(tmp_path, monkeypatch, caplog):
 
 
 def fail_on_one_of_two_ranks(dump_folder: Path) -> tuple[list[str], list[str]]:
+    background.START_METHOD = "fork"
     logs: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: logs.append(record.getMessage())
