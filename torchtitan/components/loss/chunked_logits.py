@@ -116,20 +116,14 @@ class _Pending:
         self._mine = statistics  # held until they have been sent
         self._all: Tensor | None = None
         if shard is not None:
-            self._num_rows, group = len(statistics), shard.group
-            self._all = collectives.all_gather_into_tensor(statistics, group.size(), group.group_name)  # (K * n, C)
-            self._is_here = False
+            group = shard.group
+            self._all = collectives.all_gather_into_tensor(statistics, group.size(), group.group_name)  # (n * K, C)
             if not statistics.is_cuda:
-                self._wait()  # nothing is hidden there, and gloo breaks memory where two gathers are under way
-
-    def _wait(self) -> Tensor:
-        assert self._all is not None
-        if not self._is_here:
-            self._is_here = True
-            collectives.wait_tensor(self._all)
-        return self._all
+                collectives.wait_tensor(self._all)  # nothing is hidden there, and gloo breaks memory with two under way
 
     def wait(self) -> Tensor:  # (K, C)
         if self._all is None:
             return self._mine  # without a shard these are of the whole vocabulary
-        return combine_statistics(self._wait().unflatten(0, (-1, self._num_rows)))
+        if self._all.is_cuda:
+            collectives.wait_tensor(self._all)
+        return combine_statistics(self._all.unflatten(0, (-1, len(self._mine))))

@@ -88,13 +88,9 @@ def cross_entropy_sum(
 
 
 def _whole_sum(logits: Tensor, labels: Tensor, z_loss: float = 0.0, by_sequence: bool = False) -> Sums:
-    x, targets = logits.flatten(0, -2).to(get_loss_dtype(logits)), labels.flatten()
-    found = F.cross_entropy(x, targets, ignore_index=IGNORE_INDEX, reduction="none" if by_sequence else "sum")
-    of_sequences = found.detach().view(labels.shape).sum(-1) if by_sequence else None
-    loss, z_sum = found.sum(), None
-    if z_loss:
-        loss, z_sum = _with_z_loss(loss, x.logsumexp(dim=1), targets, z_loss)
-    return loss, z_sum, of_sequences
+    x = logits.flatten(0, -2).to(get_loss_dtype(logits))  # (T, V)
+    losses = F.cross_entropy(x, labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    return _sums(losses, x.logsumexp(dim=1) if z_loss else losses, labels, z_loss, by_sequence)
 
 
 def _sharded_sum(
@@ -123,16 +119,16 @@ def _sharded_sum(
     is_word = (labels >= 0) & (labels < vocab_size)
     losses = torch.where(is_word, losses, float("inf"))  # an error would need the host to wait
     losses = torch.where(labels == IGNORE_INDEX, 0.0, losses)
-    of_sequences = losses.detach().view(shape).sum(-1) if by_sequence else None
-    loss, z_sum = losses.sum(), None
-    if z_loss:
-        loss, z_sum = _with_z_loss(loss, row_max + log_sum, labels, z_loss)
-    return loss, z_sum, of_sequences
+    return _sums(losses, row_max + log_sum, labels.view(shape), z_loss, by_sequence)
 
 
-def _with_z_loss(loss: Tensor, log_sum_exps: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    z_sum = z_loss * torch.where(labels == IGNORE_INDEX, 0.0, log_sum_exps).square().sum()
-    return loss + z_sum, z_sum
+def _sums(losses: Tensor, log_sum_exps: Tensor, labels: Tensor, z_loss: float, by_sequence: bool) -> Sums:
+    """Of losses and log-sum-exps of tokens, (T,), and labels (..., S)."""
+    of_sequences = losses.detach().view(labels.shape).sum(-1) if by_sequence else None
+    if not z_loss:
+        return losses.sum(), None, of_sequences
+    z_sum = z_loss * torch.where(labels.flatten() == IGNORE_INDEX, 0.0, log_sum_exps).square().sum()
+    return losses.sum() + z_sum, z_sum, of_sequences
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -72,7 +72,7 @@ class FusedLinearCrossEntropyLoss:
         sums = self._sums
         vocab_size = len(weight) if shard is None else shard.vocab_size
         terms = Terms(vocab_size, z_loss=sums.z_loss, outputs=sums.wants_predictions)
-        loss, tokens = _walk(hidden, weight, labels, terms, scale, shard=shard, **self._options)
+        loss, tokens = _find(hidden, weight, labels, terms, scale, shard=shard, **self._options)
         if sums.by_sequence:
             sums.of_sequences.append(tokens.losses().sum(-1))
         if sums.wants_predictions:
@@ -169,7 +169,7 @@ def fused_linear_cross_entropy(  # type: ignore[misc]  # the overloads know of t
         outputs=return_outputs,
     )
     options: dict[str, Any] = {"budget_bytes": budget_bytes, "accum_dtype": accum_dtype, "shard": shard}
-    loss, tokens = _walk(hidden, weight, labels, terms, scale, token_weights, **options)
+    loss, tokens = _find(hidden, weight, labels, terms, scale, token_weights, **options)
     return LossOutputs(loss, tokens.losses(), tokens.log_sum_exps(), *tokens.predictions()) if return_outputs else loss
 
 
@@ -200,7 +200,7 @@ class _Tokens:
         return self.valid.put_back(values, fill).view(self.shape)
 
 
-def _walk(
+def _find(
     hidden: Tensor,  # (..., D)
     weight: Tensor,  # (Vp, D)
     labels: Tensor,  # (...)

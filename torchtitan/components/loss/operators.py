@@ -56,13 +56,13 @@ def linear_cross_entropy(
         statistics = factors.new_empty(all_terms.num_statistics, len(hidden))
         gradients = GradientProducts(hidden, weight, bias, accum_dtype=accum_dtype, needs=needs)
         chunks = _chunks(hidden, weight, budget_bytes, shard, group)
+        factors = factors.expand(len(hidden))
         _walk(chunks, labels, factors, all_terms, statistics, gradients if any(needs) else None)
         del chunks  # before the sum over chunks is cast
         losses = cross_entropies(statistics, labels, all_terms)
         if all_terms.z_loss:
             losses = losses + all_terms.z_loss * log_sum_exps(statistics, labels) ** 2
-        loss = (losses * factors).sum() if factors.ndim else losses.sum() * factors
-        return loss, statistics, *gradients.finish()
+        return (losses * factors).sum(), statistics, *gradients.finish()
 
 
 def _walk(
@@ -77,15 +77,13 @@ def _walk(
     if gradients is not None and not chunks.is_sharded:
         for i, rows in enumerate(chunks.rows):
             logits = chunks[i]
-            factor = factors[rows] if factors.ndim else factors
-            statistics_and_gradient_(logits, labels[rows], factor, statistics[:, rows], terms)
+            statistics_and_gradient_(logits, labels[rows], factors[rows], statistics[:, rows], terms)
             gradients.add(rows, logits)
         return
     for rows, logits, found in chunks.with_statistics(labels, terms):
         statistics[:, rows] = found
         if gradients is not None:
-            factor = factors[rows] if factors.ndim else factors
-            coefficients = loss_coefficients(found, labels[rows], factor, terms)
+            coefficients = loss_coefficients(found, labels[rows], factors[rows], terms)
             write_gradient_(logits, labels[rows], found[MAX], coefficients, terms)
             gradients.add(rows, logits)
 

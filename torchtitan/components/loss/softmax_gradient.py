@@ -38,7 +38,7 @@ whose logit is m. The last three are there where terms.py asks for them."""
 def statistics_and_gradient_(
     logits: Tensor,  # (C, V), overwritten with the gradient
     labels: Tensor,  # (C,) int64
-    factors: Tensor,  # () or (C,) float32
+    factors: Tensor,  # (C,) float32
     statistics: Tensor,  # (K, C) float32, written
     terms: Terms,
 ) -> None:
@@ -50,7 +50,7 @@ def statistics_and_gradient_(
         return
     for rows in _blocks(logits):
         found = row_statistics(logits[rows], labels[rows], terms)
-        coefficients = loss_coefficients(found, labels[rows], factors[rows] if factors.ndim else factors, terms)
+        coefficients = loss_coefficients(found, labels[rows], factors[rows], terms)
         write_gradient_(logits[rows], labels[rows], found[MAX], coefficients, terms)
         statistics[:, rows] = found
 

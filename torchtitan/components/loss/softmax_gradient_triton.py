@@ -34,7 +34,7 @@ def statistics_and_gradient_(logits: Tensor, labels: Tensor, factors: Tensor, st
         statistics,
         terms.smoothed(factors) if terms.label_smoothing else None,
         row_stride=logits.stride(0),
-        factor_stride=factors.stride(0) if factors.ndim else 0,
+        factor_stride=factors.stride(0),
         statistic_stride=statistics.stride(0),
         num_columns=logits.shape[1],
         z_loss=terms.z_loss,

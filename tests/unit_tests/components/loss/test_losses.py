@@ -113,7 +113,7 @@ def test_upstream_gradient_scales_both_gradients(name: str, upstream: float) -> 
     assert max(result.errors(oracle(hidden, weight, labels, upstream=upstream))) < 1e-6
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 5)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_few_tokens(name: str, shape: tuple[int, int]) -> None:
     hidden, weight, labels = torch.randn(*shape, DIM), torch.randn(VOCAB, DIM), make_labels(shape, "none")

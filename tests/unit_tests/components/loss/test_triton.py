@@ -39,7 +39,7 @@ def assert_one_rounding_apart(mine: torch.Tensor, other: torch.Tensor) -> None:
 @pytest.mark.parametrize(("rows", "columns", "padding"), [(5, 101, 0), (3, 128, 24), (2, 1, 0), (2, 40_001, 0)])
 def test_loss_and_gradient(rows: int, columns: int, padding: int, dtype: torch.dtype) -> None:
     logits, labels = make_chunk(rows, columns, dtype, padding=padding)
-    scale = torch.tensor(0.37, device=DEVICE)
+    scale = torch.tensor(0.37, device=DEVICE).expand(rows)
     expected_statistics, expected = torch.empty(3, rows), logits.cpu().clone()
     softmax_gradient.statistics_and_gradient_(expected, labels.cpu(), scale.cpu(), expected_statistics, terms(expected))
     statistics = torch.full((3, rows), float("nan"), device=DEVICE)
@@ -97,7 +97,7 @@ def test_a_sure_token_is_as_exact_as_in_torch(top: float) -> None:
     coefficients = softmax_gradient.loss_coefficients(apart, on_device, torch.tensor(scale), terms(here))
     softmax_gradient_triton.write_gradient_(d_apart, on_device, apart[0], coefficients, terms(here))
     softmax_gradient_triton.statistics_and_gradient_(
-        here, on_device, torch.tensor(scale, device=DEVICE), together, terms(here)
+        here, on_device, torch.full((2,), scale, device=DEVICE), together, terms(here)
     )
     for statistics, d_mine in ((together, here), (apart, d_apart)):
         mine = losses_of(statistics, on_device, here)
@@ -192,7 +192,7 @@ def test_float64_on_a_gpu_is_computed_in_float64_and_waits_for_nothing() -> None
 def test_a_label_outside_the_vocabulary_reads_no_other_row(label: int) -> None:
     """Ten logits of 0 between rows of other values: the loss is infinite, and not made of the neighbours."""
     logits = torch.tensor([777.0, 0.0, 1000.0], device=DEVICE).unsqueeze(1).repeat(1, 10)
-    labels, scale = torch.tensor([0, label, 0], device=DEVICE), torch.tensor(1.0, device=DEVICE)
+    labels, scale = torch.tensor([0, label, 0], device=DEVICE), torch.ones(3, device=DEVICE)
     statistics = softmax_gradient_triton.row_statistics(logits, labels, terms(logits))
     losses = {"apart": losses_of(statistics, labels, logits)}
     softmax_gradient_triton.statistics_and_gradient_(logits, labels, scale, statistics, terms(logits))
