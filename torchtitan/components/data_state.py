@@ -9,8 +9,7 @@ from dataclasses import astuple
 from typing import Any, NamedTuple
 
 from torchtitan.config.errors import CheckpointError
-from torchtitan.datasets import Cursor, Dealing, Place, Position, Source, SourcePlace
-from torchtitan.datasets.documents import WINDOW_CHARS
+from torchtitan.datasets import Cursor, Dealing, Place, Source, SourcePlace
 from torchtitan.tools.logging import logger
 
 START_ANEW = "to start the data anew, add dataloader to checkpoint.exclude_from_loading"
@@ -61,14 +60,13 @@ def load_place(state_dict: Mapping[str, str], reading: Reading, fresh: Place) ->
     if not state_dict:
         raise DataloaderStateError(f"the checkpoint holds no place in the data; {START_ANEW}")
     ranks = [json.loads(state) for state in state_dict.values()]
-    if ranks[0].get("tokenizer", reading.tokenizer) != reading.tokenizer:
+    if "sources" not in ranks[0]:
+        raise DataloaderStateError(f"the checkpoint's place in the data is of an older version; {START_ANEW}")
+    if ranks[0]["tokenizer"] != reading.tokenizer:
         raise DataloaderStateError(
             "the checkpoint's data was read with another tokenizer, and a place in the data, which counts tokens,"
             f" cannot be carried over; {START_ANEW}, or set model.tokenizer_path to the tokenizer of before"
         )
-    if "sources" not in ranks[0]:
-        old = {int(key.removeprefix("dp_rank_")): json.loads(state) for key, state in state_dict.items()}
-        return Place([_load_old(old, reading, fresh)]), ranks[0]["seed"]
     saved = ranks[0]["sources"]
     matches = [
         _find(saved, dataset, source.fingerprint)
@@ -109,33 +107,6 @@ def _join(ranks: Sequence[Mapping[str, Any]], index: int) -> SourcePlace:
             f" some of the ranks that saved it have not left; {START_ANEW}"
         )
     return place
-
-
-def _load_old(ranks: Mapping[int, Mapping[str, Any]], reading: Reading, fresh: Place) -> SourcePlace:
-    """Of a version in which each data rank had a stream of its own: what it dealt by shards goes on as it was."""
-    first, source = next(iter(ranks.values())), reading.sources[0]
-    if first["fingerprint"] != source.fingerprint:
-        raise _other_data(source)
-    if first.get("dataset", reading.datasets[0]) != reading.datasets[0]:
-        raise _other_dataset(first["dataset"], reading.labels[0])
-    n = first["dp_world_size"]
-    if len(ranks) < n:
-        raise DataloaderStateError(f"the checkpoint holds the places of {len(ranks)} of {n} data ranks; {START_ANEW}")
-    old = {rank: state["cursor"] for rank, state in ranks.items()}
-    # It divided shards document by document where there were fewer than eight a rank, or one if they were expensive.
-    min_shards = 1 if source.max_parts == 1 and source.max_streams <= 512 else 8
-    if n == 1 or len(source) >= min_shards * n:
-        dealing = Dealing(n, 1, WINDOW_CHARS)
-        cursors = {r: Cursor(Position(epoch, shard, row, i), at) for r, (epoch, shard, row, _, i, at) in old.items()}
-        return SourcePlace(dealing, cursors=cursors)
-    epoch = 1 + max(cursor[0] for cursor in old.values())
-    logger.warning(
-        f"The checkpoint's place in the data is of an older version, which dealt the documents of {source.name}"
-        f" in a way that is no longer known: epoch {epoch} begins, and what was not read yet of the one before is left"
-        " out of it"
-    )
-    dealing = fresh.sources[0].dealing
-    return SourcePlace(dealing, cursors={s: Cursor(Position(epoch)) for s in range(dealing.streams)})
 
 
 def _other_data(source: Source) -> DataloaderStateError:

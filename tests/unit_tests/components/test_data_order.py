@@ -11,7 +11,6 @@ import pytest
 from torchtitan.components.data_state import DataloaderStateError, Reading, load_place, save_place
 from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.datasets import (
-    Dealing,
     Division,
     DocumentStreams,
     Place,
@@ -159,65 +158,18 @@ def test_few_streams_are_read_by_few_of_the_ranks(folder):
     assert set().union(*used) == set(range(num_streams))
 
 
-OLD_TEXT = {  # of version 0.9: two ranks, after 7 batches of 2 sequences
-    rank: json.dumps(
-        {
-            "dp_world_size": 2,
-            "dataset": "d",
-            "fingerprint": "c96981d915d701c1",
-            "tokenizer": "tokenizer",
-            "cursor": cursor,
-            "seed": 0,
-        }
-    )
-    for rank, cursor in (("dp_rank_0", [0, 0, 0, 0, 2, 12]), ("dp_rank_1", [0, 0, 0, 0, 3, 20]))
-}
-NEXT_OF_OLD_TEXT = [[162, 124, 235, 222], [614, 1359, 25, 27], [840, 200, 79, 66], [840, 200, 1031, 710]]
-
-
-def load_old(run: Run, state: dict[str, str]) -> None:
-    run.place, run.seed = load_place(state, run.reading, run.place)
-
-
-@pytest.mark.parametrize("changed", [{}, {"dataset": None, "tokenizer": None}])
-def test_a_checkpoint_of_a_stream_for_each_rank_goes_on(tmp_path, monkeypatch, changed):
-    """The ids that the version which wrote it read next; older ones did not name the dataset and the tokenizer."""
-    monkeypatch.undo()  # windows as they are
-    write_text(tmp_path)
-    old = {
-        rank: json.dumps({key: value for key, value in json.loads(state).items() if key not in changed})
-        for rank, state in OLD_TEXT.items()
-    }
-    for dp in (1, 2, 4):
-        run = Run(tmp_path)
-        load_old(run, old)
-        assert run.place.sources[0].dealing == Dealing(2)
-        (step,) = run.read(1, dp=dp, batch=1, global_batch=4)
-        assert [row[:4] for row in step] == NEXT_OF_OLD_TEXT
-
-
-def test_an_old_checkpoint_of_few_shards_says_what_is_lost(tmp_path, caplog):
+def test_a_state_that_is_no_place_here_says_what_to_do(tmp_path):
     write_one(tmp_path)
     run = Run(tmp_path)
-    old = {
-        rank: json.dumps({**json.loads(state), "fingerprint": run.reading.sources[0].fingerprint})
-        for rank, state in OLD_TEXT.items()
-    }
-    load_old(run, old)
-    (message,) = caplog.messages
-    assert "of an older version" in message
-    assert "epoch 1 begins, and what was not read yet of the one before is left out of it" in message
-    assert all(cursor.position.epoch == 1 for cursor in run.place.sources[0].cursors.values())
-    assert len(run.read(3, dp=2, batch=2)) == 3
+    (text,) = save_place(run.place, run.reading, seed=0, rank=0).values()
+    other = text.replace(run.reading.sources[0].fingerprint, "of other files")
     for state, match in (
-        ({"dp_rank_0": old["dp_rank_0"]}, "holds the places of 1 of 2 data ranks"),
-        (OLD_TEXT, "files were added, removed"),
+        ({"dp_rank_0": '{"cursor": [0, 0, 0, 0, 2, 12]}'}, "of an older version; to start the data anew, add"),
+        ({"dp_rank_0": other}, "is not one in .*: files were added, removed"),
         ({}, "holds no place in the data"),
     ):
         with pytest.raises(DataloaderStateError, match=match):
-            load_old(Run(tmp_path), state)
-    with pytest.raises(DataloaderStateError, match=r"read as training\.dataset=d, this run's is e"):
-        load_old(Run(tmp_path, names=("e",)), old)
+            load_place(state, run.reading, run.place)
 
 
 @pytest.fixture
