@@ -53,6 +53,12 @@ def apply_float8(model: Decoder, config: Float8, *, tp: int, sharded: bool, devi
         emulate=config.emulate,
         enable_fsdp_float8_all_gather=sharded and config.enable_fsdp_float8_all_gather,
     )
+    if options.enable_fsdp_float8_all_gather and not config.precompute_float8_dynamic_scale_for_fsdp:
+        logger.warning(
+            "float8.enable_fsdp_float8_all_gather finds each weight's scale by a reduction over the ranks, twice a"
+            " step; add --float8.precompute_float8_dynamic_scale_for_fsdp for one reduction of all (17% faster with 1B"
+            " on two H100s)"
+        )
     if config.recipe_name != "tensorwise":
         # Compiled code otherwise keeps more bits than eager code between a row's scale and its use.
         inductor.emulate_precision_casts = True

@@ -125,6 +125,16 @@ def test_each_tensor_parallel_rank_needs_such_sizes(caplog: pytest.LogCaptureFix
     assert "of each of 2 tensor-parallel ranks" in caplog.messages[0]
 
 
+@pytest.mark.parametrize("precompute", [False, True])
+def test_a_reduction_for_each_weight_is_warned_of(precompute: bool, caplog: pytest.LogCaptureFixture) -> None:
+    config = Float8(emulate=True, enable_fsdp_float8_all_gather=True)
+    config.precompute_float8_dynamic_scale_for_fsdp = precompute
+    with torch.device("meta"):
+        model = Transformer(ARGS(**SIZES))
+    apply_float8(model, config, tp=1, sharded=True, device=CPU)
+    assert any("add --float8.precompute_float8_dynamic_scale_for_fsdp" in m for m in caplog.messages) != precompute
+
+
 @pytest.mark.parametrize(
     ("sizes", "config", "words"),
     [
