@@ -1,6 +1,7 @@
 """Processes that a test starts, or watches from outside."""
 
 import multiprocessing
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +11,25 @@ from pathlib import Path
 # of a second, where one that imports torch anew takes seconds. It has the environment of the first test that asks.
 multiprocessing.set_forkserver_preload(["tests.preloaded"])
 FORKED = multiprocessing.get_context("forkserver")
+
+
+def find_free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def get_worker_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun tells a worker, whose rank 0 is to serve the store."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "tests",
+    }
 
 
 def wait_until(condition: Callable[[], bool], what: str = "the condition", seconds: float = 240) -> None:

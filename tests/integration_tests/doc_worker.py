@@ -3,7 +3,9 @@
     python -m tests.integration_tests.doc_worker JOBS.json RESULTS_FOLDER
 
 Every step runs in a fork of this process, which has imported torch and the trainer: a command costs what it does, not
-the imports. Two pages run at a time. Each step leaves `<number>.json` with its exit status and the end of its output.
+the imports. So do the processes of a step that has several, and the runs that are compared. What is compiled is traced,
+and no code is made of it. Two pages run at a time. Each step leaves `<number>.json` with its exit status and the end of
+its output.
 """
 
 import json
@@ -12,14 +14,17 @@ import runpy
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import torchtitan.cli.compare
 import torchtitan.train
 from tests.finished_run import save_run
+from tests.processes import find_free_port, get_worker_environment
 from torchtitan.models.common.model import Transformer
 from torchtitan.models.llama3 import llama3_flavors
 
@@ -43,13 +48,16 @@ def run_page(page: dict[str, Any], results: Path) -> None:
     for step in page["steps"]:
         log = results / f"{step['number']}.log"
         with log.open("w") as output:
-            status = in_a_fork(lambda step=step: run_step(step), output.fileno())
+            status = wait(fork(lambda step=step: run_step(step), output.fileno()))
         text = log.read_text(errors="replace")
         (results / f"{step['number']}.json").write_text(json.dumps({"status": status, "output": text[-4000:]}))
 
 
 def run_step(step: dict[str, Any]) -> int:
     os.environ.update(step["env"])
+    if step["ranks"] > 1:
+        port = find_free_port()
+        return max(map(wait, [fork(lambda rank=rank: run_rank(rank, port, step)) for rank in range(step["ranks"])]))
     words = step["words"]
     match step["kind"]:
         case "process":
@@ -77,8 +85,18 @@ def run_step(step: dict[str, Any]) -> int:
     raise AssertionError(step["kind"])
 
 
-def in_a_fork(work: Callable[[], int], output: int | None = None) -> int:
-    """The exit status of `work` in a child process; its output goes to the file descriptor."""
+def run_rank(rank: int, port: int, step: dict[str, Any]) -> int:
+    os.environ.update(get_worker_environment(rank, step["ranks"], port))
+    return run_step(step | {"ranks": 1})
+
+
+def train_in_a_fork(run_train: Sequence[str]) -> int:
+    config = os.environ.get("CONFIG_FILE", "debug_model")
+    return wait(fork(lambda: torchtitan.train.main(["--job.config_file", config, *run_train[1:]])))
+
+
+def fork(work: Callable[[], int], output: int | None = None) -> int:
+    """The id of a child process that ends with the exit status of `work`; its output goes to the file descriptor."""
     child = os.fork()
     if child == 0:
         status: Any = 1
@@ -95,11 +113,19 @@ def in_a_fork(work: Callable[[], int], output: int | None = None) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status if isinstance(status, int) else 1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
+
+
+def wait(child: int) -> int:
+    """Its exit status, 1 where a signal ended it."""
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return 1 if status < 0 else status
 
 
 def main(jobs: Path, results: Path) -> None:
     torch.set_num_threads(1)
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    torchtitan.cli.compare.run_to_its_end = train_in_a_fork
     running = 0
     for page in json.loads(jobs.read_text()):
         if running == PAGES_AT_A_TIME:

@@ -10,7 +10,6 @@ import os
 import random
 import re
 import signal
-import socket
 import sys
 import time
 from collections import defaultdict
@@ -22,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 import torchtitan.train
-from tests.processes import FORKED, find_children
+from tests.processes import FORKED, find_children, find_free_port, get_worker_environment
 from torchtitan.checkpoint import background
 from torchtitan.components.dataloader import Batch
 from torchtitan.config.errors import EXIT_MISTAKE
@@ -64,9 +63,7 @@ class Life:
             write_data(data)
         self._logs = folder.with_name(f"{folder.name}-life{_next_number(folder)}")
         self._logs.mkdir(parents=True)
-        with socket.socket() as free:  # for the store of rank 0, where the others meet
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = find_free_port()  # for the store of rank 0, where the others meet
         argv = f"{OPTIONS} --job.dump_folder {folder} --training.dataset_path {data} {options}".split()
         self.processes = [
             FORKED.Process(target=_live, args=(rank, world_size, port, argv, self._log(rank), hook))
@@ -221,15 +218,7 @@ def _live(rank: int, world_size: int, port: int, argv: list[str], log: Path, hoo
     os.dup2(output, sys.stdout.fileno())
     os.dup2(output, sys.stderr.fileno())
     if world_size > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": "test",
-        }
+        os.environ |= get_worker_environment(rank, world_size, port)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     background.START_METHOD = "fork"

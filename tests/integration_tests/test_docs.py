@@ -49,7 +49,7 @@ SMALL_SCRIPTS = {
 DEBUG_MODEL = "torchtitan/models/llama3/train_configs/debug_model.toml"
 MOST_PROCESSES = 2
 README_S_FIRST = ("./run_train.sh", "--liger_kernel.enable_fused_linear_cross_entropy")
-"""One command of one process runs through run_train.sh and torchrun; the others call train.main in a fork."""
+"""One training runs through run_train.sh and torchrun; the others call train.main in a fork for each process."""
 
 _LLAMA = re.compile(r"(?<![\w/-])Llama-[\w.-]+")
 """A folder of Hugging Face's that a page takes as given."""
@@ -73,6 +73,7 @@ class Step:
     words: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
     code: str = ""
+    ranks: int = 1
     number: int = 0
 
     def __str__(self) -> str:
@@ -101,19 +102,18 @@ def step_of(command: Command) -> Step | None:
             return None
         dump_folder = f"run{command.where.rpartition(':')[2]}"
         options = [*QUICK, *options, *shrunk(config), "--job.dump_folder", dump_folder]
-        if num_processes > 1 or (command.words == README_S_FIRST and not command.env):
-            env["NGPU"] = str(num_processes)
-            return Step(command.where, "process", ["./run_train.sh", *options], env)
-        return Step(command.where, "training", options, env)
+        if command.words == README_S_FIRST and not command.env:
+            return Step(command.where, "process", ["./run_train.sh", *options], env | {"NGPU": "1"})
+        return Step(command.where, "training", options, env, ranks=num_processes)
     program = command.program()
     if program is None or program_file(program) is None:
         return None
     small = [] if command.compares_finished_runs else SMALL_SCRIPTS.get(program_file(program).name, [])
-    if command.words[0] == "torchrun":
-        return Step(command.where, "process", [*command.words, *small], env)
+    ranks = int(command.words[command.words.index("--nproc_per_node") + 1]) if command.words[0] == "torchrun" else 1
     if program[0] in ("-m", "torchtitan"):
-        return Step(command.where, "module", [*(program[1:] if program[0] == "-m" else program), *small], env)
-    return Step(command.where, "script", [*program, *small], dict(command.env))
+        words = [*(program[1:] if program[0] == "-m" else program), *small]
+        return Step(command.where, "module", words, env, ranks=ranks)
+    return Step(command.where, "script", [*program, *small], dict(command.env), ranks=ranks)
 
 
 def parse_training(command: Command) -> tuple[JobConfig, int, list[str]]:
@@ -193,8 +193,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def costs(step: Step) -> int:
     """Roughly, in seconds: for the long pages to begin first."""
-    starts_processes = step.kind == "process" or {"scripts/loss_compare.py", "compare"} & {*step.words[:2]}
-    return 10 if starts_processes else 1
+    return 10 if step.kind == "process" else 4 * step.ranks
 
 
 def ingredients(page: Page) -> dict[str, object]:
@@ -331,7 +330,7 @@ NGPU=8 ./run_train.sh
     small, two = steps_of(Page.parse("page.md", REPO, text))
     config, _ = resolve(small.words)
     assert (config.model.flavor, config.training.steps, config.training.dataset) == ("debugmodel", 2, "python_stdlib")
-    assert (two.kind, two.env["NGPU"]) == ("process", "2")
+    assert (two.kind, two.ranks) == ("training", 2)
 
 
 def test_a_comparison_that_starts_no_run_is_run_as_it_is_shown() -> None:

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 
 import torchtitan.train
 from tests.integration_tests.tiny_sizes import ODD
-from tests.processes import FORKED
+from tests.processes import FORKED, get_worker_environment
 from torchtitan.components.dataloader import Batch
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.config.sections import Training
@@ -197,14 +197,7 @@ def _work(rank: int, runs: Sequence[Run], folder: str, ports: Sequence[int], on_
 
 def become_worker(rank: int, world_size: int, port: int, *, on_gpus: bool = False) -> None:
     """Look like a worker of torchrun whose agent has its store at `port`; see no GPU unless asked to."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "tests",
+    os.environ |= get_worker_environment(rank, world_size, port) | {
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
