@@ -58,6 +58,7 @@ def validate(
         *_about_state_precision(config),
         *_about_checkpoint(config, world_size),
         *_about_length(config),
+        *_about_pieces(config),
         *_about_data(config),
         *(_about_heads(config, model) if model else ()),
         *(_about_pipeline(config, model) if model else ()),
@@ -139,10 +140,12 @@ def _about_converters(config: JobConfig) -> Iterator[str]:
     piped = parallelism.pipeline_parallel_degree > 1
     sequences = parallelism.pipeline_parallel_microbatch_size if piped else training.local_batch_size
     num_tokens = sequences * training.seq_len // parallelism.context_parallel_degree
-    if num_tokens % FLOAT8_MULTIPLE:
+    pieces = training.feed_forward_pieces
+    if num_tokens % FLOAT8_MULTIPLE or num_tokens // pieces % FLOAT8_MULTIPLE:
         yield (
-            f"a microbatch of {num_tokens} tokens on each rank is not a multiple of {FLOAT8_MULTIPLE}, which the"
-            f" products of float8 need; use another training.seq_len than {training.seq_len}"
+            f"a microbatch of {num_tokens} tokens on each rank{f' in {pieces} pieces' * (pieces > 1)} is not a multiple"
+            f" of {FLOAT8_MULTIPLE}, which the products of float8 need; use another training.seq_len than"
+            f" {training.seq_len}{', or fewer training.feed_forward_pieces' * (pieces > 1)}"
         )
 
 
@@ -240,6 +243,14 @@ def _about_length(config: JobConfig) -> Iterator[str]:
             )
 
 
+def _about_pieces(config: JobConfig) -> Iterator[str]:
+    parallelism, pieces = config.parallelism, config.training.feed_forward_pieces
+    length = config.training.seq_len // (parallelism.context_parallel_degree * parallelism.tensor_parallel_degree)
+    if length % pieces:
+        fits = either([size for size in _divisors(length) if size <= pieces][-3:])
+        yield f"training.feed_forward_pieces={pieces} does not divide the {length} tokens of a rank; use {fits}"
+
+
 def _about_heads(config: JobConfig, model: ModelShape) -> Iterator[str]:
     parallelism, title = config.parallelism, config.model.title
     tp, shared = parallelism.tensor_parallel_degree, math.gcd(model.n_heads, model.n_kv_heads)
@@ -294,6 +305,8 @@ def _about_zero_bubble(config: JobConfig) -> Iterator[str]:
             f"{apart}, and misses those of weights that are gathered anew between:"
             " parallelism.fsdp_reshard_after_forward=always does not work with it; use default or never"
         )
+    if config.training.feed_forward_pieces > 1:
+        yield f"{apart}, which blocks that run in pieces were not tried with; leave training.feed_forward_pieces at 1"
     if checkpointing.mode == "selective" and checkpointing.selective_ac_option in SELECTIVE_MODES:
         yield (
             f"{apart}, which blocks that keep some results allow only once; use activation_checkpoint.mode"

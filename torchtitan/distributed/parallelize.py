@@ -1,12 +1,14 @@
 """A model on many devices: the parallelisms of this package, applied in the order that they need."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchtitan.config.block_modes import BlockMode, describe_block_modes
 from torchtitan.config.degrees import ParallelDims
+from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import Parallelism, Training
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.distributed.compile import apply_compile
@@ -50,6 +52,15 @@ def parallelize_decoder(
     if parallel_dims.cp > 1:
         apply_context_parallel(model, mesh["cp"])
         logger.info("Applied context parallel to the model")
+    if training.feed_forward_pieces > 1:
+        block: Any
+        for block in model.layers.values():
+            if not hasattr(block, "feed_forward_pieces"):
+                raise ConfigError(
+                    f"{training.feed_forward_pieces=} needs blocks that run their feed-forward in pieces, as"
+                    f" TransformerBlock does, and {type(block).__name__} does not say how many; leave it at 1"
+                )
+            block.feed_forward_pieces = training.feed_forward_pieces
     keep_cpu_attention = training.compile and parallel_dims.tp > 1 and mesh.device_type == "cpu"
     apply_ac(model, block_modes, kept_results=kept_results, keep_cpu_attention=keep_cpu_attention)
     logger.info(f"Applied activation checkpointing: {describe_block_modes(block_modes)}")

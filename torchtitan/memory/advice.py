@@ -99,10 +99,11 @@ def get_remedies(
     for text, changed, ranks in _changes(config, world_size, liger_installed):
         try:
             validate_run(changed, world_size=ranks, liger_installed=liger_installed)
+            stays = changed.activation_checkpoint == config.activation_checkpoint
+            modes = block_modes if stays else None
+            after = estimate_memory(changed, world_size=ranks, mesh=mesh, block_modes=modes).peak
         except ConfigError:
-            continue  # not with this run's other options
-        stays = changed.activation_checkpoint == config.activation_checkpoint
-        after = estimate_memory(changed, world_size=ranks, mesh=mesh, block_modes=block_modes if stays else None).peak
+            continue  # not with this run's other options, or not with its model
         if peak - after >= _WORTH_NAMING * peak:
             remedies.append(Remedy(peak - after, after, text))
     return sorted(remedies, reverse=True)
@@ -134,6 +135,8 @@ def _changes(config: JobConfig, world_size: int, liger_installed: bool) -> Itera
     is_lean = config.activation_checkpoint.mode in ("auto", "full")
     leaner = {} if is_lean else {"activation_checkpoint__mode": "full"}
     yield with_flags(**leaner, activation_checkpoint__offload=True)
+    if training.feed_forward_pieces == 1:
+        yield with_flags(training__feed_forward_pieces=8)
     if (batch := training.local_batch_size) > 1:
         dims = ParallelDims.from_config(config.parallelism, world_size)
         yield with_flags(

@@ -116,6 +116,7 @@ def test_float8_without_torchao_names_the_package(monkeypatch):
         (2, f"{TP} 2 --parallelism.enable_async_tensor_parallel", ["async", "--training.compile"]),
         # fused loss
         (2, f"{FUSED} {TP} 2 --liger_kernel.implementation liger", ["implementation=liger", "degree=2", "native"]),
+        (2, f"{TP} 2 --training.feed_forward_pieces 48", ["feed_forward_pieces=48", "1024 tokens", "16 or 32"]),
         # activation checkpointing
         (
             1,

@@ -51,6 +51,7 @@ def test_every_option_is_named_where_it_helps() -> None:
         "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option attention",
         "--activation_checkpoint.mode full",
         "--activation_checkpoint.mode full --activation_checkpoint.offload",
+        "--training.feed_forward_pieces 8",
         "--training.local_batch_size 2 --training.global_batch_size 32",
         "--parallelism.fsdp_reshard_after_forward always",
         "--training.enable_cpu_offload",
@@ -67,6 +68,7 @@ def test_options_that_are_on_or_cannot_be_are_not_named() -> None:
     )
     assert set(remedies(lean, world_size=2)) <= {
         "--activation_checkpoint.offload",
+        "--training.feed_forward_pieces 8",
         "--liger_kernel.logits_memory_budget_mib 256",
         "--parallelism.fsdp_reshard_after_forward always",
         "twice as many GPUs, the weights sharded over them",

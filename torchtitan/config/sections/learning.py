@@ -150,6 +150,9 @@ class Training:
     """Dtype in which gradients are reduced over ranks."""
     compile: bool = False
     """Compile each transformer block and the standard loss with torch.compile."""
+    feed_forward_pieces: PositiveInt = 1
+    """Pieces of the sequence in which a block's feed-forward runs, one after the other, each recomputed in backward:
+    its intermediates exist for one of them only."""
     gc_freq: PositiveInt = 50
     """Steps between two runs of Python's garbage collector, which is otherwise off."""
     gc_debug: bool = False

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchtitan.config.block_modes import BlockMode
 from torchtitan.distributed.document_attention import attend_within_documents
+from torchtitan.distributed.sequence_pieces import run_in_pieces
 from torchtitan.models.common.args import RopeScaling, TransformerModelArgs
 from torchtitan.protocols.model import Decoder, Initializer, OutputHead, TiedOutputHead
 from torchtitan.protocols.sequences import Documents, Sequences
@@ -112,6 +114,9 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    block_mode: BlockMode = "none"
+    feed_forward_pieces = 1
+
     def __init__(self, args: TransformerModelArgs):
         super().__init__()
         self.attention = Attention(args)
@@ -121,7 +126,10 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, freqs_cis: Tensor, documents: Documents | None = None) -> Tensor:
         h = x + self.attention(self.attention_norm(x), freqs_cis, documents)
-        return h + self.feed_forward(self.ffn_norm(h))
+        is_recomputed = self.block_mode != "none"
+        return h + run_in_pieces(
+            self.feed_forward, self.ffn_norm(h), self.feed_forward_pieces, is_recomputed=is_recomputed
+        )
 
 
 class Transformer(Decoder):

@@ -33,6 +33,8 @@ FULL = {"activation_checkpoint": ActivationCheckpoint(mode="full")}
 EVERY_OP = {"activation_checkpoint": ActivationCheckpoint(mode="selective", selective_ac_option="op")}
 COMPILED = {"training": Training(mixed_precision_param="float32", compile=True)}
 OFFLOADED = {"training": Training(mixed_precision_param="float32", enable_cpu_offload=True)}
+IN_PIECES = {"training": Training(mixed_precision_param="float32", feed_forward_pieces=2)}
+IN_COMPILED_PIECES = {"training": Training(mixed_precision_param="float32", compile=True, feed_forward_pieces=4)}
 LOSS_PARALLEL = {"loss_parallel": True}
 ALWAYS = {"parallelism": Parallelism(fsdp_reshard_after_forward="always")}
 NEVER = {"parallelism": Parallelism(fsdp_reshard_after_forward="never")}
@@ -48,21 +50,21 @@ CASES = {
     "tensor 2, recomputed by op": Case(ParallelDims(tp=2), EVERY_OP),
     "tensor 2, compiled, recomputed": Case(ParallelDims(tp=2), COMPILED | FULL),
     "context 2": Case(ParallelDims(cp=2)),
-    "context 2, recomputed by op": Case(ParallelDims(cp=2), EVERY_OP),
+    "context 2, recomputed by op, in pieces": Case(ParallelDims(cp=2), EVERY_OP | IN_PIECES),
     "context 2, compiled": Case(ParallelDims(cp=2), COMPILED),
     "context 2, compiled, recomputed": Case(ParallelDims(cp=2), COMPILED | FULL),
     "context 2, compiled, recomputed by op": Case(ParallelDims(cp=2), COMPILED | EVERY_OP),
     "context 4": Case(ParallelDims(cp=4)),
     "context 2, tensor 2, compiled, recomputed": Case(ParallelDims(cp=2, tp=2), COMPILED | FULL),
     "replicate 2, shard 2": Case(ParallelDims(dp_replicate=2, dp_shard=2)),
-    "replicate 2, tensor 2, recomputed": Case(ParallelDims(dp_replicate=2, tp=2), FULL),
+    "replicate 2, tensor 2, recomputed, in pieces": Case(ParallelDims(dp_replicate=2, tp=2), FULL | IN_PIECES),
     "shard 2, tensor 2, loss parallel": Case(ParallelDims(dp_shard=2, tp=2), LOSS_PARALLEL),
     "shard 2, tensor 2, always resharded": Case(ParallelDims(dp_shard=2, tp=2), ALWAYS),
     "shard 2, tensor 2, never resharded": Case(ParallelDims(dp_shard=2, tp=2), NEVER),
     "shard 2, tensor 2, offloaded": Case(ParallelDims(dp_shard=2, tp=2), OFFLOADED),
     "tied, one rank": Case(ParallelDims(), args=TIED),
     "tied, shard 2, recomputed by op": Case(ParallelDims(dp_shard=2), EVERY_OP, TIED),
-    "tied, tensor 2, compiled, recomputed": Case(ParallelDims(tp=2), COMPILED | FULL, TIED),
+    "tied, tensor 2, compiled, recomputed, in pieces": Case(ParallelDims(tp=2), IN_COMPILED_PIECES | FULL, TIED),
     "tied, replicate 2, tensor 2": Case(ParallelDims(dp_replicate=2, tp=2), args=TIED),
     "tied, shard 2, tensor 2, loss parallel, always resharded": Case(
         ParallelDims(dp_shard=2, tp=2), LOSS_PARALLEL | ALWAYS, TIED
