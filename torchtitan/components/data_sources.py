@@ -10,6 +10,7 @@ from torchtitan.components.tokenizer import Tokenizer
 from torchtitan.config.errors import DatasetError
 from torchtitan.datasets import HuggingFaceStream, Source, open_dataset
 from torchtitan.datasets.files import Files
+from torchtitan.datasets.registry import get_dataset
 from torchtitan.distributed.utils import get_world
 
 
@@ -21,21 +22,23 @@ def open_together(dataset: str, path: str | None, *, skip_bad_rows: bool = False
     open_here = partial(open_dataset, dataset, path, skip_bad_rows=skip_bad_rows)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return open_here()
-    found: list[Any] = [None]
     source: Source | None = None
     if path is not None:
+        found: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
-                source = open_here()
-                found = [source.listing if isinstance(source, Files) else None]
+                found = [open_here()]
             except DatasetError as error:
                 found = [error]
         dist.broadcast_object_list(found, src=0)
         if isinstance(found[0], DatasetError):
             raise found[0]
+        source = found[0]
     told: str | DatasetError
     try:
-        source = source or open_here(listing=found[0])
+        if isinstance(source, Files):
+            source.text = get_dataset(dataset).text
+        source = source or open_here()
         told = f"{source.name} ({source.fingerprint})"
         if isinstance(source, HuggingFaceStream) and source.order:
             told += f" in the order {source.order}"

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, BinaryIO, ClassVar
 
 from torchtitan.config.errors import DatasetError
 from torchtitan.datasets.source import BadRows, Document, Text, get_text
@@ -47,18 +47,11 @@ def _format_size(num_bytes: int) -> str:
     return f"{num_bytes / unit:.1f} {name}"
 
 
-class Listing(NamedTuple):
-    """What the first rank has found at a path, for the others to read without looking."""
-
-    kind: str
-    files: list[str]
-    sizes: list[int]
-    details: Any
-    """What the kind must know of each file besides."""
-
-
 class Files:
-    """Files and their sizes when the run began: a file that has become smaller since must not be read."""
+    """Files and their sizes when the run began: a file that has become smaller since must not be read.
+
+    What one rank has found and checked is sent to the others, pickled, but for `text`, which each sets for itself.
+    """
 
     kind: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
@@ -66,22 +59,23 @@ class Files:
     max_parts: ClassVar[int] = 1
     piece_bytes: ClassVar[int | None] = None  # the size of a shard, where it is a piece of a file
 
-    def __init__(
-        self, files: Sequence[Path], *, root: Path, text: Text = "text", listing: Listing | None = None
-    ) -> None:
+    def __init__(self, files: Sequence[Path], *, root: Path, text: Text = "text") -> None:
         """`root` is what the files' names are below, `text` where a row's text is, if they have rows."""
         self._files = list(files)
-        self._text = text
-        self._sizes = [file.stat().st_size for file in files] if listing is None else listing.sizes
+        self.text = text
+        self._sizes = [file.stat().st_size for file in files]
         self.bad_rows = BadRows()
         # Of names below the root, sizes, and the size of the pieces, which a position in the data counts.
         names = [[os.path.relpath(file, root), size] for file, size in zip(files, self._sizes, strict=True)]
         self.fingerprint = hashlib.sha256(json.dumps([names, self.piece_bytes]).encode()).hexdigest()[:16]
         self.name = f"{root}: {count_files(files)} of {self.kind}, {_format_size(sum(self._sizes))}"
-        self._look(root, listing)
+        self._look(root)
 
-    def _look(self, root: Path, listing: Listing | None) -> None:
-        """Learn what the kind must know of each file besides, by itself or from the listing."""
+    def _look(self, root: Path) -> None:
+        """Learn what the kind must know of each file besides."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "text": None}  # a function of the user's may be one that cannot be sent
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -95,13 +89,6 @@ class Files:
 
     def _find_index(self, shard: int) -> int:
         return shard
-
-    @property
-    def listing(self) -> Listing:
-        return Listing(self.kind, [str(file) for file in self._files], self._sizes, self._get_details())
-
-    def _get_details(self) -> Any:
-        return None
 
     def check(self) -> None:
         """Read so much of it that a mistake costs no training. Raises DatasetError."""
@@ -161,7 +148,7 @@ class _CutFiles(PiecedFiles):
 
     piece_bytes: ClassVar[int]
 
-    def _look(self, root: Path, listing: Listing | None) -> None:
+    def _look(self, root: Path) -> None:
         self._set_pieces(self._sizes, self.piece_bytes)
 
     def _cut(self, file: BinaryIO, at: int) -> int:
@@ -252,8 +239,8 @@ class JsonLinesFiles(_CutFiles):
     piece_bytes = JSON_PIECE_BYTES
     max_parts = JSON_PIECE_BYTES // 2**10
 
-    def _look(self, root: Path, listing: Listing | None) -> None:
-        super()._look(root, listing)
+    def _look(self, root: Path) -> None:
+        super()._look(root)
         self._long_lines: dict[str, list[tuple[int, int]]] = defaultdict(list)
         """By file, sorted, from where to where one line goes that is longer than a piece: to find its end once."""
 
@@ -283,9 +270,9 @@ class JsonLinesFiles(_CutFiles):
         for line in io.BytesIO(data):  # one by one: many pieces may be read side by side
             if not line.isspace():
                 try:
-                    document = get_text(_parse(line.removesuffix(b"\n")), self._text)
+                    document = get_text(_parse(line.removesuffix(b"\n")), self.text)
                 except ValueError as error:
-                    self.bad_rows.meet(_explain(path, _line_number(path, offset), str(error), self._text))
+                    self.bad_rows.meet(_explain(path, _line_number(path, offset), str(error), self.text))
                     document = ""
                 if document:
                     yield document
@@ -337,9 +324,9 @@ class CompressedJsonLinesFiles(Files):
 
     def _get_text(self, shard: int, number: int, line: bytes) -> str:
         try:
-            return get_text(_parse(line), self._text)
+            return get_text(_parse(line), self.text)
         except ValueError as error:
-            self.bad_rows.meet(_explain(self._files[shard], number, str(error), self._text))
+            self.bad_rows.meet(_explain(self._files[shard], number, str(error), self.text))
             return ""
 
 

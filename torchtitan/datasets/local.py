@@ -10,7 +10,6 @@ from torchtitan.datasets.files import (
     CompressedJsonLinesFiles,
     Files,
     JsonLinesFiles,
-    Listing,
     TextFiles,
     count_files,
 )
@@ -28,21 +27,12 @@ KNOWN = (
 )
 
 
-def open_path(path: str | Path, text: Text, *, skip_bad_rows: bool = False, listing: Listing | None = None) -> Files:
+def open_path(path: str | Path, text: Text, *, skip_bad_rows: bool = False) -> Files:
     """The source for a file or a folder.
-
-    Args:
-        listing: what another rank has found there; it is then neither looked for nor checked here.
 
     Raises:
         DatasetError: it does not exist, is empty or of no known kind, or bad in what is checked.
     """
-    if listing is not None:
-        kinds: tuple[type[Files], ...] = (*_OF_ROWS, TextFiles)
-        kind = next(kind for kind in kinds if kind.kind == listing.kind)
-        source = kind([Path(file) for file in listing.files], root=Path(path), text=text, listing=listing)
-        source.bad_rows.skip = skip_bad_rows
-        return source
     source = _look(path, text)
     source.bad_rows.skip = skip_bad_rows
     source.check()

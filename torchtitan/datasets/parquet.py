@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan.config.errors import DatasetError
-from torchtitan.datasets.files import UNPACKED_BYTES, Files, Listing
+from torchtitan.datasets.files import UNPACKED_BYTES, Files
 from torchtitan.datasets.source import get_text
 
 if TYPE_CHECKING:
@@ -26,19 +26,12 @@ class ParquetFiles(Files):
     max_streams = MAX_PARQUET
     max_parts = 16  # for each, the rows before it are unpacked again
 
-    def _look(self, root: Path, listing: Listing | None) -> None:
-        self._columns = [self._text] if isinstance(self._text, str) else None
-        if listing is None:
-            with ThreadPoolExecutor() as pool:
-                self._row_groups = list(pool.map(self._find_row_groups, range(len(self._files))))
-        else:
-            self._row_groups = listing.details
-        self._shards = [(index, group) for index, groups in enumerate(self._row_groups) for group in groups]
+    def _look(self, root: Path) -> None:
+        with ThreadPoolExecutor() as pool:
+            row_groups = list(pool.map(self._find_row_groups, range(len(self._files))))
+        self._shards = [(index, group) for index, groups in enumerate(row_groups) for group in groups]
         if not self._shards:
             raise DatasetError(f"{root} is empty: its Parquet files hold no row")
-
-    def _get_details(self) -> list[list[int]]:
-        return self._row_groups
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -50,7 +43,7 @@ class ParquetFiles(Files):
         index, group = self._shards[shard]
         for number, row in self._read_rows(index, group, part, num_parts):
             try:
-                document = get_text(row, self._text)
+                document = get_text(row, self.text)
             except ValueError as error:
                 place = f"{self._files[index]}, row {number} of row group {group}"
                 self.bad_rows.meet(f"{place}: {error}")
@@ -64,7 +57,8 @@ class ParquetFiles(Files):
             num_rows = file.metadata.row_group(group).num_rows
             first, end = num_rows * part // num_parts, num_rows * (part + 1) // num_parts
             number = 0
-            for batch in file.iter_batches(ROWS_TOGETHER, row_groups=[group], columns=self._columns):
+            columns = [self.text] if isinstance(self.text, str) else None
+            for batch in file.iter_batches(ROWS_TOGETHER, row_groups=[group], columns=columns):
                 if number + len(batch) > first:
                     rows = batch.slice(max(0, first - number), end - max(first, number)).to_pylist()
                     yield from enumerate(rows, start=max(first, number) + 1)
@@ -75,8 +69,8 @@ class ParquetFiles(Files):
     def _find_row_groups(self, index: int) -> list[int]:
         with self._open_parquet(index) as file:
             names = file.schema_arrow.names
-            if isinstance(self._text, str) and self._text not in names:
-                raise DatasetError(f"{self._files[index]} has no column {self._text!r}, but {', '.join(names)}")
+            if isinstance(self.text, str) and self.text not in names:
+                raise DatasetError(f"{self._files[index]} has no column {self.text!r}, but {', '.join(names)}")
             return [group for group in range(file.num_row_groups) if file.metadata.row_group(group).num_rows > 0]
 
     @contextmanager

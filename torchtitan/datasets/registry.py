@@ -9,7 +9,7 @@ from pathlib import Path
 from torchtitan.config.errors import DatasetError
 from torchtitan.config.schema import meant_or_known
 from torchtitan.config.sections import Training, Validation
-from torchtitan.datasets.files import Listing, TextFiles
+from torchtitan.datasets.files import TextFiles
 from torchtitan.datasets.hub import HuggingFaceStream
 from torchtitan.datasets.local import open_path
 from torchtitan.datasets.source import Source, Text
@@ -34,25 +34,25 @@ class Dataset:
     text: Text = "text"
 
 
-def open_dataset(
-    name: str, path: str | None = None, *, skip_bad_rows: bool = False, listing: Listing | None = None
-) -> Source:
-    """The documents of a registered dataset, read from `path` if there is one.
+def get_dataset(name: str) -> Dataset:
+    """Raises DatasetError: an unknown name."""
+    if name not in _DATASETS:
+        raise DatasetError(f"the dataset {name!r} is unknown; {meant_or_known(name, _DATASETS)}")
+    return _DATASETS[name]
 
-    Args:
-        listing: what another rank has found there; it is then neither looked for nor checked here.
+
+def open_dataset(name: str, path: str | None = None, *, skip_bad_rows: bool = False) -> Source:
+    """The documents of a registered dataset, read from `path` if there is one.
 
     Raises:
         DatasetError: an unknown name; data that is missing, empty or in no known format.
     """
-    if name not in _DATASETS:
-        raise DatasetError(f"the dataset {name!r} is unknown; {meant_or_known(name, _DATASETS)}")
-    dataset = _DATASETS[name]
+    dataset = get_dataset(name)
     source: Source
     if path is None:
         source = dataset.open(dataset.text)
     else:
-        source = open_path(path, dataset.text, skip_bad_rows=skip_bad_rows, listing=listing)
+        source = open_path(path, dataset.text, skip_bad_rows=skip_bad_rows)
     if isinstance(source, HuggingFaceStream):
         source.bad_rows.skip = skip_bad_rows
     return source

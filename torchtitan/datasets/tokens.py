@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchtitan.config.errors import DatasetError
-from torchtitan.datasets.files import Listing, PiecedFiles
+from torchtitan.datasets.files import PiecedFiles
 from torchtitan.tools.files import read_json
 
 PIECE_TOKENS = 2**16
@@ -45,20 +45,13 @@ class TokenFiles(PiecedFiles):
     suffixes = (".npy", ".bin")
     max_parts = PIECE_TOKENS // 2**11
 
-    def _look(self, root: Path, listing: Listing | None) -> None:
-        if listing is None:
-            meta = (root if root.is_dir() else root.parent) / META
-            self.tokenizer = read_json(meta, DatasetError).get("tokenizer") if meta.is_file() else None
-            self._layouts = [_find_layout(*both) for both in zip(self._files, self._sizes, strict=True)]
-        else:
-            self.tokenizer, layouts = listing.details
-            self._layouts = [_Layout(*layout) for layout in layouts]
+    def _look(self, root: Path) -> None:
+        meta = (root if root.is_dir() else root.parent) / META
+        self.tokenizer = read_json(meta, DatasetError).get("tokenizer") if meta.is_file() else None
+        self._layouts = [_find_layout(*both) for both in zip(self._files, self._sizes, strict=True)]
         self._set_pieces([layout.num_tokens for layout in self._layouts], PIECE_TOKENS)
         if len(self) == 0:
             raise DatasetError(f"{root} is empty: its files hold no token")
-
-    def _get_details(self) -> Any:
-        return self.tokenizer, self._layouts
 
     def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[NDArray[Any]]:
         index, begin, end = self._find(shard, part, num_parts)

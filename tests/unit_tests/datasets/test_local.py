@@ -409,10 +409,10 @@ def open_files() -> Iterator[Path]:
 def test_what_one_rank_has_found_another_reads_without_looking(kind, write, documents, monkeypatch):
     folder = write(kind, documents)
     found = open_path(folder, "text")
-    listing = pickle.loads(pickle.dumps(found.listing))
     monkeypatch.setattr(type(found), "check", lambda _: pytest.fail("checked"))
     monkeypatch.setattr(Path, "iterdir", lambda _: pytest.fail("listed"))
-    source = open_path(folder, "text", listing=listing)
+    source = pickle.loads(pickle.dumps(found))
+    source.text = "text"
     assert (source.name, source.fingerprint) == (found.name, found.fingerprint)
     assert read_all(source) == read_all(found)
     assert source.find_other_size() is None
