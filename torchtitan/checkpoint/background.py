@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from multiprocessing.connection import Connection
@@ -76,8 +76,8 @@ class BackgroundSaver:
     def write_file(self, path: Path, rank: int, plan: Plan, state: Mapping[str, Any]) -> WrittenFile:
         places = self._copier.copy(plan, state, self._computed)
         self._copied.set()
-        held = {**places, **{key: state[key] for key in plan.values}}
-        return self._process.call("write_file", path, rank, plan, Copies(self._copier.memory, held))
+        copies = Copies(self._copier.memory, places, {key: state[key] for key in plan.values})
+        return self._process.call("write_file", path, rank, plan, copies)
 
     def write_metadata(self, path: Path, files: Sequence[Digest], tables: Sequence[bytes] | None) -> bool:
         return self._process.call("write_metadata", path, files, tables)
@@ -99,27 +99,22 @@ class BackgroundSaver:
         self._process.close()
 
 
-class Copies(Mapping[str, Any]):
-    """A state in the writing process: tensors in the memory that it shares with the trainer, and values."""
+class Copies(NamedTuple):
+    """A state for the writing process: where tensors are in the memory that it shares with the trainer, and values."""
 
-    def __init__(self, memory: str, held: dict[str, Any]):
-        self._memory, self._held = memory, held
-        self._buffer: Tensor | None = None
+    memory: str
+    places: dict[str, Place]
+    values: dict[str, Any]
 
-    def __getitem__(self, key: str) -> Any:
-        value = self._held[key]
-        if not isinstance(value, Place):
-            return value
-        if self._buffer is None:
-            size = Path(self._memory).stat().st_size
-            self._buffer = torch.from_file(self._memory, shared=True, size=size, dtype=torch.uint8)
-        return value.of(self._buffer)
+    def open(self) -> dict[str, Any]:
+        size = Path(self.memory).stat().st_size
+        buffer = torch.from_file(self.memory, shared=True, size=size, dtype=torch.uint8)
+        return {**{key: place.of(buffer) for key, place in self.places.items()}, **self.values}
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._held)
 
-    def __len__(self) -> int:
-        return len(self._held)
+class _CopyWriter(CheckpointWriter):
+    def write_file(self, path: Path, rank: int, plan: Plan, state: Copies) -> WrittenFile:  # type: ignore[override]
+        return super().write_file(path, rank, plan, state.open())
 
 
 class Copier:
@@ -233,7 +228,7 @@ def _write(connection: Connection) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_it, daemon=True).start()
-    writer = CheckpointWriter()
+    writer = _CopyWriter()
     while (call := connection.recv()) is not None:
         method, arguments = call
         try:
@@ -241,6 +236,3 @@ def _write(connection: Connection) -> None:
         except Exception as error:
             outcome = CheckpointError(reason(error))
         connection.send(outcome)
-
-
-__all__ = ["BackgroundSaver"]

@@ -210,6 +210,3 @@ def _read_own_metadata(path: Path) -> bytes:
             f" with --checkpoint.initial_load_path {path} --checkpoint.initial_load_in_hf"
         )
     return read_metadata_file(path)
-
-
-__all__ = ["Contents", "OptimizerState", "Stateful"]

@@ -109,20 +109,18 @@ class CheckpointFolder:
             self.remove([replaced])
 
     def tidy(self, num_kept: int, *, up_to: int) -> None:
-        """Remove what keep_latest says, and leftovers. Where that fails, it is left for the next time."""
+        """Remove leftovers, and the oldest checkpoints up to step `up_to` until `num_kept` are left; 0 keeps all.
+
+        Where that fails, it is left for the next time.
+        """
         try:
             self._check_owner()
-            self.keep_latest(num_kept, up_to=up_to)
+            steps = [step for step in self.steps() if step <= up_to] if num_kept else []
+            # renamed first: one that is half-removed must not look whole
+            self.remove([self._set_aside(self.of(step), "removed") for step in steps[:-num_kept]])
             self.remove(self.leftovers())
         except (OSError, CheckpointError) as error:
             logger.warning(f"Old checkpoints in {self.path} could not be removed: {reason(error)}")
-
-    def keep_latest(self, num_kept: int, *, up_to: int) -> None:
-        """Remove the oldest of the checkpoints up to step `up_to` until `num_kept` are left; 0 keeps all."""
-        steps = [step for step in self.steps() if step <= up_to]
-        if num_kept:
-            # renamed first: one that is half-removed must not look whole
-            self.remove([self._set_aside(self.of(step), "removed") for step in steps[:-num_kept]])
 
     def remove(self, incomplete: Iterable[Path]) -> None:
         """What cannot be removed is left over for the next time."""
@@ -156,6 +154,3 @@ class CheckpointFolder:
 
     def _names(self) -> list[str]:
         return [entry.name for entry in os.scandir(self.path) if entry.is_dir()] if self.path.is_dir() else []
-
-
-__all__ = ["OPTIONS", "CheckpointFolder"]

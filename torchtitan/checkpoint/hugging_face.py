@@ -130,11 +130,11 @@ class HuggingFaceFormat:
         def finish() -> None:
             check_sizes(target, dict.fromkeys(titles, 1))
             if len(files) > 1:
+                held = zip(titles, files, strict=True)
                 places = {self._adapter.hf_names[name]: title for title, of_file in held for name in of_file}
                 _write_json(target / INDEX, {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": places})
             self._write_config(source, target, next(iter(dtypes.values())))
 
-        held = list(zip(titles, files, strict=True))
         ranks.ask_first(begin)
         own = [num_bytes[name] for names in files[ranks.rank :: ranks.size] for name in names]
         with Progress(f"Converting {source}", sum(own)) as progress:
@@ -286,6 +286,3 @@ def _copy_files(names: Iterable[str], source: Path, target: Path) -> None:
 
 def _write_json(file: Path, content: Mapping[str, Any] | Iterable[Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-__all__ = ["HuggingFaceFormat"]

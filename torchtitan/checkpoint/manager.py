@@ -189,22 +189,18 @@ def build_checkpoint_manager(
     ranks = Ranks()
     run = ranks.ask_first(lambda: secrets.token_hex(4)) if checkpoint.enable_checkpoint else ""
     folder = CheckpointFolder(Path(dump_folder) / checkpoint.folder, run=run, outputs=Path(dump_folder))
+    background = None
     if checkpoint.enable_checkpoint and not checkpoint.load_only:
         ranks.ask_first(folder.create)
-    background = None
-    if checkpoint.async_mode != "disabled" and checkpoint.enable_checkpoint and not checkpoint.load_only:
-        background = BackgroundSaver(pinned=checkpoint.async_mode == "async_with_pinned_mem")
+        if checkpoint.async_mode != "disabled":
+            background = BackgroundSaver(pinned=checkpoint.async_mode == "async_with_pinned_mem")
     hugging_face = None
     if adapter is not None:
         tokenizer = Path(tokenizer_path) if tokenizer_path is not None else None
         hugging_face = HuggingFaceFormat(adapter, tokenizer_path=tokenizer, bos_id=bos_id, eos_id=eos_id)
         if hf_folder is not None:
             hugging_face.check_config(Path(hf_folder))
-    states = {
-        "lr_scheduler": lr_scheduler,
-        "dataloader": dataloader,
-        "train_state": train_state,
-    }
+    states = {"lr_scheduler": lr_scheduler, "dataloader": dataloader, "train_state": train_state}
     start = Start(
         checkpoint,
         folder=folder,
@@ -215,6 +211,3 @@ def build_checkpoint_manager(
         is_restart=is_restart,
     )
     return CheckpointManager(start, options=options, background=background)
-
-
-__all__ = ["CheckpointManager", "build_checkpoint_manager"]

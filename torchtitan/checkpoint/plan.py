@@ -102,6 +102,3 @@ def _divide(state: Mapping[str, Any]) -> list[Shard]:
         if writer == mine and math.prod(sizes):
             shards.append(Shard(key, tensor.dtype, tuple(tensor.shape), offsets, sizes))
     return shards
-
-
-__all__ = ["Plan", "Planner", "Shard", "get_box"]

@@ -201,6 +201,3 @@ def _about_no_model(path: Path) -> str:
         f"{path} holds neither a checkpoint of ours (.metadata and .distcp files) nor a model of Hugging Face's"
         " (config.json and .safetensors files)"
     )
-
-
-__all__ = ["PretrainedModel", "check_divisible", "find_pretrained"]

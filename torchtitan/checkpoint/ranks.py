@@ -102,6 +102,3 @@ def _attempt(work: Callable[[], T]) -> T | CheckpointError:
         return error
     except OSError as error:
         return CheckpointError(reason(error))
-
-
-__all__ = ["Ranks"]

@@ -140,6 +140,3 @@ def _holds_weights_only(path: Path) -> bool:
     if holds_hf_weights(path):
         return True
     return not any(key.startswith("optimizer.") for key in read_metadata(path).state_dict_metadata)
-
-
-__all__ = ["Start"]

@@ -238,21 +238,3 @@ def reason(error: BaseException) -> str:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     first_line = str(error).strip().partition("\n")[0]
     return first_line if isinstance(error, CheckpointError) else f"{type(error).__name__}: {first_line}"
-
-
-__all__ = [
-    "DIGEST",
-    "METADATA",
-    "STATES",
-    "UnusableCheckpointError",
-    "check_files",
-    "check_sizes",
-    "check_weights",
-    "find_weights",
-    "load_alone",
-    "parse_metadata",
-    "read_metadata",
-    "read_metadata_file",
-    "reason",
-    "sync",
-]

@@ -14,9 +14,9 @@ import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,8 +35,6 @@ from torchtitan.checkpoint.ranks import Ranks
 from torchtitan.checkpoint.storage import DIGEST, METADATA, check_sizes, reason
 from torchtitan.config.errors import CheckpointError
 from torchtitan.distributed.utils import local_tensor
-
-T = TypeVar("T")
 
 _VERSION = "1.0.0"
 """Of torch.distributed.checkpoint's format."""
@@ -170,37 +168,32 @@ def save(path: Path, state: Mapping[str, Any], *, planner: Planner, writer: Writ
     """Write a checkpoint: a collective call. Where a rank fails, all raise the same CheckpointError."""
     writer, ranks = writer or CheckpointWriter(), planner.ranks
     plan = planner.plan(state)
-    written = _attempt(lambda: writer.write_file(path, ranks.rank, plan, state))
-    digests = ranks.gather_first(written.digest if isinstance(written, WrittenFile) else str(written))
+    outcome: Digest | str
+    try:
+        outcome, table = writer.write_file(path, ranks.rank, plan, state)
+    except Exception as error:
+        outcome, table = reason(error), b""
+    outcomes = ranks.gather_first(outcome)
 
     def finish(tables: list[bytes] | None) -> bool:
-        assert digests is not None, "asked of the first rank"
-        failures = {rank: digest for rank, digest in enumerate(digests) if isinstance(digest, str)}
+        assert outcomes is not None, "asked of the first rank"
+        failures = {rank: why for rank, why in enumerate(outcomes) if isinstance(why, str)}
         if failures:
             alone = failures.keys() == {0}
             raise CheckpointError("; ".join(why if alone else f"rank {rank}: {why}" for rank, why in failures.items()))
-        files = [digest for digest in digests if isinstance(digest, Digest)]
-        answer = _attempt(lambda: writer.write_metadata(path, files, tables))
-        if isinstance(answer, CheckpointError):
-            raise answer
-        return answer
+        try:
+            return writer.write_metadata(path, [each for each in outcomes if isinstance(each, Digest)], tables)
+        except Exception as error:
+            raise CheckpointError(reason(error)) from error
 
     if not ranks.ask_first(lambda: finish(None)):
-        assert isinstance(written, WrittenFile)
-        tables = ranks.gather_first(written.table)
+        tables = ranks.gather_first(table)
         ranks.ask_first(lambda: finish(tables))
 
 
 def save_alone(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint from this process, to a folder that is not there yet."""
     save(path, state, planner=Planner(Ranks(alone=True)))
-
-
-def _attempt(work: Callable[[], T]) -> T | CheckpointError:
-    try:
-        return work()
-    except Exception as error:
-        return CheckpointError(reason(error))
 
 
 @torch.no_grad()
@@ -227,6 +220,3 @@ def _first_os_error(error: BaseException) -> OSError | None:
             return led_to_it
         led_to_it = led_to_it.__cause__ or led_to_it.__context__
     return None
-
-
-__all__ = ["CheckpointWriter", "Digest", "Writer", "WrittenFile", "make_metadata", "pack_table", "save", "save_alone"]

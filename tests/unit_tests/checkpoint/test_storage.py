@@ -39,7 +39,7 @@ KILL_POINTS = {
     "before any byte": (CheckpointWriter, "write_file"),
     "before .metadata": (background.BackgroundSaver, "write_metadata"),
     "before it is visible": (CheckpointFolder, "publish"),
-    "before the old ones go": (CheckpointFolder, "keep_latest"),
+    "before the old ones go": (CheckpointFolder, "tidy"),
     "while an old one goes": (CheckpointFolder, "remove"),
 }
 
