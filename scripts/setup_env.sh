@@ -55,12 +55,14 @@ _fill_venv() {
     fi
     mapfile -t wanted <<<"$wanted"
     echo "Fetching ${wanted[*]%%>=*} and what they need; pip's own words go to $log" >&2
-    "$venv/bin/python" -m pip install --disable-pip-version-check "${constraints[@]}" "${wanted[@]}" 2>&1 |
+    "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile "${constraints[@]}" "${wanted[@]}" 2>&1 |
         tee "$log" | _show_progress >&2
     if [ "${PIPESTATUS[0]}" -ne 0 ]; then
         echo "Setting up $venv failed: $(_why_pip_failed "$log"). Then run the same command again. pip's log: $log" >&2
         return 1
     fi
+    # pip would compile it on one core, with what hardly anyone imports. Some files are for another Python.
+    "$venv/bin/python" -m compileall -qq -j 0 -x 'site-packages/.*/tests/|/transformers/models/' "$venv/lib" || true
     _venv_recipe "$root" >"$venv/.recipe"
     rm -f "$venv/.unfinished"
 }
