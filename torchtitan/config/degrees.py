@@ -77,15 +77,7 @@ def _explain_misfit(degrees: dict[str, int], others: int, world_size: int) -> st
     if world_size % others == 0:
         return message + f"parallelism.{_SHARD}={world_size // others} (or -1) would fit."
     needed = others * max(shard, 1)
-    fitting = {name: degree for name, degree in degrees.items() if name != _SHARD}
-    # Keep as much as possible of what was asked for: give up, in this order, copies, context, stages, tensor.
-    for kind in ("data_parallel_replicate", "context_parallel", "pipeline_parallel", "tensor_parallel"):
-        if world_size % math.prod(fitting.values()) == 0:
-            break
-        asked = fitting[f"{kind}_degree"]
-        rest = math.prod(fitting.values()) // asked
-        fitting[f"{kind}_degree"] = math.gcd(asked, world_size // rest) if world_size % rest == 0 else 1
-    fitting[_SHARD] = world_size // math.prod(fitting.values())
-    layout = ", ".join(f"parallelism.{name}={degree}" for name, degree in fitting.items() if degree != 1)
-    otherwise = f"use {layout} and 1 for the rest" if layout else "leave all degrees at 1"
-    return message + f"Start {needed} processes (NGPU={needed}, or --nproc_per_node {needed}), or {otherwise}."
+    return message + (
+        f"Start {needed} processes (NGPU={needed}, or --nproc_per_node {needed}), or give degrees whose product divides"
+        f" {world_size}, and parallelism.{_SHARD}=-1 for the rest."
+    )

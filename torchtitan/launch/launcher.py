@@ -295,7 +295,3 @@ def _quiet_agent() -> None:
     handler.addFilter(lambda record: "will restart" in record.getMessage())
     agent_log.addHandler(handler)
     logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.INFO)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

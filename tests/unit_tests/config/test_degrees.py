@@ -18,7 +18,7 @@ def test_shard_degree_takes_the_ranks_that_are_left() -> None:
         (
             Parallelism(tensor_parallel_degree=3),
             8,
-            ["tensor_parallel_degree=3", "product is 3", "world size 8", "NGPU=3", "data_parallel_shard_degree=8"],
+            ["tensor_parallel_degree=3", "product is 3", "world size 8", "NGPU=3", "divides 8, and"],
         ),
         (Parallelism(data_parallel_shard_degree=2), 8, ["product is 2", "data_parallel_shard_degree=8 (or -1) would"]),
         (
@@ -31,17 +31,19 @@ def test_shard_degree_takes_the_ranks_that_are_left() -> None:
             2,
             ["fit 2 processes: parallelism.data_parallel_shard_degree=1; their product is 1"],
         ),
-        (Parallelism(tensor_parallel_degree=2), 1, ["1 process:", "NGPU=2", "leave all degrees at 1"]),
+        (
+            Parallelism(tensor_parallel_degree=2),
+            1,
+            ["1 process:", "NGPU=2", "whose product divides 1, and"],
+        ),
         (
             Parallelism(data_parallel_replicate_degree=3, tensor_parallel_degree=2),
             8,
-            ["product is 6", "parallelism.tensor_parallel_degree=2, parallelism.data_parallel_shard_degree=4"],
+            ["data_parallel_replicate_degree=3", "tensor_parallel_degree=2;", "product is 6", "NGPU=6"],
         ),
     ],
 )
-def test_layout_that_does_not_fit_names_one_that_does(
-    parallelism: Parallelism, world_size: int, said: list[str]
-) -> None:
+def test_layout_that_does_not_fit_says_what_would(parallelism: Parallelism, world_size: int, said: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         ParallelDims.from_config(parallelism, world_size)
     for part in said:

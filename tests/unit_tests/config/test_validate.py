@@ -96,7 +96,7 @@ def test_float8_without_torchao_names_the_package(monkeypatch):
             ["state_precision=compact", "enable_fsdp_float8_all_gather"],
         ),
         # degrees
-        (8, f"{TP} 3", ["tensor_parallel_degree=3", "their product is 3", "world size 8", "would fit|use parallelism"]),
+        (8, f"{TP} 3", ["tensor_parallel_degree=3", "their product is 3", "world size 8", "product divides 8"]),
         (8, f"{SHARD} 2 {REPLICATE} 2", ["their product is 4", "world size 8", "data_parallel_shard_degree=4"]),
         # batch
         (
