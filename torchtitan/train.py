@@ -40,12 +40,13 @@ from torchtitan.components.tokenizer import build_tokenizer
 from torchtitan.components.validate import Validator
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.errors import ConfigError, NonFiniteError, RecomputeMoreError, exit_status
+from torchtitan.config.errors import ConfigError, NonFiniteError, RecomputeMoreError, exit_status, raise_all
 from torchtitan.config.manager import to_toml, write_resolved
 from torchtitan.distributed import utils
 from torchtitan.distributed.context_parallel import ContextSharder
 from torchtitan.distributed.fsdp import reduce_over_copies
 from torchtitan.distributed.mesh import build_mesh
+from torchtitan.launch.environment import about_compiler
 from torchtitan.memory import explain_out_of_memory, is_out_of_memory, plan_memory
 from torchtitan.protocols.custom_import import maybe_import_custom
 from torchtitan.protocols.model import Loss
@@ -357,6 +358,8 @@ def main(argv: list[str]) -> int:
             num_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
             liger_installed=is_liger_installed(),
         )
+        if config.training.compile:
+            raise_all([*about_compiler(torch.cuda.device_count())])
         trainer = Trainer(config)
         if config.checkpoint.create_seed_checkpoint:
             trainer.save_options()

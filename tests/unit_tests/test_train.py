@@ -1,5 +1,6 @@
 """How main() ends: what it tells the trainer about it."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from torchtitan import train
 from torchtitan.components.dataloader import Batch
 from torchtitan.components.loss import CrossEntropyLoss, TokenSums
 from torchtitan.config import JobConfig
-from torchtitan.config.errors import NonFiniteError
+from torchtitan.config.errors import EXIT_MISTAKE, NonFiniteError
 
 OPTIONS = ["--model.tokenizer_path", "tests/assets/tokenizer"]
 
@@ -44,6 +45,20 @@ def test_the_metrics_learn_whether_the_run_failed(
     except (KeyError, SystemExit) as raised:
         assert raised is error
     assert told == [failed]
+
+
+def test_a_compiler_that_is_missing_is_told_before_the_model_is_built(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Also where no launcher has counted the GPUs, on which it hangs which compiler that is."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(train, "Trainer", None)
+    monkeypatch.setattr(train, "end_with_launcher", lambda: None)
+    monkeypatch.setattr(train, "init_logger", lambda **_: None)
+    assert train.main([*OPTIONS, "--training.compile"]) == EXIT_MISTAKE
+    assert caplog.messages[-1].startswith("ConfigError: training.compile needs a C")
 
 
 def test_weights_that_do_not_fit_are_answered_with_what_would_free_memory(
