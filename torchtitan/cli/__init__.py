@@ -6,7 +6,7 @@ convert     weights to and from Hugging Face's format
 estimate    the memory of a run
 tokenizer   train one
 tokenize    a dataset, once
-report      runs as one HTML page, of charts (chart.py) and tables
+report      runs as one HTML page, of charts (chart.py) and tables, in the style of report.css
 compare     two runs, new or finished: their largest differences, and the report
 runs        what a run has left in its output folder
 """

@@ -35,26 +35,7 @@ from torchtitan.cli.runs import (
 )
 
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
-STYLE = """
-:root { color-scheme: light dark; --text: #1f2937; --pale: #6b7280; --rule: #e5e7eb; --box: #f3f4f6; --back: #fff }
-@media (prefers-color-scheme: dark) {
-:root { --text: #e5e7eb; --pale: #9ca3af; --rule: #374151; --box: #1f2937; --back: #111827 }
-polyline, circle, .mark, .key { filter: brightness(1.5) } }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em }
-body { color: var(--text); background: var(--back) }
-h1 { font-size: 1.5em; margin-bottom: 0 } h2 { font-size: 1.15em; margin: 2em 0 0.5em }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 1em 2em }
-figure { margin: 0 } figcaption { font-weight: 600 } svg { width: 100%; height: auto; display: block }
-svg text { font-size: 11px; fill: var(--pale) } text.y { text-anchor: end } text.x { text-anchor: middle }
-.grid { stroke: var(--rule) } .mark { stroke-width: 1.5; stroke-dasharray: 3 3 }
-polyline { fill: none; stroke-width: 1.6 } .dots { stroke-dasharray: 5 4; stroke-width: 1 }
-.lost { stroke-width: 3; opacity: 0.3 } .under { stroke-width: 5; opacity: 0.55 }
-table { border-collapse: collapse; margin: 0.5em 0; overflow-wrap: anywhere }
-td, th { text-align: left; vertical-align: top; padding: 0.15em 1.2em 0.15em 0; border-bottom: 1px solid var(--rule) }
-td { font-variant-numeric: tabular-nums } td:first-child, th { overflow-wrap: normal }
-.key { display: inline-block; width: 1.6em; height: 0.25em; margin: 0.2em 0.5em } .note { color: var(--pale) }
-pre { white-space: pre-wrap; margin: 0.3em 0; padding: 0.6em; background: var(--box) }
-""".strip()
+STYLE = Path(__file__).with_name("report.css")
 
 
 def to_html(runs: Sequence[Run]) -> str:
@@ -72,7 +53,8 @@ def to_html(runs: Sequence[Run]) -> str:
         *_section("Options that are not the defaults", _by_run(runs, lambda run: run.options)),
         *_folded("All others", _by_run(runs, lambda run: run.defaults)),
     ]
-    head = f'<meta charset="utf-8"/><title>{escape(str(title))}</title><style>{STYLE}</style>'
+    style = STYLE.read_text(encoding="utf-8").strip()
+    head = f'<meta charset="utf-8"/><title>{escape(str(title))}</title><style>{style}</style>'
     return f"<!DOCTYPE html>\n<html><head>{head}</head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
 
 
