@@ -97,7 +97,9 @@ ROWS = [
     *(Row(dims, loss, n) for i, dims in enumerate(PAIRS) for loss, n in (("", 1 + i % 2), (FUSED, 2 - i % 2))),
     *(Row(ParallelDims(pp=2), f"{SCHEDULE} {schedule}", n) for schedule, n in product(SCHEDULES, (1, 2))),
     *(Row(ParallelDims(pp=2, **{axis: 2}), f"{SCHEDULE} 1F1B", 2) for axis in ("dp_shard", "tp")),
-    *(Row(ParallelDims(dp_shard=2, tp=2), f"{loss} --training.compile", n) for loss, n in (("", 2), (FUSED, 1))),
+    # each way to recompute is one more trace; by default there are two
+    Row(ParallelDims(dp_shard=2, tp=2), f"--training.compile {RECOMPUTE} full", 2),
+    Row(ParallelDims(dp_shard=2, tp=2), f"{FUSED} --training.compile {RECOMPUTE} none"),
     Row(ParallelDims(tp=2), "--training.compile"),
     # some ranks and some microbatches have no label at all
     *(Row(dims, loss, 4) for dims, loss in product(AXES[:3], ("", FUSED))),
