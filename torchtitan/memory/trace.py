@@ -11,15 +11,18 @@ Counted are the tensors that the traced code makes, not those that it is given. 
 operation that makes it until Python or autograd lets go of it. Compiled (`compiled=True`) fewer exist: inductor fuses
 an elementwise operation or a reduction into its readers, so that its result is in memory only if a matrix product,
 attention or a collective makes or reads it, or if it outlives the traced code; what is not in memory is computed again
-from its inputs, which therefore live until its last reader has run.
+from its inputs, which therefore live until its last reader has run. Results of one size that are fused from a common
+tensor are made by one kernel, when the last of them can be: of SwiGLU's backward, whose three results are in memory
+beside the three that they are made of.
 """
 
 import functools
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +53,16 @@ class _Storage:
     end: float = math.inf
     last_read: int = 0
     in_memory_when_compiled: bool = False
+    is_fused: bool = False
+    """When compiled, it may be made together with others."""
+    graph: int = 0
+    """Which of the traced parts makes it; each is compiled by itself."""
     inputs: list["_Storage"] = field(default_factory=list)
     """What it is computed from."""
+    ancestors: set[int] = field(default_factory=set)
+    """Of all that it is computed from, the `id`."""
+    sources: set[int] = field(default_factory=set)
+    """Of what a kernel made that it is fused from, the `id`."""
 
 
 class MemoryTrace(TorchDispatchMode):
@@ -61,6 +72,7 @@ class MemoryTrace(TorchDispatchMode):
         super().__init__()
         self.now = 0
         """Operations so far."""
+        self._graph = 0
         self._made: list[_Storage] = []
         self._known: dict[int, _Storage | None] = {}  # by address; None: given, not made here
 
@@ -79,6 +91,10 @@ class MemoryTrace(TorchDispatchMode):
     def live(self, moment: int, *, compiled: bool = False) -> int:
         """Bytes after operation `moment`."""
         return sum(s.nbytes for s, end in self._lives(compiled) if s.start <= moment and end > moment + 1)
+
+    def __enter__(self) -> Self:
+        self._graph += 1
+        return super().__enter__()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -99,11 +115,21 @@ class MemoryTrace(TorchDispatchMode):
         for storage in read:
             storage.last_read = self.now
             storage.in_memory_when_compiled |= is_kernel
-        for memory in (t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor)):
+        for tensor in (t for t in tree_leaves(result) if isinstance(t, Tensor)):
+            memory = tensor.untyped_storage()
             if memory._cdata not in self._known:
-                self._made.append(_Storage(memory.nbytes(), self.now, in_memory_when_compiled=is_kernel, inputs=read))
-                self._remember(memory, self._made[-1])
+                storage = self._make(memory.nbytes(), is_kernel, read)
+                storage.is_fused = not is_kernel and tensor.itemsize > 1  # one of 8 bits first waits for its scale
+                self._made.append(storage)
+                self._remember(memory, storage)
         return result
+
+    def _make(self, nbytes: int, is_kernel: bool, inputs: list[_Storage]) -> _Storage:
+        storage = _Storage(nbytes, self.now, in_memory_when_compiled=is_kernel, inputs=inputs, graph=self._graph)
+        for source in inputs:
+            storage.ancestors |= {id(source), *source.ancestors}
+            storage.sources |= source.sources if source.is_fused else {id(source)}
+        return storage
 
     def _remember(self, memory: torch.UntypedStorage, storage: _Storage | None) -> None:
         address = memory._cdata
@@ -127,11 +153,12 @@ class MemoryTrace(TorchDispatchMode):
             if not storage.in_memory_when_compiled and storage.end < math.inf:
                 for source in storage.inputs:
                     last_read[id(source)] = max(end, last_read.get(id(source), 0.0))
-        return [
-            (storage, storage.end if storage.end == math.inf else last_read[id(storage)])
-            for storage in self._made
-            if storage.in_memory_when_compiled or storage.end == math.inf
-        ]
+        in_memory = [storage for storage in self._made if storage.in_memory_when_compiled or storage.end == math.inf]
+        for first, later in itertools.combinations([storage for storage in in_memory if storage.is_fused], 2):
+            is_alike = (first.graph, first.nbytes) == (later.graph, later.nbytes) and first.sources & later.sources
+            if is_alike and id(first) not in later.ancestors:
+                last_read[id(first)] = max(last_read[id(first)], later.start + 1.0)
+        return [(storage, storage.end if storage.end == math.inf else last_read[id(storage)]) for storage in in_memory]
 
 
 def with_gpu_kernels(forward: Callable[..., Any]) -> Callable[..., Any]:

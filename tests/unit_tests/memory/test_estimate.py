@@ -28,7 +28,7 @@ from torchtitan.config.sections import Model
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.memory import estimate as memory_estimate
 from torchtitan.memory import measure as memory_measure
-from torchtitan.memory.estimate import GIB, MemoryEstimate, Moment, describe, estimate_memory
+from torchtitan.memory.estimate import GIB, MemoryEstimate, MemoryModel, Moment, describe, estimate_memory
 from torchtitan.memory.measure import measure
 from torchtitan.memory.trace import MemoryTrace, with_gpu_kernels
 from torchtitan.models.common.model import OutputHead, Transformer
@@ -354,6 +354,23 @@ def test_within_5_percent_whatever_the_states_the_products_and_the_recomputation
     page = (Path(__file__).parents[3] / "docs" / "performance.md").read_text()
     assert f"| {reserved} |" in page
     assert FLOAT8 not in options or f"{peak:.1f}" in page.partition("four rows in float8 it gives")[2][:40]
+
+
+@pytest.mark.parametrize(
+    ("options", "reserved"),
+    [
+        ("--model.flavor 3.2-1B --training.local_batch_size 87", 77.8),
+        ("--model.name qwen3 --model.flavor 0.6B --training.local_batch_size 148", 76.0),
+        ("--model.name qwen3 --model.flavor 1.7B --training.local_batch_size 64", 76.2),
+    ],
+)
+def test_within_5_percent_where_a_block_s_own_backward_is_the_peak(options: str, reserved: float) -> None:
+    config = parse(f"{options} --training.seq_len 4096 {COMPILE} {FLAG}")
+    model = MemoryModel(config, world_size=1)
+    estimated = model.estimate(["full"] * (model.n_layers - 1) + ["op"])
+    assert estimated.worst_moment.name.startswith("backward of block")
+    assert estimated.peak / GIB == pytest.approx(reserved, rel=0.05)
+    assert f"at {reserved} GiB" in (Path(__file__).parents[3] / "docs" / "models.md").read_text()
 
 
 def test_float8_s_estimate_knows_which_layers_are_converted() -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from torchtitan.config.block_modes import SELECTIVE_MODES
 from torchtitan.distributed.activation_checkpoint import apply_ac
@@ -100,7 +102,8 @@ def test_kept_when_compiled_is_what_the_partitioner_keeps(option: str, kernel: t
     trace = MemoryTrace()
     with trace:
         y = block(x, model.freqs_cis[None])
-        kept_until = trace.now
+    kept_until = trace.now
+    with trace:
         torch.autograd.backward((y,), (torch.empty_like(y),))
 
     kept: dict[int, int] = {}
@@ -143,3 +146,18 @@ def test_with_gpu_kernels_no_score_matrix_is_made() -> None:
     assert peak() > scores
     block.forward = with_gpu_kernels(block.forward)
     assert peak() < scores
+
+
+def test_compiled_backward_of_swiglu_has_its_three_results_beside_what_they_are_made_of() -> None:
+    """The gate, the value and the gradient: one kernel, as the history of the allocator of a GPU shows."""
+    with torch.device("meta"):
+        w1, w3, w2 = nn.Linear(1, 100, bias=False), nn.Linear(1, 100, bias=False), nn.Linear(100, 1, bias=False)
+        x = torch.empty(5000, 1)
+    trace = MemoryTrace()
+    with trace:
+        y = checkpoint(lambda x: w2(F.silu(w1(x)) * w3(x)), x, use_reentrant=False)
+    forward_ends = trace.now
+    with trace:
+        y.backward(torch.empty_like(y))
+    wide = 5000 * 100 * x.itemsize
+    assert trace.peak(start=forward_ends, compiled=True) == pytest.approx(6 * wide, rel=0.05)
