@@ -98,7 +98,7 @@ def check_path(path: Path) -> None:
             )
         else:
             place = "" if path.is_absolute() else f" in {Path.cwd()}"
-            raise DatasetError(f"{path} does not exist{place}; it takes a file or a folder on this machine, of {KNOWN}")
+            raise DatasetError(f"{path} does not exist{place}; data are a file or a folder on this machine, of {KNOWN}")
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
     if not has_data:

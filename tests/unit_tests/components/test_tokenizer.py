@@ -177,9 +177,7 @@ def test_training_on_too_little_text_is_told():
 def test_data_that_are_not_there_are_told(tmp_path, capsys):
     words = ["--dataset_path", str(tmp_path / "nope"), "--output", str(tmp_path / "out")]
     assert main(["tokenizer", *words]) == 1
-    assert re.match(
-        "DatasetError: .*nope does not exist; dataset_path takes a file or a folder", capsys.readouterr().err
-    )
+    assert re.match("DatasetError: .*nope does not exist; data are a file or a folder", capsys.readouterr().err)
 
 
 def test_shipped_file_is_what_the_script_writes():

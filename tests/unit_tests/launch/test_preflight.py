@@ -21,7 +21,7 @@ from torchtitan.models.llama3 import hf_config, llama3_flavors
 from torchtitan.protocols.train_spec import get_run_args
 
 ROOT = Path(__file__).parents[3]
-DATASET_ADVICE = f"it takes a file or a folder on this machine, of {KNOWN}"
+DATASET_ADVICE = f"data are a file or a folder on this machine, of {KNOWN}"
 
 
 def write_tokenizer(folder: Path, num_tokens: int, num_added: int = 0) -> Path:
@@ -184,7 +184,7 @@ def test_what_a_mixture_names_is_a_dataset_or_a_path(refused, valid, tmp_path):
         text == "DatasetError: training.datasets has python_stdlb, no dataset and no path; did you mean python_stdlib?"
     )
     text = refused("--training.datasets", f"c4=2,{tmp_path}/nowhere=1")
-    assert text.startswith(f"DatasetError: training.datasets: {tmp_path}/nowhere does not exist; it takes a")
+    assert text.startswith(f"DatasetError: training.datasets: {tmp_path}/nowhere does not exist; data are a")
     (tmp_path / "data.txt").write_text("text")
     check([*valid, "--training.datasets", f"python_stdlib=0.7, {tmp_path}=0.3"], nproc=1)
 
