@@ -49,6 +49,7 @@ def get_run(name: str, options: list[str], seed: int, args: argparse.Namespace) 
         *("--training.steps", str(args.steps), "--training.seed", str(seed), "--metrics.log_freq", "1"),
         *("--optimizer.lr", str(args.lr), "--lr_scheduler.warmup_steps", str(args.steps // 10)),
         *("--lr_scheduler.decay_ratio", "0", "--activation_checkpoint.mode", "auto"),
+        *("--training.mixed_precision_param", "bfloat16"),
         *("--liger_kernel.enable_fused_linear_cross_entropy", *(["--training.compile"] if args.compile else [])),
         *("--job.dump_folder", str(folder), *options),
     ]
