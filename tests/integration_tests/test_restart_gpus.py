@@ -99,20 +99,11 @@ def test_after_a_kill_the_run_ends_as_if_nothing_had_happened(
     records, expected = read_records(folder), read_steps(undisturbed)
     assert list(records) == list(expected) == list(range(1, STEPS + 1))
     pairs = [(step, said, expected[step]) for step, lives in records.items() for said in lives]
-    differences = {
-        name: max(abs(getattr(a, name) - getattr(b, name)) / getattr(b, name) for _, a, b in pairs)
-        for name in ("loss", "grad_norm")
-    }
-    for name, largest in differences.items():
+    for name in ("loss", "grad_norm"):
+        largest = max(abs(getattr(a, name) - getattr(b, name)) / getattr(b, name) for _, a, b in pairs)
         record_property(f"{name}_difference", largest)
     unlike = [step for step, said, correct in pairs if said != correct]
-    record_property("steps_unlike", len(unlike))
-    # Where two runs of bf16 on one GPU differ before anything is killed, the restart can be judged only by closeness.
-    told = f"steps {unlike} are unlike, and {continued_at} is the first after the restart; at most by {differences}"
-    if states and unlike and unlike[0] < continued_at:
-        assert differences["loss"] < 0.02, told
-    else:
-        assert not unlike, told  # to the last bit
+    assert not unlike, f"steps {unlike} are unlike, and {continued_at} is the first after it"  # to the last bit
 
 
 @pytest.mark.parametrize(

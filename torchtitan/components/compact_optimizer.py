@@ -120,15 +120,12 @@ class _State:
         }
 
     def groups(self) -> list[Tensor]:
-        """What an update reads and writes: gradient and weight, then the states; views of (groups, group or 1)."""
+        """What an update reads and writes: gradient and weight, then the states, as (groups, group or 1)."""
         assert self.parameter.grad is not None
         wholes = [local_tensor(self.parameter.grad), self.local, *self._tensors.values()]
         sizes = [1 if key.endswith("scale") else self._group for key in ("grad", "weight", *self._tensors)]
-        views = [tensor.view(-1, size) for tensor, size in zip(wholes, sizes, strict=True)]
-        if self.local.is_cuda:
-            for view in views:
-                torch._dynamo.maybe_mark_dynamic(view, 0)  # one kernel for all shapes
-        return views
+        # .data: a view has a base, whose shape a kernel would be compiled for as well
+        return [tensor.view(-1, size).data for tensor, size in zip(wholes, sizes, strict=True)]
 
     def named(self) -> dict[str, Tensor]:
         """By key: a DTensor that is divided as the parameter, where that is one."""
@@ -220,8 +217,18 @@ def _update(
 
 
 @cache
-def _get_compiled_update() -> Callable[..., None]:
-    return torch.compile(_update, fullgraph=True)
+def _get_compiled_update(backend: str | Callable[..., Any] = "inductor") -> Callable[..., None]:
+    compiled = torch.compile(_update, fullgraph=True, backend=backend)
+
+    def update(*groups: Tensor, **numbers: Any) -> None:
+        for tensor in groups:
+            # One kernel for each size of groups, and no more: of two that fit, which is taken would depend on what came
+            # before, and they need not round alike, so that a resumed run would differ in the last bit.
+            torch._dynamo.mark_static(tensor, 1)
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        compiled(*groups, **numbers)
+
+    return update
 
 
 def _num_cuts(parameter: Tensor) -> int:

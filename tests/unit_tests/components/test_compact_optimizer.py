@@ -245,6 +245,34 @@ def test_a_group_that_is_cut_is_refused() -> None:
         dist.destroy_process_group()
 
 
+def test_a_parameter_has_the_same_kernel_in_every_step() -> None:
+    """Also in the first after a resume, where a kernel that another size of groups has made would not be there yet."""
+    used: list[int] = []
+    kernels: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        number = len(kernels)
+        kernels.append(graph)
+
+        def run(*args: Any) -> Any:
+            used.append(number)
+            return graph(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    update = _get_compiled_update(count)
+    numbers: dict[str, Any] = {name: torch.tensor(0.5) for name in ("grad_factor", "step_size", "decay", "bias2")}
+    numbers |= {"skip": GO, "salt": SALT, "betas": (0.9, 0.95), "eps": 1e-8}
+    model = nn.Sequential(nn.Linear(256, 40), nn.Linear(192, 9), nn.Linear(128, 8), nn.Linear(64, 3)).bfloat16()
+    states = build(model)._states.values()
+    for _ in range(3):
+        set_grads(model, 3)
+        for state in states:
+            update(*state.groups(), **numbers)
+    assert used == [0, 1, 2, 1, 0, 1, 2, 1] * 3  # groups of 128, 1, 64, 1, ...
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_compiled_update_is_the_eager_one() -> None:
