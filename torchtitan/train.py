@@ -5,8 +5,8 @@
 A step: collect the microbatches of the global batch; count its valid tokens over all ranks; for each microbatch
 hidden states -> loss(hidden, output, labels, scale) -> backward; clip; optimizer. `scale` is 1 / valid tokens, and the
 only division there is: FSDP sums, gradient accumulation sums, so that the result is the mean over the whole batch
-whatever the number of ignored labels on each rank. Between two log steps the host waits for no step but the one before
-(docs/architecture.md names the exceptions).
+whatever the number of ignored labels on each rank. Between two log steps the host waits once a step: before it queues
+one, for the backward of the one before (docs/architecture.md names the exceptions).
 """
 
 import math
@@ -166,6 +166,7 @@ class Trainer:
                 if last_step or (self.checkpointer.is_due(self.step) and not stop):
                     self.guard.check_weights(self.parameters(), self.step)  # what is not finite must not be saved
                     self.checkpointer.maybe_save(self.step, last_step=last_step)
+                    stop = not last_step and self.guard.must_stop()  # asked meanwhile: this save will do
                 if stop or self.validator.maybe_validate(self.step):
                     self._stop()
                 profile_step()
@@ -174,34 +175,32 @@ class Trainer:
         logger.info(f"Training completed; to see it: {get_report_command(config.job.dump_folder)}")
 
     def train_step(self, batches: Iterator[Batch]) -> bool:
-        """One optimizer step, or none; whether a rank was to stop before it (run_guard.py says when it is left out)."""
+        """One optimizer step; or none and true, where a rank was to stop before it (run_guard.py) or has no data."""
         place = self.dataloader.place
         microbatches = [next(batches) for _ in range(self.num_microbatches)]
-        if getattr(self.loss, "takes_host_labels", False):
-            agree_on_ignored(microbatches, self.mesh["tp"], self.device, stand_in=self.dataloader.gave_up)
         # on the CPU, where the batches are, and by one rank of those that read the same sequences
         num_local_tokens = torch.stack([(batch.labels != IGNORE_INDEX).sum() for batch in microbatches]).sum()
         count = int(num_local_tokens) * self.mesh.is_first("pp", "cp", "tp")
-        scale = 1 / self.guard.sum_tokens(count, no_data=self.dataloader.gave_up).clamp(min=1)
-        if self.guard.stops_at_once():
+        if self.guard.stops_after(self.step - 1):  # waits for its backward; the weights are still to be updated
             self.step, self.dataloader.place = self.step - 1, place
             return True
-
+        if getattr(self.loss, "takes_host_labels", False):
+            agree_on_ignored(microbatches, self.mesh["tp"], self.device, stand_in=self.dataloader.gave_up)
+        scale = 1 / self.guard.sum_tokens(count, no_data=self.dataloader.gave_up).clamp(min=1)
         loss = self.memory.run(partial(self._forward_backward, microbatches, scale), self.runner.model_parts)
         self.source_losses.add_step(microbatches)
         grad_norm = utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         self.checkpointer.maybe_wait_for_staging()
         clip_factor = utils.get_clip_factor(grad_norm, self.config.training.max_norm)
         self.optimizer.step(grad_factor=clip_factor, skip=self.guard.must_skip(grad_norm))
-        stop, no_data = self.guard.check_previous(self.step)
-        if no_data:
+        if self.guard.lacks_data():
             self.step, self.dataloader.place = self.step - 1, place
-            return stop
+            return True
         self.n_tokens_seen += sum(batch.tokens.numel() for batch in microbatches) * self.parallel_dims.dp
         if self.metrics.should_log(self.step):
             self._log(loss, grad_norm, num_local_tokens.to(self.device), scale)
         self.lr_scheduler.step()
-        return stop
+        return False
 
     def _forward_backward(self, microbatches: list[Batch], scale: Tensor) -> Tensor:
         """This rank's share of the loss; the gradients are those of these microbatches alone."""

@@ -49,7 +49,6 @@ from torchtitan.checkpoint.hugging_face import HuggingFaceFormat
 from torchtitan.components import dataloader
 from torchtitan.components.dataloader import Batch
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.components.run_guard import RunGuard
 from torchtitan.components.samples import Sampler
 from torchtitan.components.validate import Validator
 from torchtitan.config.errors import EXIT_MISTAKE
@@ -277,7 +276,7 @@ def ask_in_validation() -> None:
 
 
 def ask_in_a_save() -> None:
-    """Of step 5, on rank 0, which alone makes it visible; both then begin step 6, and leave it out."""
+    """Of step 5, on rank 0, which alone makes it visible; neither then begins step 6."""
     publish = CheckpointFolder.publish
 
     def ask_and_publish(self: CheckpointFolder, path: Path, step: int) -> None:
@@ -289,14 +288,12 @@ def ask_in_a_save() -> None:
 
 
 def ask_in_a_step_without_data() -> None:
-    """The 15th, of which rank 0 has its batch; the other's never comes. As on a GPU, which has it queued by then."""
+    """The 15th, of which rank 0 has its batch; the other's never comes."""
     read, steps = SequenceReader.read, itertools.count(1)
 
     def read_14(self: SequenceReader) -> Iterator[Any]:
         yield from itertools.islice(read(self), 14)
         threading.Event().wait()
-
-    RunGuard.stops_at_once = lambda self: False
 
     if os.environ["RANK"] == "1":
         SequenceReader.read, dataloader.STOP_TIMEOUT_SECONDS = read_14, 0

@@ -1,9 +1,10 @@
 """What ends a run between two steps: a request to stop, and numbers that are not finite.
 
-All ranks learn of it together, from flags on the device that the host reads when they are long there, so that it never
-waits for work that it has just queued. A request is told as the device begins a step. On the CPU that step is left out.
-A GPU has it queued when the host learns of it, and trains it: to leave it out, the host would have to wait in each step
-for the one before to end, and queue nothing meanwhile. On both, a step for which some rank has no data is left out.
+The ranks tell each other as the backward of a step ends, on the device. Before the host queues the next step, when it
+has the batches for it, it waits to hear what was told: the device then still has the weights to update, and idles only
+where that takes less time than the host needs to queue its next work. So a request is answered after the step under
+way, and one that comes after its backward, after the next: never by more than one step, on a CPU and on a GPU alike.
+A step for which some rank has no data is left out by all.
 """
 
 import math
@@ -28,8 +29,8 @@ class RunGuard:
         self._asked_on_host = self._asked.numpy()  # a signal handler must not call torch, which may be in the midst
         self._all_finite = torch.ones((), dtype=torch.bool, device=device)
         self._no_data = torch.zeros((), dtype=torch.bool, device=device)
-        self._finite: _Later | None = None
-        self._stop: _Later | None = None
+        self._lacks_data: _Later | None = None
+        self._told: _Later | None = None
 
     def heed_sigterm(self) -> None:
         """Not before a step is done: until then SIGTERM ends the process at once, and there is nothing to save."""
@@ -44,42 +45,38 @@ class RunGuard:
         return bool(sum_over_world_(self._asked.to(self._device, copy=True)))
 
     def sum_tokens(self, num_tokens: int, *, no_data: bool) -> Tensor:
-        """Of all ranks, as each step begins: 0-dim float32. With it they tell who is to stop, and if it has no data."""
+        """Of all ranks, as each step begins: 0-dim float32. With it they tell if one has no data for the step."""
         counts = torch.tensor([num_tokens, no_data], dtype=torch.float32)
-        both = [values.to(self._device, non_blocking=True) for values in (counts, self._asked)]
-        sums = sum_over_world_(torch.cat(both))
-        self._stop, self._no_data = _Later(sums[1:]), sums[1] > 0
+        sums = sum_over_world_(counts.to(self._device, non_blocking=True))
+        self._no_data = sums[1] > 0
+        self._lacks_data = _Later(self._no_data)
         return sums[0]
 
-    def stops_at_once(self) -> bool:
-        """Whether the step that has begun is to be left out, for all that was asked before it."""
-        assert self._stop is not None
-        return self._device.type == "cpu" and bool(self._stop.read()[1])
+    def lacks_data(self) -> bool:
+        """Whether the step that is queued is left out, for want of data: waits for the end of the step before."""
+        assert self._lacks_data is not None
+        return bool(self._lacks_data.read())
 
     def must_skip(self, grad_norm: Tensor) -> Tensor:
-        """Whether the optimizer is to leave this step out: 0-dim bool, and true ever after a norm was not finite."""
+        """Whether the optimizer is to leave this step out: 0-dim bool, and true ever after a norm was not finite.
+
+        Called behind the backward, where the ranks tell who is to stop.
+        """
         self._all_finite &= torch.isfinite(grad_norm) | self._no_data
+        asked = sum_over_world_(self._asked.to(self._device, copy=True, non_blocking=True))
+        self._told = _Later(torch.stack([asked[0] > 0, self._all_finite]))
         return ~self._all_finite | self._no_data
 
-    def check_previous(self, step: int) -> tuple[bool, bool]:
-        """Whether to stop after this `step`, and whether it was left out for want of data.
-
-        Waits for no more than the end of the step before.
+    def stops_after(self, step: int) -> bool:
+        """Whether some rank was asked to stop by the end of the backward of this `step`, the last: it is waited for.
 
         Raises:
-            NonFiniteError: the optimizer has left out the step before.
+            NonFiniteError: the optimizer leaves it out.
         """
-        self._check_last(step - 1)
-        self._finite = _Later(self._all_finite)
-        assert self._stop is not None
-        no_data, stop = self._stop.read().tolist()
-        return stop > 0, no_data > 0
-
-    def _check_last(self, step: int) -> None:
-        """Raise NonFiniteError if the optimizer has left out the last step, which is waited for."""
-        finite, self._finite = self._finite, None
-        if finite is not None and not finite.read():
+        stop, finite = self._told.read().tolist() if self._told is not None else (False, True)
+        if not finite:
             raise NonFiniteError(step, "the gradient norm is inf or nan; the weights are left as they were before")
+        return stop
 
     def check_weights(self, parameters: Iterable[Tensor], step: int) -> None:
         """After the last step, which is waited for. Finite gradients too can ruin the weights, by too high a rate.
@@ -87,7 +84,7 @@ class RunGuard:
         Raises:
             NonFiniteError: they have, or the optimizer has left out the last step.
         """
-        self._check_last(step)
+        self.stops_after(step)
         if not math.isfinite(get_total_norm([p.detach() for p in parameters]).item()):
             raise NonFiniteError(step, "the optimizer has made weights that are inf or nan; they are not saved")
 
@@ -105,5 +102,5 @@ class _Later:
 
     def read(self) -> Tensor:
         while self._event is not None and not self._event.query():
-            time.sleep(0.001)  # not synchronize(), during which Python handles no signal; the device has work queued
+            time.sleep(0.0002)  # not synchronize(), during which Python handles no signal
         return self._copy
