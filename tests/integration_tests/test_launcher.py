@@ -159,16 +159,18 @@ def test_a_mistake_costs_one_message_and_no_start(repo: Path) -> None:
     assert not (repo / "worker0.json").exists()
 
 
-def test_it_runs_from_any_folder(repo: Path, tmp_path: Path) -> None:
+def test_it_runs_from_any_folder_by_sh_through_a_link_and_with_cdpath(repo: Path, tmp_path: Path) -> None:
     """Also from another checkout, whose code is not what was started."""
     folder = tmp_path / "elsewhere"
     (folder / "torchtitan").mkdir(parents=True)
     for module in ("__init__", "launch", "train"):
         (folder / f"torchtitan/{module}.py").write_text('raise SystemExit("the wrong one")')
+    (folder / "link_to_it").symlink_to(repo / "run_train.sh")
+    (tmp_path / "cdpath" / repo.name).mkdir(parents=True)
     result = subprocess.run(
-        [repo / "run_train.sh"],
+        ["sh", "./link_to_it"],
         cwd=folder,
-        env=environment(repo, "succeed"),
+        env=environment(repo, "succeed", CDPATH=f"{tmp_path / 'cdpath'}:{repo.parent}"),
         capture_output=True,
         text=True,
         timeout=240,
@@ -176,17 +178,6 @@ def test_it_runs_from_any_folder(repo: Path, tmp_path: Path) -> None:
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert worker(folder, 0)["WORLD_SIZE"] == "1"
-
-
-def test_it_runs_by_sh_through_a_link_and_with_cdpath(repo: Path, tmp_path: Path) -> None:
-    (repo / "link_to_it").symlink_to(repo / "run_train.sh")
-    (tmp_path / "elsewhere" / repo.name).mkdir(parents=True)
-    variables = environment(repo, "succeed", CDPATH=f"{tmp_path / 'elsewhere'}:{repo.parent}")
-    result = subprocess.run(
-        ["sh", "./link_to_it"], cwd=repo, env=variables, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert worker(repo, 0)["WORLD_SIZE"] == "1"
 
 
 def test_bytes_that_are_not_utf8_are_a_mistake_too(repo: Path) -> None:
@@ -297,39 +288,24 @@ def test_help_starts_nothing(repo: Path) -> None:
     assert not (repo / "worker0.json").exists()
 
 
-def test_a_failed_workers_status_is_the_launchers(repo: Path) -> None:
-    result = run(repo, "fail0", NGPU="2")
-    assert result.returncode == 3
-    assert "[rank0]:ConfigError: the worker's own words" in result.stderr
-    assert "Rank 0 exited with status 3; its messages are above." in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not is_running(worker(repo, 1)["pid"])
-
-
-def test_what_is_written_to_one_file_is_in_order(repo: Path) -> None:
+def test_a_failed_workers_status_is_the_launchers_and_its_words_come_first(repo: Path) -> None:
+    """Where all is written to one file; test_errors_that_are_redirected has what goes where."""
     result = subprocess.run(
         ["./run_train.sh"],
         cwd=repo,
-        env=environment(repo, "fail0"),
+        env=environment(repo, "fail0", NGPU="2"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=240,
         check=False,
     )
+    assert result.returncode == 3
     lines = result.stdout.splitlines()
     assert lines[-1] == "Rank 0 exited with status 3; its messages are above."
-    assert "[rank0]:hello from 0" in lines
-
-
-def test_lines_are_passed_on_as_they_come(repo: Path) -> None:
-    launcher = subprocess.Popen(
-        ["./run_train.sh"], cwd=repo, env=environment(repo, "sleep"), stdout=subprocess.PIPE, text=True
-    )
-    assert launcher.stdout.readline() == "[rank0]:hello from 0\n"  # while the worker sleeps
-    launcher.send_signal(signal.SIGTERM)
-    launcher.communicate(timeout=240)
-    assert launcher.returncode == 143
+    assert {"[rank0]:hello from 0", "[rank0]:ConfigError: the worker's own words"} <= set(lines)
+    assert "Traceback" not in result.stdout
+    assert not is_running(worker(repo, 1)["pid"])
 
 
 def test_the_last_words_of_a_hidden_rank_are_shown(repo: Path) -> None:
@@ -399,10 +375,11 @@ def test_stopping_the_launcher_leaves_no_worker(
         ["./run_train.sh"],
         cwd=repo,
         env=environment(repo, mode, NGPU="2"),
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert launcher.stdout.readline() == "[rank0]:hello from 0\n"  # lines are passed on as they come
     wait_until(lambda: all((repo / f"ready{rank}").exists() for rank in (0, 1)), "the workers")
     launcher.send_signal(signals[0])
     for second in signals[1:]:
