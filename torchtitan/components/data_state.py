@@ -74,9 +74,16 @@ def load_place(state_dict: Mapping[str, str], reading: Reading, fresh: Place) ->
     ]
     for label, source, match in zip(reading.labels, reading.sources, matches, strict=True):
         if match is None and any(other["label"] == label for other in saved):
-            raise _other_data(source)
+            raise DataloaderStateError(
+                f"the checkpoint's place in the data is not one in {source.name}: files were added, removed, renamed or"
+                f" are of another size, or it is another dataset; {START_ANEW}, or give the same data as before"
+            )
     if all(match is None for match in matches):
-        raise _other_dataset(saved[0]["label"], reading.labels[0])
+        before, now = saved[0]["label"], reading.labels[0]
+        raise DataloaderStateError(
+            f"the checkpoint's data was read as training.dataset={before}, this run's is {now}, and a place in the one"
+            f" means nothing in the other; {START_ANEW}, or set training.dataset as before"
+        )
     places = []
     for label, match, begin in zip(reading.labels, matches, fresh.sources, strict=True):
         places.append(begin if match is None else _join(ranks, match))
@@ -107,17 +114,3 @@ def _join(ranks: Sequence[Mapping[str, Any]], index: int) -> SourcePlace:
             f" some of the ranks that saved it have not left; {START_ANEW}"
         )
     return place
-
-
-def _other_data(source: Source) -> DataloaderStateError:
-    return DataloaderStateError(
-        f"the checkpoint's place in the data is not one in {source.name}: files were added, removed, renamed or are of"
-        f" another size, or it is another dataset; {START_ANEW}, or give the same data as before"
-    )
-
-
-def _other_dataset(before: str, now: str) -> DataloaderStateError:
-    return DataloaderStateError(
-        f"the checkpoint's data was read as training.dataset={before}, this run's is {now}, and a place in the one"
-        f" means nothing in the other; {START_ANEW}, or set training.dataset as before"
-    )

@@ -24,7 +24,7 @@ class ParallelDims:
     @classmethod
     def from_config(cls, parallelism: Parallelism, world_size: int) -> ParallelDims:
         """Take the degrees from [parallelism]; a shard degree of -1 becomes what the other degrees leave over."""
-        degrees = {
+        degrees = {  # in the order of the fields
             "data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
             _SHARD: parallelism.data_parallel_shard_degree,
             "context_parallel_degree": parallelism.context_parallel_degree,
@@ -35,13 +35,7 @@ class ParallelDims:
         dp_shard = world_size // others if degrees[_SHARD] == -1 else degrees[_SHARD]
         if dp_shard * others != world_size:
             raise ConfigError(_explain_misfit(degrees, others, world_size))
-        return cls(
-            dp_replicate=parallelism.data_parallel_replicate_degree,
-            dp_shard=dp_shard,
-            cp=parallelism.context_parallel_degree,
-            tp=parallelism.tensor_parallel_degree,
-            pp=parallelism.pipeline_parallel_degree,
-        )
+        return cls(*(degrees | {_SHARD: dp_shard}).values())
 
     @property
     def world_size(self) -> int:

@@ -221,16 +221,6 @@ class TextFiles(_CutFiles):
             yield text
 
 
-def _parse(line: bytes) -> Any:
-    """The row that a line of JSON holds; ValueError, also as UnicodeDecodeError, says what is wrong with the line."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error.msg} at character {error.pos + 1}") from None
-    except RecursionError:
-        raise ValueError("is JSON that is nested too deep to be read") from None
-
-
 class JsonLinesFiles(_CutFiles):
     """Each line is a row and its text a document. Blank lines are passed over."""
 
@@ -268,14 +258,8 @@ class JsonLinesFiles(_CutFiles):
     def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[str]:
         path, offset, data = self._read_piece(shard, part, num_parts)
         for line in io.BytesIO(data):  # one by one: many pieces may be read side by side
-            if not line.isspace():
-                try:
-                    document = get_text(_parse(line.removesuffix(b"\n")), self.text)
-                except ValueError as error:
-                    self.bad_rows.meet(_explain(path, _line_number(path, offset), str(error), self.text))
-                    document = ""
-                if document:
-                    yield document
+            if document := _get_text(self, line, path, offset=offset):
+                yield document
             offset += len(line)
 
 
@@ -290,7 +274,7 @@ class CompressedJsonLinesFiles(Files):
         num_checked = 0
         for shard in range(len(self)):
             for number, line in self._read_lines(shard):
-                self._get_text(shard, number, line)
+                _get_text(self, line, self._files[shard], number=number)
                 num_checked += len(line)
                 if num_checked >= CHECKED_BYTES:
                     return
@@ -300,11 +284,11 @@ class CompressedJsonLinesFiles(Files):
 
     def read(self, shard: int, part: int = 0, num_parts: int = 1) -> Iterator[str]:
         for number, line in self._read_lines(shard):
-            if document := self._get_text(shard, number, line):
+            if document := _get_text(self, line, self._files[shard], number=number):
                 yield document
 
     def _read_lines(self, shard: int) -> Iterator[tuple[int, bytes]]:
-        """Lines that are not blank, with their numbers."""
+        """Lines with their numbers."""
         number = 0
         with self._open(shard) as file, _unpack(file, self._files[shard]) as unpacked:
             while True:
@@ -319,15 +303,7 @@ class CompressedJsonLinesFiles(Files):
                 if not line:
                     return
                 number += 1
-                if not line.isspace():
-                    yield number, line.removesuffix(b"\n")
-
-    def _get_text(self, shard: int, number: int, line: bytes) -> str:
-        try:
-            return get_text(_parse(line), self.text)
-        except ValueError as error:
-            self.bad_rows.meet(_explain(self._files[shard], number, str(error), self.text))
-            return ""
+                yield number, line
 
 
 def _unpack(file: BinaryIO, path: Path) -> io.BufferedIOBase:
@@ -348,6 +324,19 @@ def _line_number(path: Path, offset: int) -> int:
     return number
 
 
-def _explain(path: Path, line_number: int, problem: str, text: Text) -> str:
-    field = text if isinstance(text, str) else "field"
-    return f'{path}, line {line_number}: {problem}. Each line must be an object such as {{"{field}": "..."}}'
+def _get_text(files: Files, line: bytes, path: Path, *, number: int = 0, offset: int = 0) -> str:
+    """The text of a line of JSON, "" of one that is blank or passed over; without its number, its offset tells it."""
+    if line.isspace():
+        return ""
+    try:
+        return get_text(json.loads(line.removesuffix(b"\n")), files.text)
+    except json.JSONDecodeError as error:
+        problem = f"is not JSON: {error.msg} at character {error.pos + 1}"
+    except RecursionError:
+        problem = "is JSON that is nested too deep to be read"
+    except ValueError as error:  # UnicodeDecodeError too
+        problem = str(error)
+    field = files.text if isinstance(files.text, str) else "field"
+    place = f"{path}, line {number or _line_number(path, offset)}"
+    files.bad_rows.meet(f'{place}: {problem}. Each line must be an object such as {{"{field}": "..."}}')
+    return ""

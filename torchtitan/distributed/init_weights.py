@@ -3,10 +3,9 @@
 import hashlib
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from torchtitan.distributed.utils import local_tensor
 from torchtitan.protocols.model import Decoder
 
 
@@ -24,23 +23,8 @@ def init_parameters(model: Decoder, seed: int, device: torch.device | str) -> No
         generator = torch.Generator(device).manual_seed(_seed_for(seed, name))
         initializers[name](whole, generator)
         if isinstance(parameter, DTensor):
-            local = parameter.to_local()
-            shard = local_shard(whole, parameter)
-            assert local.shape == shard.shape, f"{name}: expected a shard of {tuple(local.shape)}, got {shard.shape}"
-            local.copy_(shard)
-        else:
-            parameter.copy_(whole)
-
-
-def local_shard(
-    whole: Tensor,  # the same on all ranks
-    like: DTensor,
-) -> Tensor:
-    """This rank's part of `whole`, divided as `like` is; a view."""
-    sizes, offsets = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
-    for dim, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
-        whole = whole.narrow(dim, min(offset, whole.size(dim) - size), size)  # past the end for an empty part
-    return whole
+            whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        local_tensor(parameter).copy_(local_tensor(whole))
 
 
 def _seed_for(seed: int, name: str) -> int:

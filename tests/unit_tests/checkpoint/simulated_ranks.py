@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 
 from torchtitan.checkpoint.ranks import Ranks
-from torchtitan.distributed.init_weights import local_shard
 
 T = TypeVar("T")
 
@@ -73,9 +72,7 @@ def divide(
 
 
 def _divide(whole: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:
-    def wrap(local: Tensor) -> DTensor:
-        return DTensor.from_local(
-            local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.contiguous().stride()
-        )
-
-    return wrap(local_shard(whole, wrap(whole.new_empty(0))).clone())
+    local = distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local().clone()
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=whole.shape, stride=whole.contiguous().stride()
+    )

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import HashStore
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.unit_tests.distributed.layouts import ARGS
@@ -17,7 +17,6 @@ from torchtitan.components.compact_optimizer import (
     CompactAdamW,
     _draw,
     _get_compiled_update,
-    _like,
     _round,
     _update,
     join_weight,
@@ -27,7 +26,7 @@ from torchtitan.components.optimizer import build_optimizer
 from torchtitan.config import ConfigError
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.sections import Optimizer, Parallelism, Training
-from torchtitan.distributed.init_weights import init_parameters, local_shard
+from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.models.common.model import Transformer
 from torchtitan.models.common.parallelize import parallelize_transformer
@@ -211,8 +210,7 @@ def sharded_steps(degrees: dict[str, int], **options: bool) -> dict[str, Tensor]
             generator = torch.Generator().manual_seed(seed * 1000 + sum(map(ord, name)))
             grad = torch.randn(parameter.shape, generator=generator).bfloat16()
             if isinstance(parameter, DTensor):
-                shard = local_shard(grad, parameter).contiguous()
-                grad = _like(parameter, shard, row=parameter.shape[-1])
+                grad = distribute_tensor(grad, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.grad = grad
         optimizer.step(grad_factor=ONE, skip=GO)
     exported = optimizer.export_weights(dict(model.named_parameters()))
