@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,19 +58,13 @@ Box = tuple[Sequence[int], tuple[int, ...], tuple[int, ...]]
 """A weight's shape, and where a part of it begins and how large it is."""
 
 
+@dataclass
 class HuggingFaceFormat:
-    def __init__(
-        self,
-        adapter: StateDictAdapter,
-        *,
-        tokenizer_path: Path | None = None,
-        bos_id: int | None = None,
-        eos_id: int | None = None,
-    ):
-        self._adapter = adapter
-        self._tokenizer_path = tokenizer_path
-        self._token_ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
-        self._description: dict[str, bytes] = {}
+    adapter: StateDictAdapter
+    tokenizer_path: Path | None = None
+    bos_id: int | None = None
+    eos_id: int | None = None
+    _description: dict[str, bytes] = field(default_factory=dict)
 
     def rewrite(self, folder: CheckpointFolder, step: int, ranks: Ranks) -> None:
         """Put the weights of a step's checkpoint in its place, in this format: a collective call."""
@@ -114,7 +109,7 @@ class HuggingFaceFormat:
             if number < len(files):
                 weights = {name: torch.empty(entries[name].size, dtype=dtypes[name]) for name in files[number]}
                 load_alone(source, weights, metadata, on_read=count)  # which opens each file of the source once
-                converted = {name: weight.contiguous() for name, weight in self._adapter.to_hf(weights).items()}
+                converted = {name: weight.contiguous() for name, weight in self.adapter.to_hf(weights).items()}
                 try:
                     safetensors.torch.save_file(converted, target / titles[number], metadata={"format": "pt"})
                     sync(target / titles[number])
@@ -131,7 +126,7 @@ class HuggingFaceFormat:
             check_sizes(target, dict.fromkeys(titles, 1))
             if len(files) > 1:
                 held = zip(titles, files, strict=True)
-                places = {self._adapter.hf_names[name]: title for title, of_file in held for name in of_file}
+                places = {self.adapter.hf_names[name]: title for title, of_file in held for name in of_file}
                 _write_json(target / INDEX, {"metadata": {"total_size": sum(num_bytes.values())}, "weight_map": places})
             self._write_config(source, target, next(iter(dtypes.values())))
 
@@ -144,18 +139,18 @@ class HuggingFaceFormat:
 
     def _write_config(self, source: Path, target: Path, dtype: torch.dtype) -> None:
         """What lies beside the weights."""
-        own, kept = self._adapter.to_hf_config(), _read_kept(source)
-        config = {**own, **self._token_ids, **kept}
+        own, kept = self.adapter.to_hf_config(), _read_kept(source)
+        config = {**own, "bos_token_id": self.bos_id, "eos_token_id": self.eos_id, **kept}
         if LENGTH in kept:
             config[LENGTH] = max(own[LENGTH], kept[LENGTH])
         config["torch_dtype"] = str(dtype).removeprefix("torch.")
         _write_json(target / "config.json", config)
         _copy_files(("generation_config.json",), source, target)
-        if self._tokenizer_path is not None and self._tokenizer_path.is_dir():
-            _copy_files(TOKENIZER_FILES, self._tokenizer_path, target)
-        elif self._tokenizer_path is not None:  # a file of any name
-            _copy_files(TOKENIZER_FILES, self._tokenizer_path.parent, target)
-            shutil.copyfile(self._tokenizer_path, target / "tokenizer.json")
+        if self.tokenizer_path is not None and self.tokenizer_path.is_dir():
+            _copy_files(TOKENIZER_FILES, self.tokenizer_path, target)
+        elif self.tokenizer_path is not None:  # a file of any name
+            _copy_files(TOKENIZER_FILES, self.tokenizer_path.parent, target)
+            shutil.copyfile(self.tokenizer_path, target / "tokenizer.json")
 
     def convert_back(self, source: Path, target: Path, shapes: Mapping[str, torch.Size]) -> None:
         """Write the weights of the folder at `source`, in their dtypes, to a new checkpoint of ours.
@@ -189,10 +184,10 @@ class HuggingFaceFormat:
     def _read(self, path: Path, boxes: Mapping[str, Box]) -> Iterator[tuple[str, Tensor]]:
         """Parts of weights under our names, in the dtype that they have in the files; raises as load does."""
         self.check_config(path)
-        files, names = read_weight_files(path), self._adapter.hf_names
-        known = [*names.values(), *self._adapter.hf_copies]
+        files, names = read_weight_files(path), self.adapter.hf_names
+        known = [*names.values(), *self.adapter.hf_copies]
         check_weight_names(path, files, needed=[names[name] for name in boxes], known=known)
-        copies = {hf_name: copy for copy, hf_name in self._adapter.hf_copies.items() if copy in files}
+        copies = {hf_name: copy for copy, hf_name in self.adapter.hf_copies.items() if copy in files}
         with ExitStack() as stack:
             opened: dict[str, Any] = {}
 
@@ -212,7 +207,7 @@ class HuggingFaceFormat:
             for name, box in boxes.items():
                 hf_name = names[name]
                 # where each of our rows lies in theirs
-                (rows,) = self._adapter.from_hf({hf_name: torch.arange(box[0][0])}).values()
+                (rows,) = self.adapter.from_hf({hf_name: torch.arange(box[0][0])}).values()
                 part = read(hf_name, box)
                 if hf_name in copies and not torch.equal(read(copies[hf_name], box), part):
                     raise CheckpointError(f"{path}: {copies[hf_name]} is not {hf_name}, to which config.json ties it")
@@ -223,7 +218,7 @@ class HuggingFaceFormat:
 
         What it says beside the shape is from now on said of the checkpoints of this run: see note_description.
         """
-        check_hf_config(path, self._adapter.to_hf_config())
+        check_hf_config(path, self.adapter.to_hf_config())
         self._description = {name: (path / name).read_bytes() for name in DESCRIPTION if (path / name).is_file()}
 
     def note_description(self, path: Path) -> None:

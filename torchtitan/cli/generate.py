@@ -11,19 +11,16 @@ import argparse
 import io
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchtitan.checkpoint import Ranks, check_divisible, find_pretrained
 from torchtitan.components.generation import Sampling, TextStream, generate, get_num_new_tokens
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import Comm
-from torchtitan.distributed.utils import get_world, init_distributed
+from torchtitan.distributed.utils import get_world, init_distributed, leave_process_group
 from torchtitan.protocols.model import Decoder
 from torchtitan.tools.device import get_device_type
 
@@ -75,37 +72,37 @@ def run(args: argparse.Namespace) -> None:
     check_divisible(pretrained.args, get_world().size)
     dtype = getattr(torch, args.dtype or {"cuda": "bfloat16", "cpu": "float32"}[args.device])
 
-    with tensor_parallel(args.device) as (device, tp_mesh):
+    device, tp_mesh = start_processes(args.device)
 
-        def load() -> Decoder:
-            return pretrained.build_model(device=device, dtype=dtype, tp_mesh=tp_mesh)
+    def load() -> Decoder:
+        return pretrained.build_model(device=device, dtype=dtype, tp_mesh=tp_mesh)
 
-        model = load() if tp_mesh is None else Ranks().together(load)
-        generator = torch.Generator(device)
-        seed = generator.seed() % 2**31 if args.seed is None else args.seed
-        tokens = generate(
-            model,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            eos_ids=pretrained.eos_ids | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set()),
-            generator=generator.manual_seed(seed),
-            tp_mesh=tp_mesh,
-        )
-        if get_world().rank != 0:
-            for _ in tokens:
-                pass
-            return
-        stream = TextStream(tokenizer.decode, prompt)
-        show(args.prompt)
-        begin = time.perf_counter()
-        num_tokens = 0
-        for token in tokens:
-            num_tokens += 1
-            show(stream.add(token))
-        show(stream.end() + "\n")
-        speed = num_tokens / (time.perf_counter() - begin)
-        print(f"{num_tokens} tokens, {speed:.1f} tokens/s, seed {seed}", file=sys.stderr)
+    model = load() if tp_mesh is None else Ranks().together(load)
+    generator = torch.Generator(device)
+    seed = generator.seed() % 2**31 if args.seed is None else args.seed
+    tokens = generate(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_ids=pretrained.eos_ids | ({tokenizer.eos_id} if tokenizer.eos_id is not None else set()),
+        generator=generator.manual_seed(seed),
+        tp_mesh=tp_mesh,
+    )
+    if get_world().rank != 0:
+        for _ in tokens:
+            pass
+        return
+    stream = TextStream(tokenizer.decode, prompt)
+    show(args.prompt)
+    begin = time.perf_counter()
+    num_tokens = 0
+    for token in tokens:
+        num_tokens += 1
+        show(stream.add(token))
+    show(stream.end() + "\n")
+    speed = num_tokens / (time.perf_counter() - begin)
+    print(f"{num_tokens} tokens, {speed:.1f} tokens/s, seed {seed}", file=sys.stderr)
 
 
 def check_device(device_type: str) -> None:
@@ -114,18 +111,13 @@ def check_device(device_type: str) -> None:
         raise ConfigError(f"{num_processes} processes on this machine need a GPU each, and it has {num_gpus}")
 
 
-@contextmanager
-def tensor_parallel(device_type: str) -> Iterator[tuple[torch.device, DeviceMesh | None]]:
+def start_processes(device_type: str) -> tuple[torch.device, DeviceMesh | None]:
     """This process's device, and the mesh of all processes if there are several."""
     world = get_world()
     if world.size == 1:
-        yield torch.device(device_type), None
-        return
+        return torch.device(device_type), None
     device = init_distributed(Comm(trace_buf_size=0), dump_folder="", device_type=device_type)
-    try:
-        yield device, init_device_mesh(device_type, (world.size,), mesh_dim_names=("tp",))
-    finally:
-        dist.destroy_process_group()
+    return device, init_device_mesh(device_type, (world.size,), mesh_dim_names=("tp",))
 
 
 def show(text: str) -> None:
@@ -137,10 +129,13 @@ def main(parser: argparse.ArgumentParser, words: list[str]) -> int:
     """Write the text; the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 lacks some characters
+    failed = True
     try:
         run(parse_args(parser, words))
+        failed = False
     except ConfigError:
         if get_world().rank == 0:  # all ranks raise it
             raise
-        return 1
-    return 0
+    finally:
+        leave_process_group(failed=failed)
+    return int(failed)

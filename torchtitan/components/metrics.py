@@ -219,7 +219,10 @@ class MetricsProcessor:
         of_sources = of_sources or {}
         losses = {dataset: loss for dataset, (_, loss) in of_sources.items() if loss is not None}
         if of_sources:
-            told = (f"{dataset} {_or_dash(loss)} ({n:,} tokens)" for dataset, (n, loss) in of_sources.items())
+            told = (
+                f"{dataset} {'-' if loss is None else f'{loss:.4f}'} ({n:,} tokens)"
+                for dataset, (n, loss) in of_sources.items()
+            )
             self._say((f"step: {step:2}", _RED), *((f"loss of {text}", _GREEN) for text in told))
         values = {
             "loss_metrics/global_avg_loss": loss_avg,
@@ -383,7 +386,3 @@ def _memory_values(prefix: str, memory: MemoryStats) -> dict[str, float]:
     names = [f"max_{kind}({unit})" for kind in ("active", "reserved") for unit in ("GiB", "%")]
     values = zip([*names, "num_alloc_retries", "num_ooms"], memory, strict=True)
     return {f"{prefix}/{name}": value for name, value in values}
-
-
-def _or_dash(loss: float | None) -> str:
-    return "-" if loss is None else f"{loss:.4f}"

@@ -67,12 +67,15 @@ def build_pipeline(
     pp_group, pp_rank, pp_degree = mesh["pp"].get_group(), mesh["pp"].get_local_rank(), mesh["pp"].size()
     parts = get_stage_modules(parallelism, n_layers)
     microbatch_size = parallelism.pipeline_parallel_microbatch_size
-    boundary = _Boundary(
-        tp_degree=mesh["tp"].size(), dim=dim, dtype=getattr(torch, training.mixed_precision_param), device=device
-    )
+    tp_degree, dtype = mesh["tp"].size(), getattr(torch, training.mixed_precision_param)
+
+    def new_hidden(tokens: Tensor, device: torch.device | str = device) -> Tensor:
+        """Room for the hidden states of tokens (B, S): (B, S / tp, D)."""
+        return torch.empty(tokens.size(0), tokens.size(1) // tp_degree, dim, dtype=dtype, device=device)
+
     local_len = training.seq_len // mesh["cp"].size()
     tokens = torch.empty(microbatch_size, local_len, dtype=torch.int64, device="meta")
-    hidden = boundary.hidden_for(tokens, device="meta").requires_grad_()
+    hidden = new_hidden(tokens, device="meta").requires_grad_()
     logits = hidden.new_empty(microbatch_size, local_len, vocab_size).requires_grad_()
 
     stages: list[PipelineStage] = []
@@ -100,7 +103,7 @@ def build_pipeline(
         loss_fn=loss,
         scale_grads=False,
     )
-    return PipelineRunner(stages, schedule, loss, eval_loss, boundary, microbatch_size)
+    return PipelineRunner(stages, schedule, loss, eval_loss, new_hidden, microbatch_size)
 
 
 @dataclass
@@ -111,7 +114,8 @@ class PipelineRunner:
     schedule: PipelineScheduleSingle | PipelineScheduleMulti
     loss: "_ScaledLoss"
     head_loss: HeadLossSum
-    boundary: "_Boundary"
+    new_hidden: Callable[[Tensor], Tensor]
+    """For the tokens of a microbatch, room for what passes from stage to stage."""
     microbatch_size: int
 
     def __post_init__(self) -> None:
@@ -151,7 +155,7 @@ class PipelineRunner:
             for stage in self.stages:
                 rank_of = stage.stage_index_to_group_rank
                 if not stage.is_first and rank_of[stage.stage_index - 1] != stage.group_rank:
-                    x = self.boundary.hidden_for(inputs)
+                    x = self.new_hidden(inputs)
                     dist.recv(x, group=stage.group, group_src=rank_of[stage.stage_index - 1])
                 by_rows = stage.is_last and loss_sum is None
                 x = stage.submod(x, return_hidden_states=by_rows, sequences=part)
@@ -198,19 +202,3 @@ class _ScaledLoss:
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         assert self.scale is not None, "scale is set before each step"
         return self.sum(logits, labels) * self.scale
-
-
-@dataclass(frozen=True)
-class _Boundary:
-    """What passes from stage to stage."""
-
-    tp_degree: int
-    dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    def hidden_for(self, tokens: Tensor, device: torch.device | str | None = None) -> Tensor:
-        """Room for the hidden states of tokens (B, S): (B, S / tp, D)."""
-        batch_size, seq_len = tokens.shape
-        shape = (batch_size, seq_len // self.tp_degree, self.dim)
-        return torch.empty(shape, dtype=self.dtype, device=device or self.device)

@@ -74,9 +74,7 @@ def list_remedies(
     config: JobConfig, *, world_size: int, mesh: Mesh | None = None, block_modes: Sequence[BlockMode] | None = None
 ) -> list[str]:
     """Lines for the user."""
-    remedies = get_remedies(
-        config, world_size=world_size, mesh=mesh, block_modes=block_modes, liger_installed=is_liger_installed()
-    )
+    remedies = get_remedies(config, world_size=world_size, mesh=mesh, block_modes=block_modes)
     if not remedies:
         return ["No option frees much of it: the model needs more GPUs, or GPUs with more memory."]
     return [
@@ -86,14 +84,10 @@ def list_remedies(
 
 
 def get_remedies(
-    config: JobConfig,
-    *,
-    world_size: int,
-    mesh: Mesh | None = None,
-    block_modes: Sequence[BlockMode] | None = None,
-    liger_installed: bool = True,
+    config: JobConfig, *, world_size: int, mesh: Mesh | None = None, block_modes: Sequence[BlockMode] | None = None
 ) -> list[Remedy]:
     """The changes that free something, most first. Under "auto" without block_modes: of the leanest."""
+    liger_installed = is_liger_installed()
     peak = estimate_memory(config, world_size=world_size, mesh=mesh, block_modes=block_modes).peak
     remedies = []
     for text, changed, ranks in _changes(config, world_size, liger_installed):

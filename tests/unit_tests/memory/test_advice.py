@@ -1,5 +1,7 @@
 """The message tells what was in use and what would free how much, and only what this run can do."""
 
+import pytest
+
 from torchtitan.config import ConfigManager, JobConfig
 from torchtitan.memory.advice import explain_out_of_memory, get_remedies
 from torchtitan.memory.estimate import estimate_memory
@@ -12,12 +14,17 @@ TORCH_SAYS = (
 )
 
 
+@pytest.fixture(autouse=True)
+def liger_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchtitan.memory.advice.is_liger_installed", lambda: True)
+
+
 def parse(options: str) -> JobConfig:
     return ConfigManager().parse_args(options.split())
 
 
-def remedies(options: str, *, world_size: int = 1, **kwargs: bool) -> dict[str, int]:
-    return {r.text: r.freed for r in get_remedies(parse(options), world_size=world_size, **kwargs)}
+def remedies(options: str, *, world_size: int = 1) -> dict[str, int]:
+    return {r.text: r.freed for r in get_remedies(parse(options), world_size=world_size)}
 
 
 def test_message() -> None:
@@ -79,6 +86,7 @@ def test_options_that_are_on_or_cannot_be_are_not_named() -> None:
     assert not [text for text in found if "liger_kernel" in text or "compile" in text]
 
 
-def test_without_liger_the_in_tree_loss_is_named() -> None:
-    found = remedies(LARGE, liger_installed=False)
+def test_without_liger_the_in_tree_loss_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchtitan.memory.advice.is_liger_installed", lambda: False)
+    found = remedies(LARGE)
     assert "--liger_kernel.enable_fused_linear_cross_entropy --liger_kernel.implementation native" in found
