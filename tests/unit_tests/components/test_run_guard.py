@@ -88,7 +88,7 @@ def test_a_step_that_a_gpu_is_amid_when_the_request_comes_is_the_last_one(tmp_pa
     result = subprocess.run(
         [sys.executable, "-m", "torchtitan.train", *options.split(), "--experimental.custom_import", "long_step"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPO)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), *sys.path])},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
