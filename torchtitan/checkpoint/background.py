@@ -112,11 +112,6 @@ class Copies(NamedTuple):
         return {**{key: place.of(buffer) for key, place in self.places.items()}, **self.values}
 
 
-class _CopyWriter(CheckpointWriter):
-    def write_file(self, path: Path, rank: int, plan: Plan, state: Copies) -> WrittenFile:  # type: ignore[override]
-        return super().write_file(path, rank, plan, state.open())
-
-
 class Copier:
     """Copies a rank's shards into one buffer of shared CPU memory, which is kept from one save to the next."""
 
@@ -228,11 +223,11 @@ def _write(connection: Connection) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_it, daemon=True).start()
-    writer = _CopyWriter()
+    writer = CheckpointWriter()
     while (call := connection.recv()) is not None:
         method, arguments = call
         try:
-            outcome = getattr(writer, method)(*arguments)
+            outcome = getattr(writer, method)(*(x.open() if isinstance(x, Copies) else x for x in arguments))
         except Exception as error:
             outcome = CheckpointError(reason(error))
         connection.send(outcome)
