@@ -1,6 +1,7 @@
 """The recomputation that is chosen is the fastest that fits; if memory runs out all the same, nothing is lost."""
 
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -261,7 +262,8 @@ class Recorded:
 
     def __init__(self, options: str, *, fails_at: dict[int, int] | None = None) -> None:
         """fails_at: how often the forward pass of a step runs out of memory, half-way."""
-        self.trainer = Trainer(parse(f"{SMALL} {options}"))
+        self._folder = tempfile.TemporaryDirectory()
+        self.trainer = Trainer(parse(f"{SMALL} --job.dump_folder {self._folder.name} {options}"))
         self.fails_at = fails_at or {}
         block: Any = self.trainer.runner.model_parts[0].layers["3"]
         forward = block.forward
@@ -284,6 +286,7 @@ class Recorded:
         finally:
             self.trainer.close()
             dist.destroy_process_group()
+            self._folder.cleanup()
 
 
 AUTO = "--activation_checkpoint.mode auto"
