@@ -199,7 +199,7 @@ def profile(host: Host) -> Iterator[Row]:
         --activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op
         {"--training.compile" if host.device == "cuda" else ""}
     """
-    trace = folder / f"profile_traces/step_{PROFILED_STEP}/rank0_trace.json"
+    trace = folder / f"profile_traces/step_{PROFILED_STEP}/rank0_trace.json.gz"
     trace.unlink(missing_ok=True)
     launcher = ["-m", "torchtitan.launch", "--nproc_per_node", str(host.nproc)]
     failure = host.run("profile", [*launcher, "--job.dump_folder", str(folder), *options.split()])

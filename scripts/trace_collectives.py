@@ -1,6 +1,6 @@
 """Where a GPU's time went in a profiled step: collectives, how much of them arithmetic hides, and kernels by kind.
 
-    python scripts/trace_collectives.py outputs/profile_traces/step_10/rank0_trace.json
+    python scripts/trace_collectives.py outputs/profile_traces/step_10/rank0_trace.json.gz
     python scripts/trace_collectives.py --longest 20 TRACE OTHER_TRACE       # the longest kernels too, of each
 
 Reads a trace that --profiling.enable_profiling wrote. A collective's kernel waits for the other ranks, so that its time
@@ -11,6 +11,7 @@ kernel begins some microseconds after its launch where the GPU waits for the CPU
 """
 
 import argparse
+import gzip
 import json
 import re
 from bisect import bisect_right
@@ -83,7 +84,8 @@ class Collective:
 
 def read_events(path: Path) -> list[Event]:
     """Those that took time."""
-    return [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [event for event in json.loads(text)["traceEvents"] if event.get("ph") == "X"]
 
 
 def get_collectives(events: list[Event]) -> list[Collective]:

@@ -1,5 +1,6 @@
 """scripts/trace_collectives.py on a small trace as a GPU writes it; test_benchmark_parallel.py has one of a CPU."""
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -41,8 +42,8 @@ EVENTS = [
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    path = tmp_path / "trace.json"
-    path.write_text(json.dumps({"traceEvents": EVENTS}))
+    path = tmp_path / "trace.json.gz"
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": EVENTS}).encode()))
     return path
 
 

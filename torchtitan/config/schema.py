@@ -29,6 +29,7 @@ _TYPE_NAMES = {
     int: "an integer",
     float: "a number",
     str: "text",
+    list[int]: "a list of integers (1,2,3 on the command line)",
     list[str]: "a list of texts (a,b,c on the command line)",
     list[list[str]]: "a list of lists of texts (a,b c,d on the command line)",
 }
@@ -36,7 +37,7 @@ _TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class Option:
-    """One option: `base` is bool, int, float, str, list[str] or list[list[str]]."""
+    """One option: `base` is bool, int, float, str, list[int], list[str] or list[list[str]]."""
 
     name: str  # "training.seq_len"
     base: Any
@@ -94,6 +95,9 @@ class Option:
         elif self.base is int or self.base is float:
             with suppress(ValueError):
                 value = self.base(text)
+        elif self.base == list[int]:
+            with suppress(ValueError):
+                value = [int(part) for part in _split(text)]
         elif self.base == list[str]:
             value = _split(text)
         elif self.base == list[list[str]]:

@@ -51,6 +51,7 @@ def validate(
     _check_fused_loss(config, liger_installed)
     found = [
         *_about_devices(num_gpus, local_world_size or world_size),
+        *_about_profiling(config, world_size),
         *problems,
         *_about_activation_checkpoint(config, num_gpus),
         *_about_tensor_parallel(config, num_gpus),
@@ -169,6 +170,11 @@ def _about_state_precision(config: JobConfig) -> Iterator[str]:
         yield f"{given} does not work with training.enable_cpu_offload; use one of them"
     if "float8" in config.model.converters and config.float8.enable_fsdp_float8_all_gather:
         yield f"{given} does not work with float8.enable_fsdp_float8_all_gather; use one of them"
+
+
+def _about_profiling(config: JobConfig, world_size: int) -> Iterator[str]:
+    if absent := [rank for rank in config.profiling.ranks if not 0 <= rank < world_size]:
+        yield f"profiling.ranks names {absent}, and there are {world_size} ranks; use 0 to {world_size - 1}"
 
 
 def _about_checkpoint(config: JobConfig, world_size: int) -> Iterator[str]:

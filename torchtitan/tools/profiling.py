@@ -1,10 +1,12 @@
 """Traces of where the time of a step goes, and snapshots of what the CUDA allocator holds, at a frequency.
 
-<dump_folder>/<save_traces_folder>/step_20/rank0_trace.json                      for chrome://tracing or Perfetto
+<dump_folder>/<save_traces_folder>/step_20/rank0_trace.json.gz                   for chrome://tracing or Perfetto
 <dump_folder>/<save_memory_snapshot_folder>/step_20/rank0_memory_snapshot.pickle for pytorch.org/memory_viz
 """
 
+import gzip
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,7 +35,7 @@ def maybe_profile(
     """
     with ExitStack() as stack:
         after_step: list[Callable[[], None]] = []
-        if profiling.enable_profiling:
+        if profiling.enable_profiling and rank in profiling.ranks:
             folder = Path(dump_folder, profiling.save_traces_folder)
             after_step.append(stack.enter_context(_traces(folder, profiling.profile_freq, device, rank, start_step)))
         if profiling.enable_memory_snapshot and device.type != "cuda":
@@ -59,12 +61,16 @@ def _traces(folder: Path, freq: int, device: torch.device, rank: int, start_step
         if (start_step + profiler.step_num) % freq or profiler.step_num == saved:
             return  # the run ended before the step that was to be traced
         saved = profiler.step_num
-        path = folder / f"step_{start_step + profiler.step_num}" / f"rank{rank}_trace.json"
+        path = folder / f"step_{start_step + profiler.step_num}" / f"rank{rank}_trace.json.gz"
+        plain = path.with_suffix("")
         with _writing("profile", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(path))
-            if not _ends_with(path, b"}"):  # the profiler says nothing of it
+            profiler.export_chrome_trace(str(plain))
+            if not _ends_with(plain, b"}"):  # the profiler says nothing of it
                 raise OSError("it is missing or cut; is the disk full?")
+            with plain.open("rb") as trace, gzip.open(path, "wb", compresslevel=1) as packed:  # torch's own is at 9
+                shutil.copyfileobj(trace, packed)
+            plain.unlink()
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     warmup = min(_MAX_WARMUP_STEPS, freq - 1)

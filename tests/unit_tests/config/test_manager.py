@@ -87,6 +87,7 @@ def test_the_documented_flag_and_its_opposite(flag):
         (["--training.global_batch_size", "-1"], "training.global_batch_size", -1),
         (["--training.max_norm", "2"], "training.max_norm", 2.0),
         (["--optimizer.lr=3e-4"], "optimizer.lr", 3e-4),
+        (["--profiling.ranks", "0,8"], "profiling.ranks", [0, 8]),
         (["--lr_scheduler.decay_type", "cosine"], "lr_scheduler.decay_type", "cosine"),
         (["--lr-scheduler.decay-ratio", "0.5"], "lr_scheduler.decay_ratio", 0.5),
         (["--training.seed", "None"], "training.seed", None),

@@ -194,6 +194,7 @@ def test_float8_without_torchao_names_the_package(monkeypatch):
         (2, [PP, "2", PARTS, "tok_embeddings,layers.0,layers.1", HALVES[1]], ["leaves out layers.2"]),
         (2, [PP, "2", PARTS, *HALVES[::-1]], ["in the model's order: tok_embeddings, layers.0"]),
         (2, [PP, "2", PARTS, f"{HALVES[0]},layers.3", HALVES[1]], ["each module once"]),
+        (2, "--profiling.ranks 1,2", ["profiling.ranks names [2]", "use 0 to 1"]),
         # pipeline: microbatches
         (
             2,

@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -30,13 +31,15 @@ def test_one_step_of_every_profile_freq_is_traced(
 ) -> None:
     profiling = Profiling(enable_profiling=True, profile_freq=freq, save_traces_folder="traces")
     run_steps(profiling, tmp_path, steps=9, start_step=start_step)
-    assert names(tmp_path) == sorted(f"traces/step_{step}/rank0_trace.json" for step in traced)
-    for path in tmp_path.rglob("*.json"):
-        assert any("aten::mm" in event.get("name", "") for event in json.loads(path.read_text())["traceEvents"])
+    assert names(tmp_path) == sorted(f"traces/step_{step}/rank0_trace.json.gz" for step in traced)
+    for path in tmp_path.rglob("*.json.gz"):
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        assert any("aten::mm" in event.get("name", "") for event in events)
 
 
-def test_nothing_is_written_unless_asked_for(tmp_path: Path) -> None:
+def test_nothing_is_written_unless_asked_for_of_this_rank(tmp_path: Path) -> None:
     run_steps(Profiling(profile_freq=1), tmp_path, steps=3)
+    run_steps(Profiling(enable_profiling=True, profile_freq=1, ranks=[1, 2]), tmp_path, steps=3)
     assert names(tmp_path) == []
 
 
@@ -50,14 +53,14 @@ def test_a_trace_that_a_full_disk_lacks_or_cuts_is_not_called_written(
         torch.profiler.profile, "export_chrome_trace", lambda _, path: left is not None and Path(path).write_text(left)
     )
     run_steps(Profiling(enable_profiling=True, profile_freq=1), tmp_path, steps=1)
-    assert "rank0_trace.json was not written: it is missing or cut; is the disk full?" in caplog.text
+    assert "rank0_trace.json.gz was not written: it is missing or cut; is the disk full?" in caplog.text
     assert "Wrote" not in caplog.text
 
 
 def test_a_folder_that_cannot_be_made_does_not_stop_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     run_steps(Profiling(enable_profiling=True, profile_freq=1, save_traces_folder="file/in"), tmp_path, steps=1)
-    assert "rank0_trace.json was not written: Not a directory" in caplog.text
+    assert "rank0_trace.json.gz was not written: Not a directory" in caplog.text
 
 
 def test_memory_snapshots_without_a_gpu_say_that_there_are_none(

@@ -1,6 +1,6 @@
 """What a run is called, writes and waits for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from torchtitan.config.types import FilePath, NonNegativeInt, PositiveInt, Range
@@ -32,6 +32,8 @@ class Profiling:
     """Folder of the traces, inside job.dump_folder."""
     profile_freq: PositiveInt = 10
     """Steps between two traces."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that write traces."""
     enable_memory_snapshot: bool = False
     """Write a snapshot of the CUDA allocator every `profile_freq` steps, and at an out-of-memory error."""
     save_memory_snapshot_folder: str = "memory_snapshot"
