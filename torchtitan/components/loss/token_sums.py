@@ -3,9 +3,9 @@ sequence, and predictions: how often the label is the likeliest word, and the en
 """
 
 import torch
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
+from torchtitan.components.loss.chunked_logits import collectives
 from torchtitan.components.loss.softmax_gradient import ARG_MAX, combine_statistics, entropies, row_statistics
 from torchtitan.components.loss.terms import IGNORE_INDEX, Terms
 from torchtitan.components.loss.vocab_shard import VocabShard
@@ -52,7 +52,8 @@ class TokenSums:
         start, vocab_size = (0, logits.shape[1]) if shard is None else (shard.start, shard.vocab_size)
         statistics = row_statistics(logits, labels, Terms(vocab_size, start, outputs=True))
         if shard is not None:
-            parts = funcol.wait_tensor(funcol.all_gather_tensor(statistics, 0, shard.group))  # (n * K, T)
+            size, name = shard.group.size(), shard.group.group_name
+            parts = collectives.wait_tensor(collectives.all_gather_into_tensor(statistics, size, name))  # (n * K, T)
             statistics = combine_statistics(parts.unflatten(0, (-1, len(statistics))))
         is_correct = (statistics[ARG_MAX] == labels) & (labels != IGNORE_INDEX)
         self.add_predictions(is_correct, entropies(statistics, labels))
