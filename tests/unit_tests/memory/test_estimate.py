@@ -357,6 +357,38 @@ def test_within_5_percent_whatever_the_states_the_products_and_the_recomputation
 
 
 @pytest.mark.parametrize(
+    ("options", "allocated", "page", "words"),
+    [
+        (f"--training.seq_len 65536 {FLAG}", 65.1, "performance.md", "the estimate is {peak:.1f} GiB"),
+        (
+            f"--training.seq_len 131072 --training.feed_forward_pieces 8 {FLAG}",
+            68.5,
+            "performance.md",
+            "and {peak:.1f} (",
+        ),
+        (
+            "--training.seq_len 131072 --training.feed_forward_pieces 8",
+            None,
+            "README.md",
+            "{peak:.0f} GiB by the estimate",
+        ),
+    ],
+)
+def test_within_5_percent_where_blocks_wait_on_the_host(
+    options: str, allocated: float | None, page: str, words: str
+) -> None:
+    """Of what is allocated: with offload the allocator reserves 5% more."""
+    modes = "--activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option attention"
+    options += " --training.local_batch_size 1 --activation_checkpoint.offload"
+    peak = estimate(f"{EIGHT_B} {options} {COMPILE} {modes}").peak / GIB
+    assert allocated is None or peak == pytest.approx(allocated, rel=0.05)
+    repo = Path(__file__).parents[3]
+    assert words.format(peak=peak) in " ".join(
+        (repo / ("docs" if page != "README.md" else "") / page).read_text().split()
+    )
+
+
+@pytest.mark.parametrize(
     ("options", "reserved"),
     [
         ("--model.flavor 3.2-1B --training.local_batch_size 87", 77.8),
