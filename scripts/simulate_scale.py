@@ -49,7 +49,7 @@ PER_ENTRY = 1560
 """Bytes in a rank's file beside those of a tensor."""
 ALL_BUILT = 64
 """Ranks up to which .metadata is made, not estimated."""
-LATER_SAVES = 15
+LATER_SAVES = 40
 """Beside which steps are counted."""
 
 
