@@ -237,4 +237,5 @@ def test_layouts_compute_what_one_process_does() -> None:
         for layout, result in zip(LAYOUTS, results, strict=True):
             torch.testing.assert_close(result.pop("loss"), losses[layout[2]].detach())
             for name, expected in get_gradients(tied if layout[2] else untied).items():
-                assert error_of(result[name], expected) < 1e-3, (layout, name)
+                # one value that float8 rounds the other way is 3e-3 (torch 2.11); scales of a part alone would be 3e-2
+                assert error_of(result[name], expected) < 5e-3, (layout, name)
