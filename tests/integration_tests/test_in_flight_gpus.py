@@ -6,7 +6,7 @@ been told to wait for the collective, or until the watchdog has seen it end. So 
 only to kernels that run later. torch.distributed._functional_collectives itself keeps no input.
 
 Where this package waits late, it holds the input all the same: the rows' statistics of the sharded loss
-(components/loss/chunked_logits.py, `_Pending._mine`), context attention's packed K and V and their gradients
+(components/loss/chunked_logits.py, `OverRanks._mine`), context attention's packed K and V and their gradients
 (distributed/context_parallel.py, `packed` and `by_rank`, until the operator returns). DTensor's own redistribution, as
 of the hidden states, drops its input and relies on the shelf.
 """

@@ -55,14 +55,15 @@ class ChunkedLogits:
 
     def with_statistics(self, labels: Tensor, terms: Terms) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(rows, logits (C, Vp), statistics (K, C) over the whole vocabulary) of each chunk."""
-        pending: _Pending | None = None
+        pending: tuple[slice, Tensor, OverRanks] | None = None
         for i in range(len(self.rows) + 1):
             upcoming = None
             if i < len(self.rows):  # the next chunk's product hides the reduction that is under way
                 rows, logits = self.rows[i], self[i]
-                upcoming = _Pending(rows, logits, row_statistics(logits, labels[rows], terms), self._shard)
+                upcoming = rows, logits, OverRanks(row_statistics(logits, labels[rows], terms), self._shard)
             if pending is not None:
-                yield pending.rows, pending.logits, pending.wait()
+                rows, logits, statistics = pending
+                yield rows, logits, statistics.wait()
             pending = upcoming
 
 
@@ -108,12 +109,11 @@ def _float_of(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-class _Pending:
-    """A chunk whose row statistics are on their way to the other ranks."""
+class OverRanks:
+    """Row statistics that are on their way to the other ranks of a shard, if there is one."""
 
-    def __init__(self, rows: slice, logits: Tensor, statistics: Tensor, shard: VocabShard | None) -> None:
-        self.rows, self.logits = rows, logits
-        self._mine = statistics  # held until they have been sent
+    def __init__(self, statistics: Tensor, shard: VocabShard | None) -> None:
+        self._mine = statistics  # (K, C), held until they have been sent
         self._all: Tensor | None = None
         if shard is not None:
             group = shard.group
@@ -122,6 +122,7 @@ class _Pending:
                 collectives.wait_tensor(self._all)  # nothing is hidden there, and gloo breaks memory with two under way
 
     def wait(self) -> Tensor:  # (K, C)
+        """Those of the whole vocabulary."""
         if self._all is None:
             return self._mine  # without a shard these are of the whole vocabulary
         if self._all.is_cuda:

@@ -5,8 +5,8 @@ sequence, and predictions: how often the label is the likeliest word, and the en
 import torch
 from torch import Tensor
 
-from torchtitan.components.loss.chunked_logits import collectives
-from torchtitan.components.loss.softmax_gradient import ARG_MAX, combine_statistics, entropies, row_statistics
+from torchtitan.components.loss.chunked_logits import OverRanks
+from torchtitan.components.loss.softmax_gradient import ARG_MAX, entropies, row_statistics
 from torchtitan.components.loss.terms import IGNORE_INDEX, Terms
 from torchtitan.components.loss.vocab_shard import VocabShard
 
@@ -50,11 +50,8 @@ class TokenSums:
         """The same, by one more look at the logits."""
         logits, labels = logits.flatten(0, -2), labels.flatten()
         start, vocab_size = (0, logits.shape[1]) if shard is None else (shard.start, shard.vocab_size)
-        statistics = row_statistics(logits, labels, Terms(vocab_size, start, outputs=True))
-        if shard is not None:
-            size, name = shard.group.size(), shard.group.group_name
-            parts = collectives.wait_tensor(collectives.all_gather_into_tensor(statistics, size, name))  # (n * K, T)
-            statistics = combine_statistics(parts.unflatten(0, (-1, len(statistics))))
+        mine = row_statistics(logits, labels, Terms(vocab_size, start, outputs=True))
+        statistics = OverRanks(mine, shard).wait()
         is_correct = (statistics[ARG_MAX] == labels) & (labels != IGNORE_INDEX)
         self.add_predictions(is_correct, entropies(statistics, labels))
 
