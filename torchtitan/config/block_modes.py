@@ -6,8 +6,9 @@ from typing import Literal
 
 from torchtitan.config.sections import ActivationCheckpoint
 
-BlockMode = Literal["none", "op", "attention", "full"]
-"""What a block does in backward: nothing again, what is cheap for its size, all but attention, or all."""
+BlockMode = Literal["gathered", "none", "op", "attention", "full"]
+"""What a block does again in backward: nothing; under FSDP the gathering of its weights; and beside that what is cheap
+for its size, all but attention, or all."""
 
 ASSUMED_GIB = 79.1
 """Memory of a GPU that is not there, by which activation_checkpoint.mode = "auto" chooses: that of an H100 80GB."""
@@ -19,6 +20,7 @@ OFFLOADED_MODES: tuple[BlockMode, ...] = ("attention", "full")
 """What activation_checkpoint.offload moves to the machine's memory: little for the time that the block takes."""
 
 BLOCK_MODES: dict[BlockMode, str] = {
+    "gathered": "keep all and their gathered weights",
     "none": "keep all",
     "op": "keep the costly results",
     "attention": "keep attention's result",

@@ -49,7 +49,8 @@ def apply_ac(
 ) -> None:
     """Checkpoint the blocks of `model`, or of a pipeline stage, in place.
 
-    block_modes has every block of the whole model; `set_block_modes` changes them later.
+    block_modes has every block of the whole model; `set_block_modes` changes them later. That "gathered" keeps weights
+    besides is for apply_fsdp.
     kept_results names the modules of a block whose matrix products "op" keeps.
     keep_cpu_attention exempts attention on a CPU from recomputation. torch 2.13 cannot recompute it in a compiled
     block of DTensors: it counts attention among the random operations, whose saved state it then confuses with a mesh.
@@ -74,7 +75,8 @@ def set_block_modes(model: Decoder, block_modes: Sequence[BlockMode]) -> None:
     """Have the blocks of a model that was given to apply_ac recompute in another way; compiled ones compile anew."""
     block: Any
     for number, block in model.layers.items():
-        block.block_mode = block_modes[int(number)]
+        mode = block_modes[int(number)]
+        block.block_mode = "none" if mode == "gathered" else mode
 
 
 def _forward_by_mode(block: Any, *args: Any) -> Any:

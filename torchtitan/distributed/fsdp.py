@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from torchtitan.config.block_modes import BlockMode
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.sections import ReshardPolicy
 from torchtitan.distributed.mesh import Mesh
@@ -39,9 +40,13 @@ def apply_fsdp(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype = torch.float32,
     reshard_policy: ReshardPolicy = "default",
+    block_modes: Sequence[BlockMode],
     cpu_offload: bool = False,
 ) -> None:
     """Shard `model`, or a pipeline stage of one, in place.
+
+    block_modes has every block of the whole model: those that are "gathered" keep their weights for backward under any
+    policy, and the embedding does as the first block.
 
     Gradients are summed over the ranks, not averaged: the loss is already divided by the global number of tokens.
     """
@@ -50,6 +55,7 @@ def apply_fsdp(
     # Nothing is cast on the way in: activations have param_dtype since the embedding, the rotary table stays float32.
     precision = MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False)
     reshard = should_reshard_after_forward(reshard_policy, parallel_dims)
+    reshards = [reshard and mode != "gathered" for mode in block_modes]
 
     def shard(module: nn.Module | None, *, reshard_after_forward: bool) -> None:
         if module is not None:
@@ -62,9 +68,9 @@ def apply_fsdp(
             )
 
     is_tied = isinstance(model.output, TiedOutputHead)
-    shard(model.tok_embeddings, reshard_after_forward=reshard and not is_tied)
-    for block in model.layers.values():
-        shard(block, reshard_after_forward=reshard)
+    shard(model.tok_embeddings, reshard_after_forward=reshards[0] and not is_tied)
+    for number, block in model.layers.items():
+        shard(block, reshard_after_forward=reshards[int(number)])
     # Backward needs these two at once: gathering them again would save no memory at the peak.
     shard(model.norm, reshard_after_forward=reshard_policy == "always")
     if not is_tied:

@@ -79,6 +79,7 @@ def parallelize_decoder(
         param_dtype=param_dtype,
         reduce_dtype=getattr(torch, training.mixed_precision_reduce),
         reshard_policy=parallelism.fsdp_reshard_after_forward,
+        block_modes=block_modes,
         cpu_offload=training.enable_cpu_offload,
     )
     logger.info("Applied FSDP to the model")

@@ -173,8 +173,9 @@ class _Rank:
         stages = _get_stages(config, dims, measured.n_layers, pp_rank)
         names = [name for stage in stages for name in stage]
         blocks = _get_blocks(stages)
-        self.block_uses = [measured.blocks[block_modes[number]] for number in blocks]
-        self.moved = [self._get_moved(block_modes[number]) for number in blocks[:-1]]
+        self.modes = [block_modes[number] for number in blocks]
+        self.block_uses = [measured.blocks[mode] for mode in self.modes]
+        self.moved = [self._get_moved(mode) for mode in self.modes[:-1]]
         no_unit = Unit()
         self.embedding, self.norm, self.output = (
             measured.units[name] if name in names else no_unit for name in ("tok_embeddings", "norm", "output")
@@ -192,9 +193,9 @@ class _Rank:
         self.states = round(states * num_elements)
         # of each kind of block the last, which has the most before it, and the first, behind whose backward most
         # gradients are there
-        by_number = list(enumerate(self.block_uses))
-        self.last_blocks = sorted({use: i for i, use in by_number}.values())
-        self.first_blocks = sorted({use: i for i, use in reversed(by_number)}.values())
+        by_number = list(enumerate(self.modes))
+        self.last_blocks = sorted({mode: i for i, mode in by_number}.values())
+        self.first_blocks = sorted({mode: i for i, mode in reversed(by_number)}.values())
         self.other_microbatches = self._get_other_microbatches(len(stages))
 
     def estimate(self) -> MemoryEstimate:
@@ -344,7 +345,8 @@ class _Rank:
         if self.dims.pp > 1:  # FSDP then frees none before the last microbatch's backward
             return self._gathered(self.units)
         if should_reshard_after_forward(self.config.parallelism.fsdp_reshard_after_forward, self.dims):
-            return self._gathered([self.tied])
+            embedding = self.embedding if self.modes[0] == "gathered" else self.tied
+            return self._gathered([embedding, *[self.block] * self.modes[:block].count("gathered")])
         return self._gathered([self.embedding, *[self.block] * block])
 
     def _gathering(self, unit: Unit) -> int:

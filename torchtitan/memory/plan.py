@@ -1,8 +1,9 @@
 """What a start says about memory, and the choice of recomputation that activation_checkpoint.mode = "auto" makes.
 
-The choice begins with the fastest way, every block keeps all, and makes one block after the other leaner until the
-estimated peak fits: first all of them keep only the costly results, then, if need be, only attention's, and at last
-they are recomputed whole. So what is cheap to recompute for its size goes first. Earlier blocks become leaner first,
+The choice begins with the fastest way, every block keeps all, and its weights as FSDP gathered them. It makes one block
+after the other leaner until the estimated peak fits: first all of them gather their weights again, then they keep only
+the costly results, then, if need be, only attention's, and at last they are recomputed whole. So what is cheap to do
+again for its size goes first. Earlier blocks become leaner first,
 since they wait longest for their backward. Each pipeline rank chooses for its own blocks, by its own peak.
 """
 
@@ -158,7 +159,7 @@ def choose_block_modes(config: JobConfig, model: MemoryModel, budget: float) -> 
     """As the options say; for "auto" the fastest whose estimated peak is within `budget` bytes, or else the leanest."""
     if config.activation_checkpoint.mode != "auto":
         return get_block_modes(config.activation_checkpoint, model.n_layers)
-    fastest, *leaner = BLOCK_MODES
+    fastest, *leaner = [*BLOCK_MODES][0 if _may_stay_gathered(config, model) else 1 :]
     if model.dims.pp > 1 and config.parallelism.pipeline_parallel_schedule in ZERO_BUBBLE:
         leaner = ["full"]  # they cannot run the others: config/validate.py
     chosen = [fastest] * model.n_layers
@@ -168,6 +169,12 @@ def choose_block_modes(config: JobConfig, model: MemoryModel, budget: float) -> 
                 break
             chosen[block] = mode
     return tuple(chosen)
+
+
+def _may_stay_gathered(config: JobConfig, model: MemoryModel) -> bool:
+    """Where each block's weights would be gathered again for backward, and no option says so; pipelines never do."""
+    is_left_open = config.parallelism.fsdp_reshard_after_forward == "default"
+    return is_left_open and model.dims.pp == 1 and not is_one_process(config, model.dims)
 
 
 def _get_budget(config: JobConfig, capacity: int, device: torch.device) -> int:

@@ -1,5 +1,6 @@
 """A tiny Llama 3 on any layout, and one step of it, for tests that compare layouts with one process."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -7,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchtitan.config.block_modes import get_block_modes
+from torchtitan.config.block_modes import BlockMode
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.sections import ActivationCheckpoint, Parallelism, Training
+from torchtitan.config.sections import Parallelism, Training
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import Mesh, build_mesh
 from torchtitan.models.common.args import TransformerModelArgs
@@ -28,7 +29,7 @@ def build_model(
     mesh: Mesh | None = None,
     parallelism: Parallelism | None = None,
     training: Training | None = None,
-    activation_checkpoint: ActivationCheckpoint | None = None,
+    block_modes: Sequence[BlockMode] | None = None,
     loss_parallel: bool = False,
     **args: Any,
 ) -> Transformer:
@@ -41,7 +42,7 @@ def build_model(
         parallel_dims=dims,
         parallelism=parallelism or Parallelism(),
         training=training or Training(mixed_precision_param="float32"),
-        block_modes=get_block_modes(activation_checkpoint or ActivationCheckpoint(mode="none"), len(model.layers)),
+        block_modes=block_modes or ("none",) * len(model.layers),
         loss_parallel=loss_parallel,
     )
     model.to_empty(device="cpu")

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.unit_tests.distributed.layouts import ARGS, build_model, get_batch, get_gradients, loss_sum
 from tests.unit_tests.distributed.processes import run_processes
+from torchtitan.config.block_modes import BlockMode
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.sections import Parallelism, ReshardPolicy, Training
 from torchtitan.distributed.fsdp import reduce_over_copies, should_reshard_after_forward
@@ -17,8 +19,24 @@ from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.models.common.model import Transformer
 
-POLICIES: list[ReshardPolicy] = ["default", "always", "never"]
+
+@dataclass(frozen=True)
+class Policy:
+    reshard: ReshardPolicy
+    modes: tuple[BlockMode, BlockMode]
+    again: list[str]
+    """The units that are gathered again in backward."""
+
+
 UNITS = ["tok_embeddings", "layers.0", "layers.1", "norm", "output"]
+POLICIES = {
+    # The embedding's backward does not need its weight, but FSDP gathers it all the same.
+    "default": Policy("default", ("none", "none"), UNITS[:3]),
+    "always": Policy("always", ("none", "none"), UNITS),
+    "never": Policy("never", ("none", "none"), []),
+    "last block gathered": Policy("default", ("none", "gathered"), UNITS[:2]),
+    "all blocks gathered": Policy("default", ("gathered", "gathered"), []),
+}
 
 
 def chunked_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -29,10 +47,12 @@ def chunked_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([loss_sum(h @ weight.T, part) for h, part in chunks]).sum()
 
 
-def step_with_chunks(policy: ReshardPolicy) -> dict[str, Any]:
+def step_with_chunks(policy: Policy) -> dict[str, Any]:
     dims = ParallelDims(dp_shard=2)
     mesh = build_mesh(dims, "cpu")
-    model = build_model(dims, mesh=mesh, parallelism=Parallelism(fsdp_reshard_after_forward=policy))
+    model = build_model(
+        dims, mesh=mesh, parallelism=Parallelism(fsdp_reshard_after_forward=policy.reshard), block_modes=policy.modes
+    )
     tokens, labels = (part.chunk(2)[mesh["dp"].get_local_rank()] for part in get_batch())
     with CommDebugMode() as comm:
         gathers: list[int] = []  # that have begun when the last block does
@@ -115,7 +135,7 @@ def on_two_ranks() -> dict[str, Any]:
     return {
         "copies": copies_of_the_weights(),
         "mixed": mixed_precision(),
-        **{policy: step_with_chunks(policy) for policy in POLICIES},
+        **{name: step_with_chunks(policy) for name, policy in POLICIES.items()},
     }
 
 
@@ -126,7 +146,7 @@ def results() -> dict[str, Any]:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_fused_loss_reads_a_whole_weight_and_gives_the_gradients_of_one_process(
-    policy: ReshardPolicy, results: dict[str, Any]
+    policy: str, results: dict[str, Any]
 ) -> None:
     model = Transformer(ARGS())
     init_parameters(model, seed=7, device="cpu")
@@ -137,34 +157,30 @@ def test_fused_loss_reads_a_whole_weight_and_gives_the_gradients_of_one_process(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_each_unit_is_reduced_once_and_gathered_as_the_policy_says(
-    policy: ReshardPolicy, results: dict[str, Any]
-) -> None:
-    # In backward. The embedding's backward does not need its weight, but FSDP gathers it all the same.
-    again = {"default": UNITS[:3], "always": UNITS, "never": []}[policy]
+def test_each_unit_is_reduced_once_and_gathered_as_the_policy_says(policy: str, results: dict[str, Any]) -> None:
     for phase in ("step", "accumulation"):
         collectives = results[policy]["collectives"][phase]
         assert collectives["reduce_scatter_tensor_coalesced_"] + collectives["_reduce_scatter_base_"] == len(UNITS)
-        assert collectives["_allgather_base_"] == len(UNITS) + len(again)
+        assert collectives["_allgather_base_"] == len(UNITS) + len(POLICIES[policy].again)
     assert results[policy]["collectives"]["validation"] == {"_allgather_base_": len(UNITS)}
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_last_block_computes_while_the_head_is_gathered(policy: ReshardPolicy, results: dict[str, Any]) -> None:
+def test_the_last_block_computes_while_the_head_is_gathered(policy: str, results: dict[str, Any]) -> None:
     assert results[policy]["gathers_before_last_block"] == [len(UNITS)]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_weights_are_resharded_as_the_policy_says(policy: ReshardPolicy, results: dict[str, Any]) -> None:
+def test_weights_are_resharded_as_the_policy_says(policy: str, results: dict[str, Any]) -> None:
     sharded = results[policy]["is_sharded"]
     assert sharded["output"], "the output did not run in the model's forward"
-    assert sharded["norm"] == (policy == "always")
-    assert sharded["layers.0"] == sharded["layers.1"] == sharded["tok_embeddings"] == (policy != "never")
+    for unit in UNITS[:-1]:
+        assert sharded[unit] == (unit in POLICIES[policy].again)
     assert results[policy]["all_sharded_after"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_output_may_be_called_by_itself(policy: ReshardPolicy, results: dict[str, Any]) -> None:
+def test_output_may_be_called_by_itself(policy: str, results: dict[str, Any]) -> None:
     torch.testing.assert_close(*results[policy]["head"])
 
 

@@ -18,7 +18,8 @@ class Parallelism:
     data_parallel_shard_degree: PositiveIntOrAuto = -1
     """Ranks over which FSDP2 shards weights, gradients and optimizer states; -1 takes the ranks that are left."""
     fsdp_reshard_after_forward: ReshardPolicy = "default"
-    """Free the gathered weights after forward: always, never, or (default) unless pipeline parallelism is on."""
+    """Free the gathered weights after forward: always, never, or (default) unless pipeline parallelism is on or
+    activation_checkpoint.mode = "auto" finds memory for them."""
     tensor_parallel_degree: PositiveInt = 1
     """Ranks over which each matrix and the sequence between them is split."""
     disable_loss_parallel: bool = False

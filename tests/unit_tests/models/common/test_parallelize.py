@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.unit_tests.distributed.layouts import ARGS, build_model, get_batch, get_gradients, loss_sum, whole
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.config.degrees import ParallelDims
-from torchtitan.config.sections import ActivationCheckpoint, Parallelism, Training
+from torchtitan.config.sections import Parallelism, Training
 from torchtitan.distributed.context_parallel import ContextSharder
 from torchtitan.distributed.init_weights import init_parameters
 from torchtitan.distributed.mesh import build_mesh
@@ -29,8 +29,8 @@ class Case:
     """Of the model."""
 
 
-FULL = {"activation_checkpoint": ActivationCheckpoint(mode="full")}
-EVERY_OP = {"activation_checkpoint": ActivationCheckpoint(mode="selective", selective_ac_option="op")}
+FULL = {"block_modes": ("full", "full")}
+EVERY_OP = {"block_modes": ("op", "op")}
 COMPILED = {"training": Training(mixed_precision_param="float32", compile=True)}
 OFFLOADED = {"training": Training(mixed_precision_param="float32", enable_cpu_offload=True)}
 IN_PIECES = {"training": Training(mixed_precision_param="float32", feed_forward_pieces=2)}
