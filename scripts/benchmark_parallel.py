@@ -1,17 +1,19 @@
 """Whether the package works on this host's GPUs, and how well: everything that takes more than one of them, in one go.
 
-    python scripts/benchmark_parallel.py                            # on 2, 4 or 8 GPUs; on 2, 8 minutes
+    python scripts/benchmark_parallel.py                            # on 2, 4 or 8 GPUs; on 2, 9 minutes
     python scripts/benchmark_parallel.py --only train --flavor 8B   # one part
     python scripts/benchmark_parallel.py --device cpu --nproc 2     # a rehearsal without GPUs, on tiny sizes
 
     parity    every layout's loss and gradient norm are one GPU's, in float32 and in bf16
-    train     tokens/s, MFU and memory of a whole step: sharded, with tensor and context parallel, the flag off and on
+    train     tokens/s, MFU and memory of a whole step with the fused loss: sharded, also in float8, with tensor and
+              context parallel, sequences twice as long, and 8B, whose states are compact
     head      the loss head alone, its vocabulary sharded: in-tree against gathering the weight
     profile   the collectives of a step with tensor parallel and the fused loss; none may gather the head's weight
     restart   a worker is killed; the run comes back from its last checkpoint and ends as one that was left alone.
               Half of the GPUs go on with a run of all
 
-Each part starts processes of its own, with a time limit; one that fails is told, and the others go on. Writes
+Each part starts processes of its own, with a time limit; one that fails is told, and the others go on. Parity and
+restart, of which nothing is timed to the second, run side by side before the others. Writes
 report.md, results.jsonl and the logs of all processes to --out. Exit status: 1 if anything failed.
 """
 
@@ -27,8 +29,10 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout need not be installed
@@ -41,8 +45,8 @@ from trace_collectives import describe_time, get_collectives, get_tensor_paralle
 from torchtitan.models.llama3.flavors import llama3_flavors
 
 REPO = Path(__file__).resolve().parents[1]
-FUSED = "--liger_kernel.enable_fused_linear_cross_entropy"
-IN_TREE = f"{FUSED} --liger_kernel.implementation native"
+IN_TREE = "--liger_kernel.enable_fused_linear_cross_entropy --liger_kernel.implementation native"
+AUTO = "--activation_checkpoint.mode auto"
 TP, CP = "--parallelism.tensor_parallel_degree 2", "--parallelism.context_parallel_degree 2"
 PROFILED_STEP = 8
 
@@ -59,7 +63,7 @@ class Sizes:
 
 
 SIZES = {
-    "cuda": Sizes("1B", 8192, 2, "bfloat16", (), ()),  # the head is Llama 3 8B's
+    "cuda": Sizes("1B", 8192, 2, "bfloat16", ("--steps=8", "--warmup=2"), ()),  # the head is Llama 3 8B's
     "cpu": Sizes(
         flavor="debugmodel",
         seq_len=64,
@@ -82,7 +86,7 @@ class Host:
     def run(self, name: str, command: Sequence[str]) -> str | None:
         """Run a Python program to its end, or to the time limit; None, or how it failed."""
         log = self.out / "logs" / f"{name}.log"
-        print(f"{name} ...", end=" ", flush=True)
+        print(f"{name} ...", flush=True)
         begin = time.monotonic()
         failure = None
         with log.open("w") as file:
@@ -99,7 +103,7 @@ class Host:
                     kill_with_descendants(process.pid)
                     process.wait()
         failure = failure and f"{failure}; see {log.relative_to(self.out)}"
-        print(f"{failure or 'done'} ({time.monotonic() - begin:.0f} s)", flush=True)
+        print(f"{name}: {failure or 'done'} ({time.monotonic() - begin:.0f} s)", flush=True)
         return failure
 
     def torchrun(self, name: str, nproc: int, script: str, arguments: Sequence[str]) -> str | None:
@@ -142,39 +146,63 @@ def kill_with_descendants(pid: int) -> None:
 def parity(host: Host) -> Iterator[Row]:
     for world_size in (2, 4, 8):
         if world_size <= host.nproc:
-            yield from host.pytest(f"parity_{world_size}", "test_parity_gpus.py", f"{host.device}{world_size}")
+            with ThreadPoolExecutor() as pool:
+                for rows in pool.map(partial(compare, host, world_size), ("float32", "bfloat16")):
+                    yield from rows
+
+
+def compare(host: Host, world_size: int, dtype: str) -> list[Row]:
+    cases = f"{host.device}{world_size} and {dtype}"
+    return list(host.pytest(f"parity_{world_size}_{dtype}", "test_parity_gpus.py", cases))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A row of train."""
+
+    name: str
+    options: str
+    sequences: int
+    """For training.local_batch_size: what the ranks of a sequence share."""
+    seq_len: int
+    flavor: str
+
+
+def get_layouts(sizes: Sizes, *, on_gpus: bool) -> Iterator[Layout]:
+    """As many tokens a rank in each, unless the name says otherwise; all blocks keep what fits."""
+    flavor, seq_len, n = sizes.flavor, sizes.seq_len, sizes.sequences
+    fused = f"{IN_TREE} {AUTO}"
+    float8 = f"{fused} --model.converters float8" + " --float8.emulate" * (not on_gpus)
+    has_torchao = importlib.util.find_spec("torchao") is not None
+    yield Layout("shard", fused, n, seq_len, flavor)
+    yield Layout("tp 2 x shard", f"{TP} {fused}", 2 * n, seq_len, flavor)
+    yield Layout("cp 2 x shard", f"{CP} {fused}", 2 * n, seq_len, flavor)
+    if has_torchao:
+        yield Layout("shard, float8", float8, n, seq_len, flavor)
+    if sizes == SIZES["cuda"]:
+        yield Layout("shard, 16384 tokens", fused, 1, 16384, flavor)
+        yield Layout("cp 2 x shard, 16384 tokens", f"{CP} {fused}", 2, 16384, flavor)
+        yield Layout("cp 2 x shard, 16384 tokens, half as many a rank", f"{CP} {fused}", 1, 16384, flavor)
+        compact = "--optimizer.state_precision compact"
+        yield Layout("8B, shard, 1 sequence a rank", f"{fused} {compact}", 1, seq_len, "8B")
+        if has_torchao:
+            yield Layout("8B, shard, 1 sequence a rank, float8", f"{float8} {compact}", 1, seq_len, "8B")
 
 
 def train(host: Host) -> Iterator[Row]:
-    sizes = host.sizes
-    has_liger = host.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
-    sharded_fused = ("Liger", FUSED) if has_liger else ("in-tree", IN_TREE)
-    table = {
-        "shard": (1, ""),
-        f"shard, fused ({sharded_fused[0]})": (1, sharded_fused[1]),
-        "tp 2 x shard": (2, TP),
-        "tp 2 x shard, fused (in-tree)": (2, f"{TP} {IN_TREE}"),
-        f"cp 2 x shard, fused ({sharded_fused[0]})": (2, f"{CP} {sharded_fused[1]}"),
-    }
-    for number, (name, (ranks_a_sequence, options)) in enumerate(table.items()):
+    for number, layout in enumerate(get_layouts(host.sizes, on_gpus=host.device == "cuda")):
         folder = host.out / "train" / str(number)
         (folder / "results.jsonl").unlink(missing_ok=True)
         arguments = [
-            *("--flavor", sizes.flavor, "--seq_len", str(sizes.seq_len), "--no-largest", *sizes.train),
-            *(
-                "--batches",
-                str(sizes.sequences * ranks_a_sequence),
-                "--out",
-                str(folder),
-                "--rows",
-                f"'{name}' {options}",
-            ),
+            *("--flavor", layout.flavor, "--seq_len", str(layout.seq_len), "--no-largest", *host.sizes.train),
+            *("--batches", str(layout.sequences), "--out", str(folder), "--rows", f"'{layout.name}' {layout.options}"),
         ]
         failure = host.torchrun(f"train_{number}", host.nproc, "benchmark_train.py", arguments)
         rows = read_lines(folder / "results.jsonl")
-        yield from ({**row, "name": name, "ranks": host.nproc} for row in rows)
+        yield from ({**row, "name": layout.name, "ranks": host.nproc} for row in rows)
         if failure or not rows:
-            yield {"name": name, "failed": failure or f"out of memory; see logs/train_{number}.log"}
+            yield {"name": layout.name, "failed": failure or f"out of memory; see logs/train_{number}.log"}
+    sizes = host.sizes
     yield {"note": f"{sizes.flavor}, {sizes.seq_len} tokens a sequence, {sizes.sequences} sequences a rank."}
 
 
@@ -231,11 +259,23 @@ def restart(host: Host) -> Iterator[Row]:
     yield from host.pytest("restart", "test_restart_gpus.py", f"{host.device}{host.nproc}")
 
 
+def run_part(name: str, host: Host) -> list[Row]:
+    """The part's rows; where it fails by itself, with one that says so."""
+    rows: list[Row] = []
+    try:
+        rows.extend(PARTS[name](host))
+    except Exception as error:  # what a part finds may be unlike what it expects: the others do not depend on it
+        traceback.print_exc()
+        rows.append({"name": name, "failed": f"{type(error).__name__}: {error}"})
+    return rows
+
+
 def read_lines(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-PARTS = {"parity": parity, "train": train, "head": head, "profile": profile, "restart": restart}
+PARTS = {"parity": parity, "restart": restart, "train": train, "head": head, "profile": profile}
+UNTIMED = ("parity", "restart")
 
 
 def describe_host(host: Host) -> str:
@@ -279,15 +319,12 @@ def main() -> int:
 
     report = describe_host(host)
     results: list[Row] = []
-    for name, measure in PARTS.items():
+    with ThreadPoolExecutor() as pool:
+        untimed = {name: pool.submit(run_part, name, host) for name in UNTIMED if name in args.only}
+    for name in PARTS:
         if name not in args.only:
             continue
-        rows: list[Row] = []
-        try:
-            rows.extend(measure(host))
-        except Exception as error:  # what a part finds may be unlike what it expects: the others do not depend on it
-            traceback.print_exc()
-            rows.append({"name": name, "failed": f"{type(error).__name__}: {error}"})
+        rows = untimed[name].result() if name in untimed else run_part(name, host)
         results += [{"part": name, **row} for row in rows]
         report += "\n" + format_part(name, rows)
         # after each part: whoever stops this has what there is
