@@ -32,7 +32,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout need not be installed
@@ -144,16 +143,18 @@ def kill_with_descendants(pid: int) -> None:
 
 
 def parity(host: Host) -> Iterator[Row]:
-    for world_size in (2, 4, 8):
-        if world_size <= host.nproc:
-            with ThreadPoolExecutor() as pool:
-                for rows in pool.map(partial(compare, host, world_size), ("float32", "bfloat16")):
-                    yield from rows
+    for size in (2, 4, 8):
+        if size <= host.nproc:
+            cases = {f"parity_{size}_{dtype}": f"{host.device}{size} and {dtype}" for dtype in ("float32", "bfloat16")}
+            yield from side_by_side(host, "test_parity_gpus.py", cases)
 
 
-def compare(host: Host, world_size: int, dtype: str) -> list[Row]:
-    cases = f"{host.device}{world_size} and {dtype}"
-    return list(host.pytest(f"parity_{world_size}_{dtype}", "test_parity_gpus.py", cases))
+def side_by_side(host: Host, test: str, cases: dict[str, str]) -> Iterator[Row]:
+    """The rows of tests of a file, selected by name, each in a process of its own."""
+    with ThreadPoolExecutor() as pool:
+        found = [pool.submit(list[Row], host.pytest(name, test, selected)) for name, selected in cases.items()]
+    for rows in found:
+        yield from rows.result()
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,11 @@ def judge_weight(tensor_parallel_sizes: Sequence[int], rows_bytes: int) -> Row:
 
 
 def restart(host: Host) -> Iterator[Row]:
-    yield from host.pytest("restart", "test_restart_gpus.py", f"{host.device}{host.nproc}")
+    run = f"{host.device}{host.nproc}"
+    cases = {"restart": f"{run} and not compact and not to", "restart_half": f"{run}to"}
+    if run == "cuda2":
+        cases["restart_compact"] = f"{run} and compact"
+    yield from side_by_side(host, "test_restart_gpus.py", cases)
 
 
 def run_part(name: str, host: Host) -> list[Row]:
