@@ -113,15 +113,15 @@ def attend_backward(
 
 
 def join_(
-    out: Tensor,  # (B, H, L, E): written
+    out: Tensor,  # (B, H, L, E): written, may be that of a part
     first: tuple[Tensor, Tensor],
     second: tuple[Tensor, Tensor],
 ) -> Tensor:  # (B, H, L)
     """Attention to the keys of both parts; each is what `attend` gives. Returns the joined log-sum-exps."""
     (first_out, first_lse), (second_out, second_lse) = first, second
     lse = torch.logaddexp(first_lse, second_lse)
-    weights = ((part - lse).exp_()[..., None] for part in (first_lse, second_lse))
-    out.copy_(torch.addcmul(first_out * next(weights), second_out, next(weights)))  # in float32
+    first_weight, second_weight = ((part - lse).exp_()[..., None] for part in (first_lse, second_lse))
+    torch.addcmul(first_out * first_weight, second_out, second_weight, out=out)  # in float32, and rounded at the end
     return lse
 
 

@@ -18,6 +18,13 @@ mask, and their own L keys under a causal mask. These are two calls of the kerne
 rank has already. So forward starts the gather of K and V, attends within both chunks, waits, and attends to what comes
 before them; backward does what comes before first, and reduces the gradients of K and V while it does the chunks.
 
+Tails and heads are gathered apart, into the two halves of one tensor, tails first. There the order of chunks is
+
+    2 * C - 1, ..., C + 1, C, 0, 1, ..., C - 1
+
+in which the chunks before any head or tail lie side by side: what is attended to without a mask may have any order, so
+that nothing is moved between a collective and a kernel. A rank's two chunks are one more dimension of the batch.
+
 It is an operation of its own, `torchtitan::context_attention`: torch.compile calls it as it is, and recomputation can
 keep its results, the joined output among them and not its parts. Where documents do not see each other, K and V are
 gathered first, and each chunk attends within its documents (document_attention.py).
@@ -25,9 +32,9 @@ gathered first, and each chunk attends within its documents (document_attention.
 **Collectives and bytes**, per layer and microbatch, for an element size of b bytes, counted as received by each rank
 (N = 2 * B * S * K * E elements, K and V of the whole sequence):
 
-    forward                      one all-gather of K and V packed     (C - 1) / C * N * b
+    forward                      all-gathers of K and V packed     (C - 1) / C * N * b
     recomputed forward, if any   the same again
-    backward                     one reduce-scatter of dK and dV      (C - 1) / C * N * b
+    backward                     reduce-scatters of dK and dV      (C - 1) / C * N * b
 
 Llama 3 8B, S = 131072, B = 1, bf16: N * b = 537 MB a layer. Under tensor parallelism K is this rank's K heads, and all
 of it shrinks by the tensor-parallel degree. Nothing of the queries, the output or the rest of the model is sent, but
@@ -43,10 +50,11 @@ queries they take a quarter of what queries and outputs of the whole sequence wo
 Shapes: B batch, S whole sequence, Sl = S / C this rank's share, H query heads, K key/value heads, E head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -55,6 +63,9 @@ from torchtitan.distributed.document_attention import attend_within_documents
 from torchtitan.protocols.sequences import Documents, Sequences
 
 collectives = torch.ops._c10d_functional  # the operations below torch.distributed
+
+HEAD, TAIL = 0, 1
+"""A rank's chunks, in its order."""
 
 
 def shard_sequence(
@@ -129,7 +140,8 @@ class ContextParallelAttention(nn.Module):
     ) -> Tensor:  # (B, H, Sl, E)
         if documents is None:
             return context_attention(q, k, v, self.rank, self.degree, self.group_name)[0]
-        gathered = _GatherSequence.apply(_pack(k, v), self.degree, self.group_name)
+        packed = torch.stack((k, v)).permute(3, 0, 1, 2, 4).contiguous()  # (Sl, 2, B, K, E)
+        gathered = _GatherSequence.apply(packed, self.degree, self.group_name)
         k, v = gathered.permute(1, 2, 3, 0, 4).unbind()  # (B, K, S, E)
         chunk_len = q.size(2) // 2
         ends = [(number + 1) * chunk_len for number in _get_chunks(self.rank, self.degree)]
@@ -149,26 +161,22 @@ def context_attention(
     degree: int,
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output (B, H, Sl, E), and for backward the log-sum-exps (B, H, Sl) and K and V of all, (S, 2, B, K, E)."""
-    packed = _pack(k, v)
-    pending = collectives.all_gather_into_tensor(packed, degree, group_name)
-    chunk_len = q.size(2) // 2
-    chunks = list(zip(*(x.split(chunk_len, dim=2) for x in (q, k, v)), strict=True))
-    own = [attend(*chunk, causal=True) for chunk in chunks]
-    gathered = _to_sequence_order(collectives.wait_tensor(pending), degree)
-    keys, values = gathered.permute(1, 2, 3, 0, 4)  # (B, K, S, E)
-
-    out = _empty_output(q)
-    lse = own[0][1].new_empty(q.shape[:3])
-    parts = zip(*(x.split(chunk_len, dim=2) for x in (q, out, lse)), own, strict=True)
-    for number, (queries, out_part, lse_part, own_part) in zip(_get_chunks(rank, degree), parts, strict=True):
-        before = slice(number * chunk_len)
-        if number == 0:  # nothing comes before it
-            out_part.copy_(own_part[0])
-            lse_part.copy_(own_part[1])
-        else:
-            part = attend(queries, keys[:, :, before], values[:, :, before], causal=False)
-            lse_part.copy_(join_(out_part, own_part, part))
+    """The output (B, H, Sl, E); for backward the log-sum-exps (B, H, Sl), and K and V of all, (2C, L, 2, B, K, E)."""
+    group = _get_group(group_name)
+    packed = torch.stack((_by_chunk(k), _by_chunk(v)), dim=2)  # (2, L, 2, B, K, E)
+    gathered = packed.new_empty(2 * degree, *packed.shape[1:])
+    pending = [
+        group._allgather_base(of_all.flatten(0, 1), own)
+        for of_all, own in zip(_heads_and_tails(gathered), packed, strict=True)
+    ]
+    own = attend(*(_chunks_to_batch(x) for x in (q, k, v)), causal=True)
+    out, lse = _as_output(_chunks_from_batch(own[0])), _chunks_from_batch(own[1]).contiguous()
+    for work in pending:
+        work.wait()
+    for chunk, before in _before(rank, degree):
+        queries, out_part, lse_part = (x.chunk(2, dim=2)[chunk] for x in (q, out, lse))
+        part = attend(queries, *_keys_and_values(gathered[before]), causal=False)
+        lse_part.copy_(join_(out_part, (out_part, lse_part), part))
     return out, lse, gathered
 
 
@@ -176,7 +184,8 @@ def context_attention(
 def _(q: Tensor, k: Tensor, v: Tensor, rank: int, degree: int, group_name: str) -> tuple[Tensor, Tensor, Tensor]:
     batch_size, kv_heads, local_len, head_dim = k.shape
     lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-    return _empty_output(q), lse, k.new_empty(local_len * degree, 2, batch_size, kv_heads, head_dim)
+    gathered = k.new_empty(2 * degree, local_len // 2, 2, batch_size, kv_heads, head_dim)
+    return _as_output(torch.empty_like(q)), lse, gathered
 
 
 @torch.library.custom_op("torchtitan::context_attention_backward", mutates_args=())
@@ -185,48 +194,48 @@ def context_attention_backward(
     q: Tensor,  # (B, H, Sl, E)
     out: Tensor,  # (B, H, Sl, E)
     lse: Tensor,  # (B, H, Sl)
-    gathered: Tensor,  # (S, 2, B, K, E)
+    gathered: Tensor,  # (2C, L, 2, B, K, E)
     rank: int,
     degree: int,
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of q (B, H, Sl, E), and of this rank's k and v, (Sl, 2, B, K, E)."""
-    chunk_len = q.size(2) // 2
-    keys, values = gathered.permute(1, 2, 3, 0, 4)  # (B, K, S, E)
-    d_q, d_gathered = _empty_output(q), torch.zeros_like(gathered)
-    by_chunk = zip(*(x.split(chunk_len, dim=2) for x in (grad, q, out, lse, d_q)), strict=True)
-    chunks = list(zip(_get_chunks(rank, degree), by_chunk, strict=True))
-
-    def backward(
-        part: slice, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, *, causal: bool
-    ) -> tuple[Tensor, Tensor]:
-        """From a part of the keys: the gradient of q, and of k and v, (n, 2, B, K, E)."""
-        d_q, *d_kv = attend_backward(grad, q, keys[:, :, part], values[:, :, part], out, lse, causal=causal)
-        return d_q, torch.stack(d_kv).permute(3, 0, 1, 2, 4)
-
-    for number, (*tensors, d_q_part) in chunks:
-        before = slice(number * chunk_len)
-        if number == 0:
-            d_q_part.zero_()
-        else:
-            d_queries, d_kv = backward(before, *tensors, causal=False)
-            d_q_part.copy_(d_queries)
-            d_gathered[before] += d_kv
-    by_rank = _to_rank_order(d_gathered, degree)
-    pending = collectives.reduce_scatter_tensor(by_rank, "sum", degree, group_name)
-    own = []
-    for number, (*tensors, d_q_part) in chunks:
-        d_queries, d_kv = backward(slice(number * chunk_len, (number + 1) * chunk_len), *tensors, causal=True)
-        d_q_part += d_queries
-        own.append(d_kv)
-    return d_q, collectives.wait_tensor(pending) + torch.cat(own)
+    """The gradients of q (B, H, Sl, E), and of this rank's k and v, (2, L, 2, B, K, E)."""
+    group = _get_group(group_name)
+    d_gathered = torch.empty_like(gathered)
+    d_gathered[: rank + 1] = 0  # nothing of this rank comes after these tails
+    d_q_before = {}
+    for chunk, before in _before(rank, degree):
+        d_out, queries, out_part, lse_part = (x.chunk(2, dim=2)[chunk] for x in (grad, q, out, lse))
+        keys, values = _keys_and_values(gathered[before])
+        d_q_before[chunk], *d_kv = attend_backward(d_out, queries, keys, values, out_part, lse_part, causal=False)
+        for number, d in enumerate(d_kv):
+            d = d.permute(2, 0, 1, 3).unflatten(0, (-1, gathered.size(1)))  # (chunks, L, B, K, E)
+            target = d_gathered[before, :, number]
+            target.copy_(d) if chunk == TAIL else target.add_(d)
+    d_own = gathered.new_empty(2, *gathered.shape[1:])
+    pending = [
+        group._reduce_scatter_base(own, of_all.flatten(0, 1), dist.ReduceScatterOptions())
+        for own, of_all in zip(d_own, _heads_and_tails(d_gathered), strict=True)
+    ]
+    own = torch.stack([chunks[rank].permute(1, 2, 0, 3, 4) for chunks in _heads_and_tails(gathered)], dim=2)
+    keys, values = own.flatten(1, 2).transpose(2, 3)  # (2B, K, L, E)
+    d_out, queries, out, lse = (_chunks_to_batch(x) for x in (grad, q, out, lse))
+    d_q, *d_kv = attend_backward(d_out, queries, keys, values, out, lse, causal=True)
+    d_q = _as_output(_chunks_from_batch(d_q))
+    for chunk, d in d_q_before.items():
+        d_q.chunk(2, dim=2)[chunk].add_(d)
+    for work in pending:
+        work.wait()
+    for number, d in enumerate(d_kv):
+        d_own[:, :, number] += _by_chunk(_chunks_from_batch(d))
+    return d_q, d_own
 
 
 @context_attention_backward.register_fake
 def _(
     grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, gathered: Tensor, rank: int, degree: int, group_name: str
 ) -> tuple[Tensor, Tensor]:
-    return _empty_output(q), gathered.new_empty(gathered.size(0) // degree, *gathered.shape[1:])
+    return _as_output(torch.empty_like(q)), gathered.new_empty(2, *gathered.shape[1:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -237,11 +246,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     d_q, d_packed = context_attention_backward(grad, *ctx.saved_tensors, *ctx.where)
-    d_k, d_v = d_packed.permute(1, 2, 3, 0, 4).unbind()  # (B, K, Sl, E)
+    d_k, d_v = _keys_and_values(d_packed)
     return d_q, d_k, d_v, None, None, None
 
 
 context_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _get_group(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type,no-any-return]
 
 
 def _get_chunks(rank: int, degree: int) -> tuple[int, int]:
@@ -249,15 +262,37 @@ def _get_chunks(rank: int, degree: int) -> tuple[int, int]:
     return rank, 2 * degree - 1 - rank
 
 
-def _empty_output(q: Tensor) -> Tensor:
-    """Room for (B, H, Sl, E), with the heads of a token side by side, as the output projection reads them."""
-    batch_size, num_heads, local_len, head_dim = q.shape
-    return q.new_empty(batch_size, local_len, num_heads, head_dim).transpose(1, 2)
+def _before(rank: int, degree: int) -> Iterator[tuple[int, slice]]:
+    """Of a rank's tail, and of its head if anything is: where the chunks before it are in what was gathered."""
+    yield TAIL, slice(rank + 1, 2 * degree)
+    if rank > 0:
+        yield HEAD, slice(degree, degree + rank)
 
 
-def _pack(k: Tensor, v: Tensor) -> Tensor:
-    """(Sl, 2, B, K, E). With the sequence outermost the gather needs no transposition; kernels read any strides."""
-    return torch.stack((k, v)).permute(3, 0, 1, 2, 4).contiguous()
+def _heads_and_tails(gathered: Tensor) -> tuple[Tensor, Tensor]:  # (2C, ...) -> twice (C, ...), by rank
+    tails, heads = gathered.chunk(2)
+    return heads, tails
+
+
+def _by_chunk(x: Tensor) -> Tensor:  # (B, K, Sl, E) -> (2, L, B, K, E): a head and a tail
+    return x.unflatten(2, (2, -1)).permute(2, 3, 0, 1, 4)
+
+
+def _keys_and_values(packed: Tensor) -> tuple[Tensor, ...]:  # (chunks, L, 2, B, K, E) -> (B, K, chunks * L, E) each
+    return packed.flatten(0, 1).permute(1, 2, 3, 0, 4).unbind()
+
+
+def _chunks_to_batch(x: Tensor) -> Tensor:  # (B, N, Sl, ...) -> (2B, N, L, ...)
+    return x.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _chunks_from_batch(x: Tensor) -> Tensor:  # (2B, N, L, ...) -> (B, N, Sl, ...)
+    return x.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2, 3)
+
+
+def _as_output(x: Tensor) -> Tensor:  # (B, H, Sl, E)
+    """With the heads of a token side by side, as the output projection reads them."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class _GatherSequence(torch.autograd.Function):
