@@ -12,7 +12,7 @@ Each row is one configuration: a name, then options of the run. Trained is real 
 allocated. The largest batch is run and the next one must fail, from the one on that the estimate finds to fit.
 Several processes measure one row at one batch size: a second process group would meet the keys of the first in
 torchrun's store and hang, and a rank that is out of memory can only end the run, since the others wait for it.
-Writes results.jsonl, row by row, and benchmark_train.png to --out.
+Writes results.jsonl, row by row, and of several rows benchmark_train.png to --out.
 """
 
 import argparse
@@ -247,7 +247,7 @@ def main() -> None:
             if world.rank == 0:
                 with results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-    if world.rank == 0 and rows:
+    if world.rank == 0 and len(rows) > 1:
         title = f"{', '.join(args.flavor)}, {args.seq_len} tokens a sequence, {world.size} x {rows[0]['device']}"
         plot(rows, args.out / "benchmark_train.png", title)
 
