@@ -39,9 +39,9 @@ KINDS = {
     "attention": r"flash|fmha|sdpa|attention",
     "the loss": r"liger|cross_entropy|_(statistics|gradient|multiply)(_and_gradient)?_kernel",
     "matrix products": r"gemm|cutlass|nvjet|xmma|cublas|matmul",
-    "float8's scales and casts": r"^triton.*(amax|clamp)|float8|clamp_|AbsFunctor|MaxOps|MaxNan",
     "FSDP's copies": r"split_with_sizes|chunk_cat|CatArray|multi_tensor.*copy",
-    "optimizer, clipping": r"adam|multi_tensor|norm_(two|inf)",
+    "optimizer, clipping": r"adam|multi_tensor|norm_(two|inf)|^triton.*lshift",  # the last is the compact one's
+    "float8's scales and casts": r"^triton.*(amax|clamp)|float8|clamp_|AbsFunctor|MaxOps|MaxNan",
     "compiled by the inductor": r"^triton",
     "copies": r"memcpy|memset|copy|fill",
 }

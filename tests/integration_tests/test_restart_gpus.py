@@ -76,7 +76,6 @@ def test_after_a_kill_the_run_ends_as_if_nothing_had_happened(
     folder, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     log = folder.with_suffix(".log")
     alone = start(undisturbed, device, world_size, f"{options} --checkpoint.interval 1000000")
-    assert alone.wait(TIMEOUT_S) == 0, undisturbed.with_suffix(".log").read_text()
     launcher = start(folder, device, world_size, options)
     try:
         wait_until(lambda: last_step(folder) >= KILL_AFTER or launcher.poll() is not None, seconds=TIMEOUT_S)
@@ -87,8 +86,10 @@ def test_after_a_kill_the_run_ends_as_if_nothing_had_happened(
         wait_until(lambda: log.read_text().count(STARTS) == 2 or launcher.poll() is not None, seconds=TIMEOUT_S)
         record_property("seconds_to_restart", time.monotonic() - begin)
         assert launcher.wait(TIMEOUT_S) == 0, log.read_text()
+        assert alone.wait(TIMEOUT_S) == 0, undisturbed.with_suffix(".log").read_text()
     finally:
-        launcher.kill()  # its workers end with it
+        for run in (launcher, alone):
+            run.kill()  # its workers end with it
     said = log.read_text()
     continued_at = int(said.rpartition(STARTS)[2].split()[0])
     record_property("killed_after_step", killed_at)
