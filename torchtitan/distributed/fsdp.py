@@ -40,7 +40,7 @@ def apply_fsdp(
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype = torch.float32,
     reshard_policy: ReshardPolicy = "default",
-    block_modes: Sequence[BlockMode],
+    block_modes: Sequence[BlockMode] = (),
     cpu_offload: bool = False,
 ) -> None:
     """Shard `model`, or a pipeline stage of one, in place.
@@ -55,7 +55,7 @@ def apply_fsdp(
     # Nothing is cast on the way in: activations have param_dtype since the embedding, the rotary table stays float32.
     precision = MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False)
     reshard = should_reshard_after_forward(reshard_policy, parallel_dims)
-    reshards = [reshard and mode != "gathered" for mode in block_modes]
+    gathered = {str(number) for number, mode in enumerate(block_modes) if mode == "gathered"}
 
     def shard(module: nn.Module | None, *, reshard_after_forward: bool) -> None:
         if module is not None:
@@ -68,9 +68,9 @@ def apply_fsdp(
             )
 
     is_tied = isinstance(model.output, TiedOutputHead)
-    shard(model.tok_embeddings, reshard_after_forward=reshards[0] and not is_tied)
+    shard(model.tok_embeddings, reshard_after_forward=reshard and "0" not in gathered and not is_tied)
     for number, block in model.layers.items():
-        shard(block, reshard_after_forward=reshards[int(number)])
+        shard(block, reshard_after_forward=reshard and number not in gathered)
     # Backward needs these two at once: gathering them again would save no memory at the peak.
     shard(model.norm, reshard_after_forward=reshard_policy == "always")
     if not is_tied:

@@ -66,7 +66,7 @@ class ParallelizeFn(Protocol):
         parallel_dims: ParallelDims,
         parallelism: Parallelism,
         training: Training,
-        block_modes: Sequence[BlockMode],  # of every block of the whole model: distributed/activation_checkpoint.py
+        block_modes: Sequence[BlockMode],  # of all blocks: distributed/activation_checkpoint.py, fsdp.py
         loss_parallel: bool,
     ) -> None: ...
 

@@ -153,7 +153,7 @@ def build_run(
         loss_parallel=False,
     )
     if device == "cuda":  # parallelize_transformer leaves FSDP out on one rank
-        apply_fsdp(model, mesh, dims, param_dtype=torch.float32, block_modes=("none",) * len(model.layers))
+        apply_fsdp(model, mesh, dims, param_dtype=torch.float32)
     model.to_empty(device=device)
     model.init_buffers(device)
     init_parameters(model, seed=3, device=device)
