@@ -1,5 +1,6 @@
 """The estimate equals what a whole step takes, traced on the meta device, and knows each axis and option."""
 
+import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from tests.finished_run import REPO, load_script
 from torchtitan.cli.estimate import to_table
 from torchtitan.cli.main import main
 from torchtitan.components.loss import (
@@ -354,6 +356,21 @@ def test_within_5_percent_whatever_the_states_the_products_and_the_recomputation
     page = (Path(__file__).parents[3] / "docs" / "performance.md").read_text()
     assert f"| {reserved} |" in page
     assert FLOAT8 not in options or f"{peak:.1f}" in page.partition("four rows in float8 it gives")[2][:40]
+
+
+def test_within_3_percent_under_every_layout_that_keeps_gathered_weights() -> None:
+    """The rows of scripts/benchmark_parallel.py, as two H200 had them."""
+    script = load_script("benchmark_parallel")
+    lines = (REPO / "docs/benchmarks/parallel_2_h200.jsonl").read_text().splitlines()
+    reserved = {row["name"]: row["reserved_gib"] for row in map(json.loads, lines) if "reserved_gib" in row}
+    layouts = list(script.get_layouts(script.SIZES["cuda"], on_gpus=True))
+    assert len(layouts) == len(reserved) == 9
+    for layout in layouts:
+        sizes = f"--model.flavor {layout.flavor} --training.seq_len {layout.seq_len}"
+        config = parse(f"{sizes} --training.local_batch_size {layout.sequences} {COMPILE} {layout.options}")
+        modes: list[BlockMode] = ["gathered"] * llama3_flavors[layout.flavor].n_layers
+        peak = estimate_memory(config, world_size=2, block_modes=modes).peak / GIB
+        assert peak == pytest.approx(reserved[layout.name], rel=0.03), layout.name
 
 
 @pytest.mark.parametrize(
