@@ -5,12 +5,12 @@
     python scripts/benchmark_parallel.py --device cpu --nproc 2     # a rehearsal without GPUs, on tiny sizes
 
     parity    every layout's loss and gradient norm are one GPU's, in float32 and in bf16
+    restart   a worker is killed; the run comes back from its last checkpoint and ends as one that was left alone.
+              Half of the GPUs go on with a run of all
     train     tokens/s, MFU and memory of a whole step with the fused loss: sharded, also in float8, with tensor and
               context parallel, sequences twice as long, and 8B, whose states are compact
     head      the loss head alone, its vocabulary sharded: in-tree against gathering the weight
     profile   the collectives of a step with tensor parallel and the fused loss; none may gather the head's weight
-    restart   a worker is killed; the run comes back from its last checkpoint and ends as one that was left alone.
-              Half of the GPUs go on with a run of all
 
 Each part starts processes of its own, with a time limit; one that fails is told, and the others go on. Parity and
 restart, of which nothing is timed to the second, run side by side before the others. Writes

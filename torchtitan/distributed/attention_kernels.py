@@ -112,17 +112,14 @@ def attend_backward(
     return dq, dk, dv
 
 
-def join_(
-    out: Tensor,  # (B, H, L, E): written, may be that of a part
-    first: tuple[Tensor, Tensor],
-    second: tuple[Tensor, Tensor],
-) -> Tensor:  # (B, H, L)
-    """Attention to the keys of both parts; each is what `attend` gives. Returns the joined log-sum-exps."""
+def join_(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> None:
+    """Make the first, which `attend` gave as the second, attention to the keys of both: the output and log-sum-exps."""
     (first_out, first_lse), (second_out, second_lse) = first, second
     lse = torch.logaddexp(first_lse, second_lse)
     first_weight, second_weight = ((part - lse).exp_()[..., None] for part in (first_lse, second_lse))
-    torch.addcmul(first_out * first_weight, second_out, second_weight, out=out)  # in float32, and rounded at the end
-    return lse
+    weighted = first_out * first_weight  # float32, and rounded only at the end
+    torch.addcmul(weighted, second_out, second_weight, out=first_out)
+    first_lse.copy_(lse)
 
 
 @torch.no_grad()
@@ -136,11 +133,9 @@ def attend_to_prefix(
     if length == 1:  # sees all
         return attend(q, k, v, causal=False)[0]
     own = attend(q, k[:, :, before:], v[:, :, before:], causal=True)
-    if before == 0:
-        return own[0]
-    out = torch.empty_like(q)
-    join_(out, own, attend(q, k[:, :, :before], v[:, :, :before], causal=False))
-    return out
+    if before > 0:
+        join_(own, attend(q, k[:, :, :before], v[:, :, :before], causal=False))
+    return own[0]
 
 
 def _choose(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> SDPBackend:

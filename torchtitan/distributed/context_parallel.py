@@ -32,9 +32,9 @@ gathered first, and each chunk attends within its documents (document_attention.
 **Collectives and bytes**, per layer and microbatch, for an element size of b bytes, counted as received by each rank
 (N = 2 * B * S * K * E elements, K and V of the whole sequence):
 
-    forward                      all-gathers of K and V packed     (C - 1) / C * N * b
+    forward                      all-gathers of K and V packed    (C - 1) / C * N * b
     recomputed forward, if any   the same again
-    backward                     reduce-scatters of dK and dV      (C - 1) / C * N * b
+    backward                     reduce-scatters of dK and dV     (C - 1) / C * N * b
 
 Llama 3 8B, S = 131072, B = 1, bf16: N * b = 537 MB a layer. Under tensor parallelism K is this rank's K heads, and all
 of it shrinks by the tensor-parallel degree. Nothing of the queries, the output or the rest of the model is sent, but
@@ -140,9 +140,8 @@ class ContextParallelAttention(nn.Module):
     ) -> Tensor:  # (B, H, Sl, E)
         if documents is None:
             return context_attention(q, k, v, self.rank, self.degree, self.group_name)[0]
-        packed = torch.stack((k, v)).permute(3, 0, 1, 2, 4).contiguous()  # (Sl, 2, B, K, E)
-        gathered = _GatherSequence.apply(packed, self.degree, self.group_name)
-        k, v = gathered.permute(1, 2, 3, 0, 4).unbind()  # (B, K, S, E)
+        gathered = _GatherSequence.apply(_pack(k, v).flatten(0, 1), self.degree, self.group_name)
+        k, v = _keys_and_values(gathered)  # (B, K, S, E)
         chunk_len = q.size(2) // 2
         ends = [(number + 1) * chunk_len for number in _get_chunks(self.rank, self.degree)]
         parts = [
@@ -163,7 +162,7 @@ def context_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output (B, H, Sl, E); for backward the log-sum-exps (B, H, Sl), and K and V of all, (2C, L, 2, B, K, E)."""
     group = _get_group(group_name)
-    packed = torch.stack((_by_chunk(k), _by_chunk(v)), dim=2)  # (2, L, 2, B, K, E)
+    packed = _pack(k, v)
     gathered = packed.new_empty(2 * degree, *packed.shape[1:])
     pending = [
         group._allgather_base(of_all.flatten(0, 1), own)
@@ -176,7 +175,7 @@ def context_attention(
     for chunk, before in _before(rank, degree):
         queries, out_part, lse_part = (x.chunk(2, dim=2)[chunk] for x in (q, out, lse))
         part = attend(queries, *_keys_and_values(gathered[before]), causal=False)
-        lse_part.copy_(join_(out_part, (out_part, lse_part), part))
+        join_((out_part, lse_part), part)
     return out, lse, gathered
 
 
@@ -209,8 +208,8 @@ def context_attention_backward(
         keys, values = _keys_and_values(gathered[before])
         d_q_before[chunk], *d_kv = attend_backward(d_out, queries, keys, values, out_part, lse_part, causal=False)
         for number, d in enumerate(d_kv):
-            d = d.permute(2, 0, 1, 3).unflatten(0, (-1, gathered.size(1)))  # (chunks, L, B, K, E)
             target = d_gathered[before, :, number]
+            d = _by_chunk(d, len(target))
             target.copy_(d) if chunk == TAIL else target.add_(d)
     d_own = gathered.new_empty(2, *gathered.shape[1:])
     pending = [
@@ -227,7 +226,7 @@ def context_attention_backward(
     for work in pending:
         work.wait()
     for number, d in enumerate(d_kv):
-        d_own[:, :, number] += _by_chunk(_chunks_from_batch(d))
+        d_own[:, :, number] += _by_chunk(_chunks_from_batch(d), 2)
     return d_q, d_own
 
 
@@ -274,12 +273,16 @@ def _heads_and_tails(gathered: Tensor) -> tuple[Tensor, Tensor]:  # (2C, ...) ->
     return heads, tails
 
 
-def _by_chunk(x: Tensor) -> Tensor:  # (B, K, Sl, E) -> (2, L, B, K, E): a head and a tail
-    return x.unflatten(2, (2, -1)).permute(2, 3, 0, 1, 4)
+def _by_chunk(x: Tensor, num_chunks: int) -> Tensor:  # (B, K, num_chunks * L, E) -> (num_chunks, L, B, K, E)
+    return x.unflatten(2, (num_chunks, -1)).permute(2, 3, 0, 1, 4)
 
 
-def _keys_and_values(packed: Tensor) -> tuple[Tensor, ...]:  # (chunks, L, 2, B, K, E) -> (B, K, chunks * L, E) each
-    return packed.flatten(0, 1).permute(1, 2, 3, 0, 4).unbind()
+def _pack(k: Tensor, v: Tensor) -> Tensor:  # (B, K, Sl, E) each -> (2, L, 2, B, K, E): a head and a tail
+    return torch.stack((_by_chunk(k, 2), _by_chunk(v, 2)), dim=2)
+
+
+def _keys_and_values(packed: Tensor) -> tuple[Tensor, ...]:  # (..., 2, B, K, E) of n keys -> (B, K, n, E) each
+    return packed.flatten(0, -5).permute(1, 2, 3, 0, 4).unbind()
 
 
 def _chunks_to_batch(x: Tensor) -> Tensor:  # (B, N, Sl, ...) -> (2B, N, L, ...)

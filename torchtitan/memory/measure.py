@@ -86,13 +86,15 @@ def measure(config: JobConfig, dims: ParallelDims, mesh: Mesh | None) -> Measure
         tokens_shape = (sequences, config.training.seq_len // dims.cp)
         hidden, block_args = _run(model, tokens_shape, config, dims)
         blocks: dict[BlockMode, Use] = {}
-        for mode in [*BLOCK_MODES][1:]:
+        for mode in BLOCK_MODES:
+            if mode == "gathered":
+                continue  # as "none": the weights are FSDP's
             set_block_modes(model, [mode])
             model.zero_grad()  # the gradients count as made
             x = block_args[0].detach().requires_grad_()
             block = partial(model.layers["0"], x, *block_args[1:])
             blocks[mode] = _trace(block, is_compiled=config.training.compile)
-        blocks["gathered"] = blocks["none"]  # its weights are FSDP's
+        blocks["gathered"] = blocks["none"]
         return Measured(
             n_layers=args.n_layers,
             units={

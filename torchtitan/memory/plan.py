@@ -159,7 +159,8 @@ def choose_block_modes(config: JobConfig, model: MemoryModel, budget: float) -> 
     """As the options say; for "auto" the fastest whose estimated peak is within `budget` bytes, or else the leanest."""
     if config.activation_checkpoint.mode != "auto":
         return get_block_modes(config.activation_checkpoint, model.n_layers)
-    fastest, *leaner = [*BLOCK_MODES][0 if _may_stay_gathered(config, model) else 1 :]
+    may_stay_gathered = _may_stay_gathered(config, model)
+    fastest, *leaner = (mode for mode in BLOCK_MODES if mode != "gathered" or may_stay_gathered)
     if model.dims.pp > 1 and config.parallelism.pipeline_parallel_schedule in ZERO_BUBBLE:
         leaner = ["full"]  # they cannot run the others: config/validate.py
     chosen = [fastest] * model.n_layers

@@ -31,8 +31,9 @@ def joined(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> Tensors:
     """The output and the gradients of queries that see `before` keys and, causally, their own."""
     before = k.size(2) - L
     parts = [(slice(before), False), (slice(before, None), True)]
-    out = torch.empty_like(q)
-    lse = join_(out, *(attend(q, k[:, :, part], v[:, :, part], causal=causal) for part, causal in parts))
+    joint, other = (attend(q, k[:, :, part], v[:, :, part], causal=causal) for part, causal in parts)
+    join_(joint, other)
+    out, lse = joint
     grads = [attend_backward(grad, q, k[:, :, part], v[:, :, part], out, lse, causal=causal) for part, causal in parts]
     (dq1, dk1, dv1), (dq2, dk2, dv2) = grads
     return [out, dq1 + dq2, torch.cat((dk1, dk2), dim=2), torch.cat((dv1, dv2), dim=2)]
