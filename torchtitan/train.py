@@ -371,7 +371,8 @@ def main(argv: list[str]) -> int:
         if utils.is_of_lost_rank(error):
             if trainer is not None:
                 trainer.metrics.close(failed=True)
-            utils.end_after_lost_rank(error, step=trainer.step if trainer is not None else 0)
+            step, asked = (trainer.step, trainer.guard.asked_to_stop) if trainer is not None else (0, lambda: False)
+            utils.end_after_lost_rank(error, step=step, asked_to_stop=asked)
         logger.error(_explain(error, config, trainer))
         return exit_status(error)
     except KeyboardInterrupt:

@@ -376,7 +376,8 @@ def test_hung_rank_is_named_when_the_time_is_out(tmp_path):
         )
 
 
-def test_launcher_names_the_rank_that_failed_and_shows_its_words(tmp_path):
+@pytest.mark.parametrize("when", ["amid the run", "as all are to stop"])
+def test_launcher_names_the_rank_that_failed_and_shows_its_words(tmp_path, when):
     """Not the one whose collective fails because of it, which is rank 0 here, whose log is shown."""
     data = tmp_path / "data.txt"
     data.write_text("words of a document " * 1000)
@@ -386,22 +387,24 @@ def test_launcher_names_the_rank_that_failed_and_shows_its_words(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "torchtitan.launch", "--nproc_per_node", "2", *options.split()],
         cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO)},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO), "FAULT_COMES": when},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
         check=False,
     )
-    assert result.returncode == EXIT_MISTAKE
-    ending = f"Rank 1 exited with status {EXIT_MISTAKE} (which no restart heals). The end of its output:\n"
-    _, found, words = result.stderr.partition(ending)
+    how = f"exited with status {EXIT_MISTAKE} (which no restart heals)"
+    _, found, words = result.stderr.partition(f"Rank 1 {how}. The end of its output:\n")
     assert found, result.stderr
     assert "DatasetError: a fault" in words
     assert "LostRankError" not in result.stdout + result.stderr
+    assert result.returncode == (EXIT_MISTAKE if when == "amid the run" else EXIT_PREEMPTED)
 
 
+# In both cases rank 0 learns of it by its collective, in the second one after the launcher has asked it to stop.
 FAULT_ON_RANK_1 = """
-import os
+import os, signal, time
 import tests.integration_tests.tiny_llama3
 import __main__ as train  # python -m torchtitan.train
 from torchtitan.config.errors import DatasetError
@@ -409,8 +412,14 @@ from torchtitan.config.errors import DatasetError
 train_step = train.Trainer.train_step
 
 def fail(self, batches):
-    if self.step == 3 and os.environ["RANK"] == "1":
-        raise DatasetError("a fault")
+    if self.step == 3:
+        if os.environ["FAULT_COMES"] == "as all are to stop":
+            if os.environ["RANK"] == "0":
+                os.kill(os.getppid(), signal.SIGTERM)
+            while not self.guard.asked_to_stop():
+                time.sleep(0.01)
+        if os.environ["RANK"] == "1":
+            raise DatasetError("a fault")
     return train_step(self, batches)
 
 train.Trainer.train_step = fail

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -137,12 +137,14 @@ def is_of_lost_rank(error: Exception) -> bool:
     return of_collective and dist.is_initialized()
 
 
-def end_after_lost_rank(error: Exception, *, step: int) -> NoReturn:
+def end_after_lost_rank(error: Exception, *, step: int, asked_to_stop: Callable[[], bool]) -> NoReturn:
     """End because another rank has: as the second one to fail, so that the launcher names the first and its words.
 
     Over NCCL this is not reached: its watchdog aborts the process.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if asked_to_stop():  # already: the launcher may have seen the other rank's end before this one did
+        signal.raise_signal(signal.SIGTERM)
     time.sleep(_PATIENCE_S)  # the launcher stops this rank meanwhile, unless the other one hangs
     # without the line of its source code, and advice to read logs
     symptom = re.sub(r"^\[.*?\] |\. This is typically.*", "", str(error).partition("\n")[0])

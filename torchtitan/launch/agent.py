@@ -1,13 +1,16 @@
 """torchrun's agent, but that it knows two statuses of workers: what no restart heals, and memory that ran out.
 
 It acts on the machine whose worker has failed. After a mistake the agents of the others find that there is none to
-meet; after memory that ran out they restart as they do after any failure, where --max_restarts allows it.
+meet; after memory that ran out they restart as they do after any failure, where --max_restarts allows it. And it
+keeps which workers failed as all were being stopped, of which torchrun says nothing.
 """
 
 import os
+from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.launcher import api
 
 from torchtitan.config.errors import EXIT_MISTAKE, EXIT_OUT_OF_MEMORY
@@ -16,6 +19,7 @@ _VARIABLE = "TORCHTITAN_OUT_OF_MEMORY_COUNT"
 
 
 class Agent(LocalElasticAgent):
+    failures: dict[int, ProcessFailure]  # by rank: those that ended by themselves while they were being stopped
     _out_of_memory_count = 0
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -30,8 +34,17 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts += 1
         return result
 
+    def _shutdown(self, *args: Any, **kwargs: Any) -> None:
+        super()._shutdown(*args, **kwargs)
+        workers = getattr(self._pcontext, "subprocess_handlers", {})
+        for local_rank, worker in workers.items():
+            if 0 < (status := worker.proc.poll() or 0) < 128:  # not by a signal
+                rank = self._worker_group.workers[local_rank].global_rank
+                Agent.failures[rank] = ProcessFailure(local_rank, worker.proc.pid, status, error_file="")
+
 
 def use_agent() -> None:
     """Have torchrun take this one."""
+    Agent.failures = {}
     os.environ[_VARIABLE] = "0"
     api.LocalElasticAgent = Agent  # type: ignore[attr-defined,misc]

@@ -35,7 +35,7 @@ from torchtitan.tools.process import raise_file_limit
 from torchtitan.tools.terminal import ProgressTerminal, send_progress
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 # The flags that are taken out of the arguments, all but the first three torchrun's; the rest are options of the run.
 FLAGS: dict[str, Any] = {
@@ -208,7 +208,7 @@ def run_workers(flags: dict[str, object], options: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
 
-    from torchtitan.launch.agent import use_agent
+    from torchtitan.launch.agent import Agent, use_agent
 
     # What is ignored stays so: `nohup` ignores SIGHUP, for the run to outlive the terminal.
     signals = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
@@ -233,11 +233,14 @@ def run_workers(flags: dict[str, object], options: list[str]) -> int:
     # A store for each start of the workers: in one that is kept, restarted ranks find the addresses of dead ones.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     use_agent()
+    log_dir, shown_ranks = Path(arguments.log_dir), arguments.local_ranks_filter.split(",")
     try:
         torchrun.run(arguments)
     except ChildFailedError as error:
-        return _report_failure(error, Path(arguments.log_dir), shown_ranks=arguments.local_ranks_filter.split(","))
+        return _report_failure(*error.get_first_failure(), log_dir, shown_ranks)
     except SignalException as error:
+        for rank, failure in Agent.failures.items():
+            _report_failure(rank, failure, log_dir, shown_ranks)
         return 128 + error.sigval
     except RendezvousError as error:
         where = f"{arguments.nnodes} machine(s) at {arguments.rdzv_endpoint or arguments.master_addr}"
@@ -260,9 +263,8 @@ def kill_workers() -> None:
                 os.killpg(int(pid), signal.SIGKILL)
 
 
-def _report_failure(error: "ChildFailedError", log_dir: Path, shown_ranks: list[str]) -> int:
-    """Say in one line which worker ended the run, and how; show its last words if they are not on the screen yet."""
-    rank, failure = error.get_first_failure()
+def _report_failure(rank: int, failure: "ProcessFailure", log_dir: Path, shown_ranks: list[str]) -> int:
+    """Say in one line which worker failed, and how; show its last words if they are not on the screen yet."""
     how = f"exited with status {failure.exitcode}"
     if failure.exitcode == EXIT_MISTAKE:
         how += " (which no restart heals)"
