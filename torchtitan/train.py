@@ -369,10 +369,10 @@ def main(argv: list[str]) -> int:
         return 0
     except Exception as error:
         if utils.is_of_lost_rank(error):
-            if trainer is not None:
-                trainer.metrics.close(failed=True)
-            step, asked = (trainer.step, trainer.guard.asked_to_stop) if trainer is not None else (0, lambda: False)
-            utils.end_after_lost_rank(error, step=step, asked_to_stop=asked)
+            if trainer is None:
+                utils.end_after_lost_rank(error)
+            trainer.metrics.close(failed=True)
+            utils.end_after_lost_rank(error, step=trainer.step, asked_to_stop=trainer.guard.asked_to_stop)
         logger.error(_explain(error, config, trainer))
         return exit_status(error)
     except KeyboardInterrupt:

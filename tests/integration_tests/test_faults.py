@@ -376,16 +376,15 @@ def test_hung_rank_is_named_when_the_time_is_out(tmp_path):
         )
 
 
-@pytest.mark.parametrize("when", ["amid the run", "as all are to stop"])
-def test_launcher_names_the_rank_that_failed_and_shows_its_words(tmp_path, when):
-    """Not the one whose collective fails because of it, which is rank 0 here, whose log is shown."""
+def launch_with_fault(tmp_path: Path, when: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Two ranks, of which the second fails."""
     data = tmp_path / "data.txt"
     data.write_text("words of a document " * 1000)
     (tmp_path / "fault.py").write_text(FAULT_ON_RANK_1)
     options = f"{OPTIONS} {PAIR_SAVING} --training.dataset_path {data} --job.dump_folder {tmp_path / 'run'}"
     options += " --experimental.custom_import fault"
-    result = subprocess.run(
-        [sys.executable, "-m", "torchtitan.launch", "--nproc_per_node", "2", *options.split()],
+    return subprocess.run(
+        [sys.executable, "-m", "torchtitan.launch", "--nproc_per_node", "2", *flags, *options.split()],
         cwd=tmp_path,
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPO), "FAULT_COMES": when},
@@ -394,6 +393,12 @@ def test_launcher_names_the_rank_that_failed_and_shows_its_words(tmp_path, when)
         timeout=TIMEOUT_S,
         check=False,
     )
+
+
+@pytest.mark.parametrize("when", ["amid the run", "as all are to stop"])
+def test_launcher_names_the_rank_that_failed_and_shows_its_words(tmp_path, when):
+    """Not the one whose collective fails because of it, which is rank 0 here, whose log is shown."""
+    result = launch_with_fault(tmp_path, when)
     how = f"exited with status {EXIT_MISTAKE} (which no restart heals)"
     _, found, words = result.stderr.partition(f"Rank 1 {how}. The end of its output:\n")
     assert found, result.stderr
@@ -402,7 +407,16 @@ def test_launcher_names_the_rank_that_failed_and_shows_its_words(tmp_path, when)
     assert result.returncode == (EXIT_MISTAKE if when == "amid the run" else EXIT_PREEMPTED)
 
 
-# In both cases rank 0 learns of it by its collective, in the second one after the launcher has asked it to stop.
+def test_a_failure_that_a_restart_has_healed_is_not_told_as_all_are_stopped(tmp_path):
+    result = launch_with_fault(tmp_path, "before a restart", "--max_restarts", "1")
+    assert "RuntimeError: a fault" not in result.stderr
+    assert "Rank 1" not in result.stderr
+    assert "will restart" in result.stderr
+    assert result.returncode == EXIT_PREEMPTED
+
+
+# Rank 0 learns of it by its collective: "as all are to stop" after the launcher has asked it to, as rank 0 wants. After
+# a restart that is all that happens.
 FAULT_ON_RANK_1 = """
 import os, signal, time
 import tests.integration_tests.tiny_llama3
@@ -410,16 +424,24 @@ import __main__ as train  # python -m torchtitan.train
 from torchtitan.config.errors import DatasetError
 
 train_step = train.Trainer.train_step
+rank, when = os.environ["RANK"], os.environ["FAULT_COMES"]
+is_restarted = os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
+
+def stop_all(self):
+    if rank == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+    while not self.guard.asked_to_stop():
+        time.sleep(0.01)
 
 def fail(self, batches):
-    if self.step == 3:
-        if os.environ["FAULT_COMES"] == "as all are to stop":
-            if os.environ["RANK"] == "0":
-                os.kill(os.getppid(), signal.SIGTERM)
-            while not self.guard.asked_to_stop():
-                time.sleep(0.01)
-        if os.environ["RANK"] == "1":
-            raise DatasetError("a fault")
+    if is_restarted:
+        if rank == "0" and not self.guard.asked_to_stop():
+            stop_all(self)
+    elif self.step == 3:
+        if when == "as all are to stop":
+            stop_all(self)
+        if rank == "1":
+            raise RuntimeError("a fault") if when == "before a restart" else DatasetError("a fault")
     return train_step(self, batches)
 
 train.Trainer.train_step = fail

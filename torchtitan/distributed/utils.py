@@ -137,7 +137,9 @@ def is_of_lost_rank(error: Exception) -> bool:
     return of_collective and dist.is_initialized()
 
 
-def end_after_lost_rank(error: Exception, *, step: int, asked_to_stop: Callable[[], bool]) -> NoReturn:
+def end_after_lost_rank(
+    error: Exception, *, step: int = 0, asked_to_stop: Callable[[], bool] = lambda: False
+) -> NoReturn:
     """End because another rank has: as the second one to fail, so that the launcher names the first and its words.
 
     Over NCCL this is not reached: its watchdog aborts the process.

@@ -19,7 +19,7 @@ _VARIABLE = "TORCHTITAN_OUT_OF_MEMORY_COUNT"
 
 
 class Agent(LocalElasticAgent):
-    failures: dict[int, ProcessFailure]  # by rank: those that ended by themselves while they were being stopped
+    failures: dict[int, ProcessFailure]  # by rank: those of the last workers to be stopped that ended by themselves
     _out_of_memory_count = 0
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -37,10 +37,11 @@ class Agent(LocalElasticAgent):
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
         super()._shutdown(*args, **kwargs)
         workers = getattr(self._pcontext, "subprocess_handlers", {})
-        for local_rank, worker in workers.items():
-            if 0 < (status := worker.proc.poll() or 0) < 128:  # not by a signal
-                rank = self._worker_group.workers[local_rank].global_rank
-                Agent.failures[rank] = ProcessFailure(local_rank, worker.proc.pid, status, error_file="")
+        Agent.failures = {
+            self._worker_group.workers[local_rank].global_rank: ProcessFailure(local_rank, worker.proc.pid, status, "")
+            for local_rank, worker in workers.items()
+            if 0 < (status := worker.proc.poll() or 0) < 128  # not by a signal
+        }
 
 
 def use_agent() -> None:
