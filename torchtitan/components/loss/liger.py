@@ -8,15 +8,16 @@ small for the GPU (`docs/performance.md`). We choose the chunk from a memory bud
 
 import importlib.metadata
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 from torch import Tensor
 
 from torchtitan.components.loss.chunking import liger_chunk_mem_const, rows_in_budget
-from torchtitan.components.loss.gradients import OneBackward
+from torchtitan.components.loss.gradients import OneBackward, multiply_
 from torchtitan.components.loss.terms import IGNORE_INDEX
 from torchtitan.components.loss.token_sums import TokenSums
 from torchtitan.components.loss.valid_rows import ValidRows
@@ -34,9 +35,8 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
     """`LigerFusedLinearCrossEntropyLoss` on `output.weight`, with chunks of at most `budget_bytes` of logits.
 
     Liger rounds a chunk to a power of two rows and needs no less than its own default chunk; a smaller budget
-    than that has no effect. On a GPU the host waits for it in forward, which reads the number of valid tokens, and in
-    backward, which reads whether the incoming gradient is 1. Ignored tokens are left out before, where the labels are
-    on the host. There is one backward, and no second derivative.
+    than that has no effect. On a GPU the host waits for it in forward, which reads the number of valid tokens. Ignored
+    tokens are left out before, where the labels are on the host. There is one backward, and no second derivative.
 
     Raises:
         ImportError: liger-kernel is older than `MIN_VERSION`.
@@ -78,29 +78,59 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
         num_valid = (labels != IGNORE_INDEX).sum()
         share = num_valid * scale
         share = torch.where((share - 1).abs() < _ROUNDING, 1.0, share)
-        found = liger_fused_linear_cross_entropy(
-            input=hidden,
-            weight=weight,
-            target=labels,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            accum_dtype=self.accum_dtype,
-            lse_square_scale=self.sums.z_loss,
-            return_z_loss=self.sums.z_loss > 0,
-            chunk_mem_const=liger_chunk_mem_const(
-                num_tokens=hidden.shape[0],
-                dim=weight.shape[1],
-                vocab_size=weight.shape[0],
-                max_rows=rows_in_budget(
-                    self.budget_bytes, vocab_rows=weight.shape[0], bytes_per_logit=hidden.element_size()
-                ),
+        chunk_mem_const = liger_chunk_mem_const(
+            num_tokens=hidden.shape[0],
+            dim=weight.shape[1],
+            vocab_size=weight.shape[0],
+            max_rows=rows_in_budget(
+                self.budget_bytes, vocab_rows=weight.shape[0], bytes_per_logit=hidden.element_size()
             ),
         )
-        mean, z_mean = (found.loss, found.z_loss) if self.sums.z_loss else (found, None)
+        mean, z_mean = _LigerFunction.apply(
+            hidden, weight, labels, self.sums.z_loss, self.reduction, self.accum_dtype, chunk_mem_const
+        )
         loss = mean * share
         if z_mean is not None:
             loss = self.sums.z_loss_apart(loss, z_mean * num_valid, scale)
         return OneBackward.apply(loss + torch.where(is_no_word, float("inf"), 0.0).sum())
+
+
+class _LigerFunction(LigerFusedLinearCrossEntropyFunction):  # type: ignore[misc]  # its package has no types
+    """Liger's, for what we ask of it; in its own backward the host would wait for the GPU to read the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # (T, D)
+        weight: Tensor,  # (V, D)
+        labels: Tensor,  # (T,)
+        z_loss: float,
+        reduction: str,
+        accum_dtype: torch.dtype | None,
+        chunk_mem_const: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss, and the part of it that is z-loss, if there is one."""
+        found = LigerFusedLinearCrossEntropyFunction.forward(
+            ctx,
+            hidden,
+            weight,
+            labels,
+            ignore_index=IGNORE_INDEX,
+            lse_square_scale=z_loss,
+            reduction=reduction,
+            return_z_loss=z_loss > 0,
+            accum_dtype=accum_dtype,
+            chunk_mem_const=chunk_mem_const,
+        )
+        return found[0], found[1]
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        gradients = [g for g in ctx.saved_tensors if g is not None]
+        for gradient in gradients:
+            multiply_(gradient, d_loss)
+        d_hidden, d_weight = (*gradients, None)[:2]
+        return d_hidden, d_weight, *[None] * 5
 
 
 def _check_version() -> None:
