@@ -222,10 +222,9 @@ def head(host: Host) -> Iterator[Row]:
 def profile(host: Host) -> Iterator[Row]:
     sizes, folder = host.sizes, host.out / "profile"
     options = f"""
-        --model.flavor {sizes.flavor} --training.seq_len {sizes.seq_len} {TP} {IN_TREE}
+        --model.flavor {sizes.flavor} --training.seq_len {sizes.seq_len} {TP} {IN_TREE} {AUTO}
         --training.local_batch_size {2 * sizes.sequences} --training.mixed_precision_param {sizes.param_dtype}
         --training.steps {PROFILED_STEP} --profiling.enable_profiling --profiling.profile_freq {PROFILED_STEP}
-        --activation_checkpoint.mode selective --activation_checkpoint.selective_ac_option op
         {"--training.compile" if host.device == "cuda" else ""}
     """
     trace = folder / f"profile_traces/step_{PROFILED_STEP}/rank0_trace.json.gz"
