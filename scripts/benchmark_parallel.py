@@ -10,7 +10,7 @@
     train     tokens/s, MFU and memory of a whole step with the fused loss: sharded, also in float8, with tensor and
               context parallel, sequences twice as long, and 8B, whose states are compact
     head      the loss head alone, its vocabulary sharded: in-tree against gathering the weight
-    profile   the collectives of a step with tensor parallel and the fused loss; none may gather the head's weight
+    profile   the collectives of a step of train with tensor parallel; none may gather the head's weight
 
 Each part starts processes of its own, with a time limit; one that fails is told, and the others go on. Parity and
 restart, of which nothing is timed to the second, run side by side before the others. Writes
@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,7 +48,6 @@ REPO = Path(__file__).resolve().parents[1]
 IN_TREE = "--liger_kernel.enable_fused_linear_cross_entropy --liger_kernel.implementation native"
 AUTO = "--activation_checkpoint.mode auto"
 TP, CP = "--parallelism.tensor_parallel_degree 2", "--parallelism.context_parallel_degree 2"
-PROFILED_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,16 @@ class Sizes:
     seq_len: int
     sequences: int
     """A rank, whatever it shares them with."""
-    param_dtype: str
     train: tuple[str, ...]
     head: tuple[str, ...]
 
 
 SIZES = {
-    "cuda": Sizes("1B", 8192, 2, "bfloat16", ("--steps=8", "--warmup=2"), ()),  # the head is Llama 3 8B's
+    "cuda": Sizes("1B", 8192, 2, ("--steps=8", "--warmup=2"), ()),  # the head is Llama 3 8B's
     "cpu": Sizes(
         flavor="debugmodel",
         seq_len=64,
         sequences=1,
-        param_dtype="float32",
         train=("--no-compile", "--steps=1", "--warmup=1"),
         head=("--tokens=257", "--vocab=2001", "--dim=64", "--dtype=float32", "--budget=1", "--repeats=2", "--warmup=1"),
     ),
@@ -80,6 +78,8 @@ class Host:
     def __init__(self, device: str, nproc: int, sizes: Sizes, *, out: Path, limit_s: float) -> None:
         self.device, self.nproc, self.sizes, self.out = device, nproc, sizes, out.resolve()
         self._limit_s = limit_s
+        self.trace: Path | None = None
+        """Of the layout whose collectives are looked at, once it has run."""
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
 
     def run(self, name: str, command: Sequence[str]) -> str | None:
@@ -167,6 +167,7 @@ class Layout:
     """For training.local_batch_size: what the ranks of a sequence share."""
     seq_len: int
     flavor: str
+    traced: bool = False
 
 
 def get_layouts(sizes: Sizes, *, on_gpus: bool) -> Iterator[Layout]:
@@ -176,7 +177,7 @@ def get_layouts(sizes: Sizes, *, on_gpus: bool) -> Iterator[Layout]:
     float8 = f"{fused} --model.converters float8" + " --float8.emulate" * (not on_gpus)
     has_torchao = importlib.util.find_spec("torchao") is not None
     yield Layout("shard", fused, n, seq_len, flavor)
-    yield Layout("tp 2 x shard", f"{TP} {fused}", 2 * n, seq_len, flavor)
+    yield Layout("tp 2 x shard", f"{TP} {fused}", 2 * n, seq_len, flavor, traced=True)
     yield Layout("cp 2 x shard", f"{CP} {fused}", 2 * n, seq_len, flavor)
     if has_torchao:
         yield Layout("shard, float8", float8, n, seq_len, flavor)
@@ -191,20 +192,27 @@ def get_layouts(sizes: Sizes, *, on_gpus: bool) -> Iterator[Layout]:
 
 
 def train(host: Host) -> Iterator[Row]:
-    for number, layout in enumerate(get_layouts(host.sizes, on_gpus=host.device == "cuda")):
-        folder = host.out / "train" / str(number)
-        (folder / "results.jsonl").unlink(missing_ok=True)
-        arguments = [
-            *("--flavor", layout.flavor, "--seq_len", str(layout.seq_len), "--no-largest", *host.sizes.train),
-            *("--batches", str(layout.sequences), "--out", str(folder), "--rows", f"'{layout.name}' {layout.options}"),
-        ]
-        failure = host.torchrun(f"train_{number}", host.nproc, "benchmark_train.py", arguments)
-        rows = read_lines(folder / "results.jsonl")
-        yield from ({**row, "name": layout.name, "ranks": host.nproc} for row in rows)
-        if failure or not rows:
-            yield {"name": layout.name, "failed": failure or f"out of memory; see logs/train_{number}.log"}
     sizes = host.sizes
+    for number, layout in enumerate(get_layouts(sizes, on_gpus=host.device == "cuda")):
+        yield from time_layout(host, number, layout)
     yield {"note": f"{sizes.flavor}, {sizes.seq_len} tokens a sequence, {sizes.sequences} sequences a rank."}
+
+
+def time_layout(host: Host, number: int, layout: Layout) -> Iterator[Row]:
+    folder = host.out / "train" / str(number)
+    shutil.rmtree(folder, ignore_errors=True)
+    arguments = [
+        *("--flavor", layout.flavor, "--seq_len", str(layout.seq_len), "--no-largest", *host.sizes.train),
+        *("--batches", str(layout.sequences), "--out", str(folder), "--rows", f"'{layout.name}' {layout.options}"),
+        *(["--trace"] if layout.traced else []),
+    ]
+    failure = host.torchrun(f"train_{number}", host.nproc, "benchmark_train.py", arguments)
+    rows = read_lines(folder / "results.jsonl")
+    yield from ({**row, "name": layout.name, "ranks": host.nproc} for row in rows)
+    if failure or not rows:
+        yield {"name": layout.name, "failed": failure or f"out of memory; see logs/train_{number}.log"}
+    if layout.traced:
+        host.trace = next(folder.glob("profile_traces/step_*/rank0_trace.json.gz"), None)
 
 
 def head(host: Host) -> Iterator[Row]:
@@ -220,26 +228,19 @@ def head(host: Host) -> Iterator[Row]:
 
 
 def profile(host: Host) -> Iterator[Row]:
-    sizes, folder = host.sizes, host.out / "profile"
-    options = f"""
-        --model.flavor {sizes.flavor} --training.seq_len {sizes.seq_len} {TP} {IN_TREE} {AUTO}
-        --training.local_batch_size {2 * sizes.sequences} --training.mixed_precision_param {sizes.param_dtype}
-        --training.steps {PROFILED_STEP} --profiling.enable_profiling --profiling.profile_freq {PROFILED_STEP}
-        {"--training.compile" if host.device == "cuda" else ""}
-    """
-    trace = folder / f"profile_traces/step_{PROFILED_STEP}/rank0_trace.json.gz"
-    trace.unlink(missing_ok=True)
-    launcher = ["-m", "torchtitan.launch", "--nproc_per_node", str(host.nproc)]
-    failure = host.run("profile", [*launcher, "--job.dump_folder", str(folder), *options.split()])
-    if failure or not trace.exists():
-        yield {"name": "profile", "failed": failure or f"{trace} was not written"}
+    if host.trace is None:  # without train, or its layout failed there
+        for number, layout in enumerate(get_layouts(host.sizes, on_gpus=host.device == "cuda")):
+            if layout.traced:
+                yield from (row for row in time_layout(host, number, layout) if "failed" in row)
+    if host.trace is None:
+        yield {"name": "profile", "failed": "no trace was written"}
         return
-    events = read_events(trace)
+    events = read_events(host.trace)
     yield from (collective.to_row() for collective in get_collectives(events))
     if about_time := describe_time(events):
         yield {"note": about_time}
-    args = llama3_flavors[sizes.flavor]
-    rows_bytes = -(-args.vocab_size // 2) * args.dim * getattr(torch, sizes.param_dtype).itemsize
+    args = llama3_flavors[host.sizes.flavor]
+    rows_bytes = -(-args.vocab_size // 2) * args.dim * torch.bfloat16.itemsize
     yield judge_weight(get_tensor_parallel_sizes(events), rows_bytes)
 
 

@@ -12,7 +12,8 @@ Each row is one configuration: a name, then options of the run. Trained is real 
 allocated. The largest batch is run and the next one must fail, from the one on that the estimate finds to fit.
 Several processes measure one row at one batch size: a second process group would meet the keys of the first in
 torchrun's store and hang, and a rank that is out of memory can only end the run, since the others wait for it.
-Writes results.jsonl, row by row, and of several rows benchmark_train.png to --out.
+Writes results.jsonl, row by row, and of several rows benchmark_train.png to --out; with --trace also rank 0's trace of
+a later step to --out/profile_traces.
 """
 
 import argparse
@@ -41,10 +42,12 @@ from torchtitan.cli.estimate import find_largest
 from torchtitan.config import ConfigManager
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.job_config import JobConfig
+from torchtitan.config.sections import Profiling
 from torchtitan.distributed.utils import get_world
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.device import get_peak_flops
 from torchtitan.tools.logging import init_logger
+from torchtitan.tools.profiling import maybe_profile
 from torchtitan.train import Trainer
 
 GIB = 1 << 30
@@ -73,6 +76,8 @@ def measure(name: str, options: list[str], batch: int, args: argparse.Namespace)
         batches = trainer.batches()
         seconds = run_steps(trainer, batches, args)
         peak = peak_memory(trainer.device)
+        if args.trace:
+            trace_step(trainer, batches, args)
         tokens_per_second = args.steps * batch * args.seq_len / seconds
         shared = trainer.parallel_dims.cp * trainer.parallel_dims.tp * trainer.parallel_dims.pp
         tokens_per_second *= trainer.num_microbatches / shared  # per device
@@ -122,6 +127,17 @@ def run_steps(trainer: Trainer, batches: Any, args: argparse.Namespace) -> float
         trainer.train_step(batches)
     synchronize(trainer.device)
     return time.perf_counter() - start
+
+
+def trace_step(trainer: Trainer, batches: Any, args: argparse.Namespace) -> None:
+    last = trainer.step + 4  # before it the profiler warms up
+    profiling = Profiling(enable_profiling=True, profile_freq=last)
+    options: dict[str, Any] = {"device": trainer.device, "rank": get_world().rank, "start_step": trainer.step}
+    with maybe_profile(profiling, str(args.out), **options) as step_done:
+        while trainer.step < last:
+            trainer.step += 1
+            trainer.train_step(batches)
+            step_done()
 
 
 def synchronize(device: torch.device) -> None:
@@ -220,6 +236,7 @@ def main() -> None:
     parser.add_argument(
         "--largest", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available() and world.size == 1
     )
+    parser.add_argument("--trace", action="store_true", help="trace a step of each row, after the timed ones")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_train"))
     args = parser.parse_args()
     if world.size > 1 and (args.largest or len(args.flavor) * len(args.rows) * len(args.batches) > 1):

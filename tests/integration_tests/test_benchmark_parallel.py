@@ -55,7 +55,7 @@ def test_the_profiled_step_does_not_gather_the_heads_weight(out: Path) -> None:
     *collectives, note = rows_of(out, "profile")
     assert sum(row["count"] for row in collectives) > 10
     assert note["note"].endswith(
-        "a rank's rows of the head's weight are 1.02 MB: none is as large, the weight was not gathered."
+        "a rank's rows of the head's weight are 0.51 MB: none is as large, the weight was not gathered."
     )
 
 
@@ -63,7 +63,7 @@ def test_the_report_has_a_table_for_each_part(out: Path) -> None:
     report = (out / "report.md").read_text()
     head, profile = report.split("\n## ")[1:]
     assert head.startswith("head\n") and head.count("\n| 2 | 257 | ") == 2
-    assert profile.startswith("profile\n") and "| gloo:all_gather | float |" in profile
+    assert profile.startswith("profile\n") and "| gloo:all_gather | c10::BFloat16 |" in profile
     assert "Failed" not in report
 
 
