@@ -24,6 +24,8 @@ from torchtitan.protocols.model import Decoder
 
 SEQUENCE = Shard(1)
 """How hidden states (B, S, D) lie between blocks."""
+IN_A_ROW = Shard(0)
+"""The same parts, taken for those of a (B * tp, S / tp, D): in this order they are gathered as they lie."""
 
 
 def apply_tp(
@@ -63,7 +65,7 @@ def enable_async_tp(tp_mesh: DeviceMesh) -> None:
     enable_symm_mem_for_group(tp_mesh.get_group().group_name)
 
 
-def gathered_sequence(*layouts: Shard | None) -> PrepareModuleInput:
+def gathered(*layouts: Shard | None) -> PrepareModuleInput:
     """Inputs with a layout are gathered; None passes as it is."""
     return PrepareModuleInput(
         input_layouts=layouts,

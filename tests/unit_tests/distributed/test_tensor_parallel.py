@@ -2,11 +2,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit_tests.distributed.layouts import ARGS, build_model, get_batch
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.config.degrees import ParallelDims
+from torchtitan.distributed.tensor_parallel import apply_tp
+from torchtitan.models.common.model import Transformer
+from torchtitan.models.common.parallelize import TENSOR_PARALLEL_PLAN
 
 
 def observe(loss_parallel: bool) -> dict[str, Any]:
@@ -31,6 +37,36 @@ def observe(loss_parallel: bool) -> dict[str, Any]:
 
 def whole(logits: torch.Tensor) -> torch.Tensor:
     return logits.full_tensor() if isinstance(logits, DTensor) else logits
+
+
+class Operations(TorchDispatchMode):
+    """The names of what is run on plain tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # which runs others
+        self.names.append(function._schema.name.partition("::")[2])
+        return function(*args, **(kwargs or {}))
+
+
+def moved_by_a_feed_forward() -> list[str]:
+    model = Transformer(ARGS())
+    apply_tp(model, init_device_mesh("cpu", (2,)), TENSOR_PARALLEL_PLAN, loss_parallel=False)
+    block = model.layers["0"]
+    part: Tensor = torch.randn(4, 8, ARGS().dim, requires_grad=True)
+    with Operations() as operations:
+        block.feed_forward(block.ffn_norm(part)).sum().backward()
+    return [name for name in operations.names if name in ("cat", "all_gather_into_tensor", "reduce_scatter_tensor")]
+
+
+def test_feed_forward_moves_the_parts_of_the_sequence_as_they_lie() -> None:
+    """Put back into the sequence's order, each would be copied once more."""
+    for names in run_processes(moved_by_a_feed_forward, 2):
+        assert sorted(names) == ["all_gather_into_tensor"] * 2 + ["reduce_scatter_tensor"] * 2
 
 
 def on_two_ranks() -> dict[bool, dict[str, Any]]:
