@@ -236,11 +236,12 @@ def main() -> None:
     parser.add_argument(
         "--largest", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available() and world.size == 1
     )
-    parser.add_argument("--trace", action="store_true", help="trace a step of each row, after the timed ones")
+    parser.add_argument("--trace", action="store_true", help="trace a step after the timed ones")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_train"))
     args = parser.parse_args()
-    if world.size > 1 and (args.largest or len(args.flavor) * len(args.rows) * len(args.batches) > 1):
-        parser.error("several processes measure one of --rows at one of --batches, without --largest")
+    if (world.size > 1 or args.trace) and (args.largest or len(args.flavor) * len(args.rows) * len(args.batches) > 1):
+        who = "several processes measure" if world.size > 1 else "--trace is for"
+        parser.error(f"{who} one of --rows at one of --batches, without --largest")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: expected 1 or more")

@@ -27,18 +27,23 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize(
     "options", ["--rows a b --batches 4", "--rows a --batches 4 8", "--rows a --batches 4 --largest"]
 )
+@pytest.mark.parametrize(("world_size", "who"), [("2", "several processes measure"), ("1", "--trace is for")])
 def test_a_second_measurement_is_refused(
     options: str,
+    world_size: str,
+    who: str,
     script: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(script, "measure", None)
-    monkeypatch.setattr(sys, "argv", ["benchmark_train.py", "--out", str(tmp_path), *options.split()])
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sys, "argv", ["benchmark_train.py", "--trace", "--out", str(tmp_path), *options.split()])
     with pytest.raises(SystemExit):
         script.main()
-    assert "several processes measure one of --rows at one of --batches" in capsys.readouterr().err
+    assert f"{who} one of --rows at one of --batches" in capsys.readouterr().err
 
 
 def test_out_of_memory_on_one_rank_ends_it_at_once(
