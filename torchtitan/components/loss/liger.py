@@ -74,7 +74,7 @@ class LigerFusedLinearLoss(LigerFusedLinearCrossEntropyLoss):
         is_no_word = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= len(weight)))
         labels = labels.masked_fill(is_no_word, IGNORE_INDEX)
         # Liger's mean over this call's tokens, times their share of the global batch: with one rank and one
-        # microbatch the share is 1, and Liger then skips its extra pass over both gradients in backward.
+        # microbatch the share is 1, and in backward no pass over both gradients is needed.
         num_valid = (labels != IGNORE_INDEX).sum()
         share = num_valid * scale
         share = torch.where((share - 1).abs() < _ROUNDING, 1.0, share)
@@ -126,10 +126,10 @@ class _LigerFunction(LigerFusedLinearCrossEntropyFunction):  # type: ignore[misc
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients = [g for g in ctx.saved_tensors if g is not None]
-        for gradient in gradients:
-            multiply_(gradient, d_loss)
-        d_hidden, d_weight = (*gradients, None)[:2]
+        d_hidden, d_weight, _ = ctx.saved_tensors  # the last is of a bias, which we have none of
+        for gradient in (d_hidden, d_weight):
+            if gradient is not None:
+                multiply_(gradient, d_loss)
         return d_hidden, d_weight, *[None] * 5
 
 
