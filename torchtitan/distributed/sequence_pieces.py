@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from torchtitan.distributed.utils import local_tensor
-
 
 def run_in_pieces(
     module: nn.Module,
@@ -32,4 +30,4 @@ def run_in_pieces(
         return module(x)
     recomputed = partial(checkpoint, module, use_reentrant=False, preserve_rng_state=False)
     run = module if is_recomputed and torch.compiler.is_compiling() else recomputed
-    return torch.cat([run(piece) for piece in local_tensor(x).chunk(num_pieces, dim=1)], dim=1)
+    return torch.cat([run(piece) for piece in x.chunk(num_pieces, dim=1)], dim=1)

@@ -65,7 +65,7 @@ def enable_async_tp(tp_mesh: DeviceMesh) -> None:
     enable_symm_mem_for_group(tp_mesh.get_group().group_name)
 
 
-def gathered(*layouts: Shard | None) -> PrepareModuleInput:
+def gathered_sequence(*layouts: Shard | None) -> PrepareModuleInput:
     """Inputs with a layout are gathered; None passes as it is."""
     return PrepareModuleInput(
         input_layouts=layouts,
