@@ -78,8 +78,8 @@ class Host:
     def __init__(self, device: str, nproc: int, sizes: Sizes, *, out: Path, limit_s: float) -> None:
         self.device, self.nproc, self.sizes, self.out = device, nproc, sizes, out.resolve()
         self._limit_s = limit_s
-        self.trace: Path | None = None
-        """Of the layout whose collectives are looked at, once it has run."""
+        self.traced: Path | None = None
+        """The folder of the layout whose collectives are looked at, once it has run."""
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
 
     def run(self, name: str, command: Sequence[str]) -> str | None:
@@ -200,7 +200,10 @@ def train(host: Host) -> Iterator[Row]:
 
 def time_layout(host: Host, number: int, layout: Layout) -> Iterator[Row]:
     folder = host.out / "train" / str(number)
-    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "results.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(folder / "profile_traces", ignore_errors=True)
+    if layout.traced:
+        host.traced = folder
     arguments = [
         *("--flavor", layout.flavor, "--seq_len", str(layout.seq_len), "--no-largest", *host.sizes.train),
         *("--batches", str(layout.sequences), "--out", str(folder), "--rows", f"'{layout.name}' {layout.options}"),
@@ -211,8 +214,6 @@ def time_layout(host: Host, number: int, layout: Layout) -> Iterator[Row]:
     yield from ({**row, "name": layout.name, "ranks": host.nproc} for row in rows)
     if failure or not rows:
         yield {"name": layout.name, "failed": failure or f"out of memory; see logs/train_{number}.log"}
-    if layout.traced:
-        host.trace = next(folder.glob("profile_traces/step_*/rank0_trace.json.gz"), None)
 
 
 def head(host: Host) -> Iterator[Row]:
@@ -228,14 +229,15 @@ def head(host: Host) -> Iterator[Row]:
 
 
 def profile(host: Host) -> Iterator[Row]:
-    if host.trace is None:  # without train, or its layout failed there
+    if host.traced is None:  # without train
         for number, layout in enumerate(get_layouts(host.sizes, on_gpus=host.device == "cuda")):
             if layout.traced:
                 yield from (row for row in time_layout(host, number, layout) if "failed" in row)
-    if host.trace is None:
+    trace = host.traced and next(host.traced.glob("profile_traces/step_*/rank0_trace.json.gz"), None)
+    if trace is None:
         yield {"name": "profile", "failed": "no trace was written"}
         return
-    events = read_events(host.trace)
+    events = read_events(trace)
     yield from (collective.to_row() for collective in get_collectives(events))
     if about_time := describe_time(events):
         yield {"note": about_time}

@@ -27,10 +27,13 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize(
     "options", ["--rows a b --batches 4", "--rows a --batches 4 8", "--rows a --batches 4 --largest"]
 )
-@pytest.mark.parametrize(("world_size", "who"), [("2", "several processes measure"), ("1", "--trace is for")])
+@pytest.mark.parametrize(
+    ("world_size", "more", "who"), [("2", [], "several processes measure"), ("1", ["--trace"], "--trace is for")]
+)
 def test_a_second_measurement_is_refused(
     options: str,
     world_size: str,
+    more: list[str],
     who: str,
     script: ModuleType,
     tmp_path: Path,
@@ -39,8 +42,7 @@ def test_a_second_measurement_is_refused(
 ) -> None:
     monkeypatch.setattr(script, "measure", None)
     monkeypatch.setenv("WORLD_SIZE", world_size)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(sys, "argv", ["benchmark_train.py", "--trace", "--out", str(tmp_path), *options.split()])
+    monkeypatch.setattr(sys, "argv", ["benchmark_train.py", "--out", str(tmp_path), *options.split(), *more])
     with pytest.raises(SystemExit):
         script.main()
     assert f"{who} one of --rows at one of --batches" in capsys.readouterr().err
