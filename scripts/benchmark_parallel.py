@@ -7,8 +7,8 @@
     parity    every layout's loss and gradient norm are one GPU's, in float32 and in bf16
     restart   a worker is killed; the run comes back from its last checkpoint and ends as one that was left alone.
               Half of the GPUs go on with a run of all
-    train     tokens/s, MFU and memory of a whole step with the fused loss: sharded, also in float8, with tensor and
-              context parallel, sequences twice as long, and 8B, whose states are compact
+    train     tokens/s, MFU and memory of a whole step with the fused loss: sharded, also in float8, with tensor
+              (also async) and context parallel, sequences twice as long, and 8B, whose states are compact
     head      the loss head alone, its vocabulary sharded: in-tree against gathering the weight
     profile   the collectives of a step of train with tensor parallel; none may gather the head's weight
 
@@ -47,6 +47,7 @@ from torchtitan.models.llama3.flavors import llama3_flavors
 REPO = Path(__file__).resolve().parents[1]
 IN_TREE = "--liger_kernel.enable_fused_linear_cross_entropy --liger_kernel.implementation native"
 AUTO = "--activation_checkpoint.mode auto"
+ASYNC = "--parallelism.enable_async_tensor_parallel"
 TP, CP = "--parallelism.tensor_parallel_degree 2", "--parallelism.context_parallel_degree 2"
 
 
@@ -178,6 +179,8 @@ def get_layouts(sizes: Sizes, *, on_gpus: bool) -> Iterator[Layout]:
     has_torchao = importlib.util.find_spec("torchao") is not None
     yield Layout("shard", fused, n, seq_len, flavor)
     yield Layout("tp 2 x shard", f"{TP} {fused}", 2 * n, seq_len, flavor, traced=True)
+    if on_gpus:
+        yield Layout("tp 2 x shard, async", f"{TP} {ASYNC} {fused}", 2 * n, seq_len, flavor)
     yield Layout("cp 2 x shard", f"{CP} {fused}", 2 * n, seq_len, flavor)
     if has_torchao:
         yield Layout("shard, float8", float8, n, seq_len, flavor)

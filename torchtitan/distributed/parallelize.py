@@ -11,12 +11,13 @@ from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import Parallelism, Training
 from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.distributed.async_tensor_parallel import enable_async_tp
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_context_parallel
 from torchtitan.distributed.fsdp import apply_fsdp
 from torchtitan.distributed.mesh import Mesh
 from torchtitan.distributed.mixed_precision import apply_mixed_precision
-from torchtitan.distributed.tensor_parallel import apply_tp, enable_async_tp
+from torchtitan.distributed.tensor_parallel import apply_tp
 from torchtitan.protocols.model import Decoder
 from torchtitan.tools.logging import logger
 

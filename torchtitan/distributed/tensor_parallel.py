@@ -56,15 +56,6 @@ def apply_tp(
         model.tok_embeddings.register_forward_hook(lambda module, args, output: output.clone())
 
 
-def enable_async_tp(tp_mesh: DeviceMesh) -> None:
-    """Let inductor overlap tensor parallel's collectives with the products beside them (CUDA, compiled blocks)."""
-    import torch._inductor.config
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-    torch._inductor.config._micro_pipeline_tp = True
-    enable_symm_mem_for_group(tp_mesh.get_group().group_name)
-
-
 def gathered_sequence(*layouts: Shard | None) -> PrepareModuleInput:
     """Inputs with a layout are gathered; None passes as it is."""
     return PrepareModuleInput(
