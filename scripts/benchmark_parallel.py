@@ -7,10 +7,10 @@
     parity    every layout's loss and gradient norm are one GPU's, in float32 and in bf16
     restart   a worker is killed; the run comes back from its last checkpoint and ends as one that was left alone.
               Half of the GPUs go on with a run of all
-    train     tokens/s, MFU and memory of a whole step with the fused loss: sharded, also in float8, with tensor
-              (also async) and context parallel, sequences twice as long, and 8B, whose states are compact
+    train     tokens/s, MFU and memory of a whole step with the fused loss: sharded, also in float8, with async
+              tensor and context parallel, sequences twice as long, and 8B, whose states are compact
     head      the loss head alone, its vocabulary sharded: in-tree against gathering the weight
-    profile   the collectives of a step of train with tensor parallel; none may gather the head's weight
+    profile   the collectives left in a step of train with async tensor parallel; none may gather the head's weight
 
 Each part starts processes of its own, with a time limit; one that fails is told, and the others go on. Parity and
 restart, of which nothing is timed to the second, run side by side before the others. Writes
@@ -178,9 +178,10 @@ def get_layouts(sizes: Sizes, *, on_gpus: bool) -> Iterator[Layout]:
     float8 = f"{fused} --model.converters float8" + " --float8.emulate" * (not on_gpus)
     has_torchao = importlib.util.find_spec("torchao") is not None
     yield Layout("shard", fused, n, seq_len, flavor)
-    yield Layout("tp 2 x shard", f"{TP} {fused}", 2 * n, seq_len, flavor, traced=True)
     if on_gpus:
-        yield Layout("tp 2 x shard, async", f"{TP} {ASYNC} {fused}", 2 * n, seq_len, flavor)
+        yield Layout("tp 2 x shard, async", f"{TP} {ASYNC} {fused}", 2 * n, seq_len, flavor, traced=True)
+    else:
+        yield Layout("tp 2 x shard", f"{TP} {fused}", 2 * n, seq_len, flavor, traced=True)
     yield Layout("cp 2 x shard", f"{CP} {fused}", 2 * n, seq_len, flavor)
     if has_torchao:
         yield Layout("shard, float8", float8, n, seq_len, flavor)

@@ -316,8 +316,14 @@ class _Rank:
         if self.dims.pp > 1:  # FSDP adds up a rank's whole gradients, and reduces them after the last microbatch
             main["gradients"] += FLOAT32 * sum(unit.numel for unit in self.units)
         main["gradients"] += (not self.has_fsdp) * reduced
-        main["activations"] += LIBRARY_WORKSPACES
+        main["activations"] += LIBRARY_WORKSPACES + self._read_by_others
         return Moment(name, main, gathering, self.has_fsdp * reduced, gap)
+
+    @property
+    def _read_by_others(self) -> int:
+        """The workspace of async tensor parallel (distributed/async_tensor_parallel.py)."""
+        parts = 2 * (self.dims.tp - 1) * self.config.parallelism.enable_async_tensor_parallel
+        return parts * self.measured.boundary
 
     def _reduced(self, units: Iterable[Unit]) -> int:
         """Gradients on their shards, of a microbatch that has got so far."""
