@@ -41,7 +41,7 @@ def step(*, is_async: bool, batch_size: int) -> dict[str, Any]:
         training=Training(compile=is_async, mixed_precision_param="float32"),
     )
     tokens, _ = get_batch(batch_size)
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with torch._inductor.config.patch(fx_graph_cache=False):
         hidden = whole(model(tokens, return_hidden_states=True))
         hidden.square().sum().backward()
     gradients = {
