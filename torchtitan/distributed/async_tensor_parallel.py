@@ -18,7 +18,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
+from torch._inductor import config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.distributed import _symmetric_memory
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import GroupName
 
@@ -33,9 +35,7 @@ Node: TypeAlias = Any
 
 def enable_async_tp(tp_mesh: DeviceMesh) -> None:
     """Overlap tensor parallel's collectives with the products beside them in what is compiled from now on."""
-    import torch._inductor.config
-
-    torch._inductor.config.post_grad_custom_pre_pass = OverlapCollectives(tp_mesh.get_group().group_name)
+    inductor.post_grad_custom_pre_pass = OverlapCollectives(tp_mesh.get_group().group_name)
 
 
 # The operators, as they are computed on CPUs, by collectives. A part is (B, S / n, D) on each of n ranks; parts follow
@@ -110,8 +110,6 @@ class Workspace:
         return Half(self._memory, shape, dtype, begin=self._turn * self._half_bytes, slot_bytes=slot_bytes)
 
     def _grow(self, half_bytes: int) -> None:
-        from torch.distributed import _symmetric_memory
-
         if self._memory is not None:
             self._memory.barrier()
             torch.cuda.synchronize()  # nobody reads the old one any more

@@ -11,7 +11,6 @@ from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.errors import ConfigError
 from torchtitan.config.sections import Parallelism, Training
 from torchtitan.distributed.activation_checkpoint import apply_ac
-from torchtitan.distributed.async_tensor_parallel import enable_async_tp
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.distributed.context_parallel import apply_context_parallel
 from torchtitan.distributed.fsdp import apply_fsdp
@@ -48,6 +47,8 @@ def parallelize_decoder(
         apply_tp(model, mesh["tp"], tensor_parallel_plan, loss_parallel=loss_parallel)
         logger.info("Applied tensor parallel with sequence parallel to the model")
         if parallelism.enable_async_tensor_parallel:
+            from torchtitan.distributed.async_tensor_parallel import enable_async_tp  # loads the compiler: 0.6 s
+
             enable_async_tp(mesh["tp"])
             logger.info("Enabled async tensor parallel")
     if parallel_dims.cp > 1:

@@ -30,14 +30,7 @@ from torchtitan.config.sections import Model
 from torchtitan.distributed.mesh import build_mesh
 from torchtitan.memory import estimate as memory_estimate
 from torchtitan.memory import measure as memory_measure
-from torchtitan.memory.estimate import (
-    GIB,
-    MemoryEstimate,
-    MemoryModel,
-    Moment,
-    describe,
-    estimate_memory,
-)
+from torchtitan.memory.estimate import GIB, MemoryEstimate, MemoryModel, Moment, describe, estimate_memory
 from torchtitan.memory.measure import measure
 from torchtitan.memory.trace import MemoryTrace, with_gpu_kernels
 from torchtitan.models.common.model import OutputHead, Transformer
