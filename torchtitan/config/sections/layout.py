@@ -25,7 +25,7 @@ class Parallelism:
     disable_loss_parallel: bool = False
     """Gather the logits over the tensor-parallel ranks instead of computing the loss on vocabulary shards."""
     enable_async_tensor_parallel: bool = False
-    """Overlap tensor-parallel communication with the products (GPU, needs training.compile)."""
+    """Overlap tensor-parallel communication with the products (GPUs linked by NVLink, needs training.compile)."""
     context_parallel_degree: PositiveInt = 1
     """Ranks over which each sequence is split."""
     pipeline_parallel_degree: PositiveInt = 1
