@@ -254,7 +254,7 @@ def overlap_gather(graph: fx.Graph, gather: Node, wait: Node) -> bool:
     whole, dim = find_whole(wait, ranks)
     width = part.meta["val"].size(-1)
     products = [product for product in find_products_of(whole, width) if may_come_before(product.args[1], gather)]
-    if part.meta["val"].ndim != 3 or not products:
+    if part.meta["val"].ndim != 3 or dim > 1 or not products:
         return False
     weights = [product.args[1] for product in products]
     for weight in weights:
@@ -269,11 +269,23 @@ def overlap_gather(graph: fx.Graph, gather: Node, wait: Node) -> bool:
 
 def find_whole(wait: Node, ranks: int) -> tuple[Node, int]:
     """The gathered tensor in the order in which it is used, and the dimension along which parts follow each other."""
-    if len(wait.users) == 1 and (split := next(iter(wait.users))).target is aten.split.Tensor:
-        cats = {user for piece in split.users for user in piece.users}
-        if len(split.users) == ranks and len(cats) == 1 and (cat := cats.pop()).target is aten.cat.default:
-            return cat, cat.args[1] if len(cat.args) > 1 else 0
+    cats = {user for split in wait.users for piece in split.users for user in piece.users}
+    if len(wait.users) == len(cats) == 1 and (cat := cats.pop()).target is aten.cat.default:
+        (split,) = wait.users
+        if are_pieces(cat.args[0], split, ranks) and get_dim(split, 2) == 0:
+            return cat, get_dim(cat, 1)
     return wait, 0
+
+
+def are_pieces(nodes: Sequence[Node], split: Node, count: int) -> bool:
+    """Whether these are all pieces of a split in their order."""
+    pieces = [(operator.getitem, (split, index)) for index in range(count)]
+    return split.target is aten.split.Tensor and [(node.target, node.args) for node in nodes] == pieces
+
+
+def get_dim(node: Node, position: int) -> int:
+    """An argument that says which of three dimensions, by default the first."""
+    return node.args[position] % 3 if len(node.args) > position else 0
 
 
 def find_products_of(whole: Node, width: int) -> Iterator[Node]:
@@ -291,9 +303,9 @@ def overlap_reduction(graph: fx.Graph, reduction: Node, wait: Node) -> bool:
     total, dim = find_total(source, ranks)
     products = find_terms(total)
     shape = total.meta["val"].shape
-    if kind != "sum" or len(shape) != 3 or not isinstance(shape[0], int) or not products:
+    if kind != "sum" or len(shape) != 3 or dim > 1 or not isinstance(shape[0], int) or not products:
         return False
-    if any(product.meta["val"].size(-1) != shape[-1] for product in products):
+    if any(product.meta["val"].shape != (shape[0] * shape[1], shape[2]) for product in products):
         return False
     with graph.inserting_before(reduction):
         inputs, weights = ([product.args[i] for product in products] for i in (0, 1))
@@ -305,11 +317,10 @@ def overlap_reduction(graph: fx.Graph, reduction: Node, wait: Node) -> bool:
 
 def find_total(source: Node, ranks: int) -> tuple[Node, int]:
     """What is reduced, before it is put into the order of the ranks, and the dimension along which it is scattered."""
-    if source.target is aten.cat.default and len(source.args) == 1:
-        pieces = source.args[0]
-        splits = {piece.args[0] for piece in pieces if piece.target is operator.getitem}
-        if len(pieces) == ranks and len(splits) == 1 and (split := splits.pop()).target is aten.split.Tensor:
-            return split.args[0], split.args[2] if len(split.args) > 2 else 0
+    if source.target is aten.cat.default and get_dim(source, 1) == 0:
+        splits = {split for piece in source.args[0] for split in piece.all_input_nodes}
+        if len(splits) == 1 and are_pieces(source.args[0], split := splits.pop(), ranks):
+            return split.args[0], get_dim(split, 2)
     return source, 0
 
 

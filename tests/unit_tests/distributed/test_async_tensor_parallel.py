@@ -1,3 +1,4 @@
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -5,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from tests.unit_tests.distributed.layouts import build_model, get_batch
+from tests.unit_tests.distributed.layouts import build_model, get_batch, get_gradients, loss_sum, whole
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.config.sections import Parallelism, Training
@@ -20,7 +19,7 @@ OPERATORS = ("torchtitan.gather_and_multiply", "torchtitan.multiply_and_exchange
 
 
 def step(*, is_async: bool, batch_size: int) -> dict[str, Any]:
-    """Hidden states, gradients, and of each compiled graph what it had before the pass and has behind it."""
+    """Logits, gradients, and of each compiled graph what it had before the pass and has behind it."""
     graphs: list[tuple[Counter[str], Counter[str]]] = []
     rewrite = OverlapCollectives.__call__
 
@@ -40,18 +39,11 @@ def step(*, is_async: bool, batch_size: int) -> dict[str, Any]:
         parallelism=Parallelism(enable_async_tensor_parallel=is_async),
         training=Training(compile=is_async, mixed_precision_param="float32"),
     )
-    tokens, _ = get_batch(batch_size)
+    tokens, labels = get_batch(batch_size)
     with torch._inductor.config.patch(fx_graph_cache=False):
-        hidden = whole(model(tokens, return_hidden_states=True))
-        hidden.square().sum().backward()
-    gradients = {
-        name: parameter.grad.full_tensor() for name, parameter in model.named_parameters() if parameter.grad is not None
-    }
-    return {"hidden": hidden.detach(), "graphs": graphs, **gradients}
-
-
-def whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        logits = model(tokens)
+        loss_sum(logits, labels).backward()
+    return {"logits": whole(logits).detach(), "graphs": graphs, **get_gradients(model)}
 
 
 @pytest.fixture(scope="module", params=[4, 1], ids=["4 sequences", "1 sequence"])
@@ -143,6 +135,30 @@ def gathered(graph: torch.fx.Graph) -> torch.fx.Node:
     return wait
 
 
+def put_in_order(graph: torch.fx.Graph, x: torch.fx.Node, split_dim: int, cat_dim: int, order: Sequence[int]) -> Any:
+    split = call(graph, aten.split.Tensor, x, x.meta["val"].size(split_dim) // 2, split_dim)
+    pieces = [graph.call_function(operator.getitem, (split, index)) for index in range(2)]
+    for piece, value in zip(pieces, split.meta["val"], strict=True):
+        piece.meta["val"] = value
+    return call(graph, aten.cat.default, [pieces[index] for index in order], cat_dim)
+
+
+def scattered(graph: torch.fx.Graph, split_dim: int, order: Sequence[int] = (0, 1)) -> Any:
+    return reduce(graph, put_in_order(graph, of_one_product(graph)[1], split_dim, 0, order))
+
+
+def product_of_gathered(graph: torch.fx.Graph, cat_dim: int, order: Sequence[int] = (0, 1)) -> Any:
+    whole = put_in_order(graph, gathered(graph), 0, cat_dim, order)
+    rows = call(graph, aten.reshape.default, whole, [-1, whole.meta["val"].size(-1)])
+    weight = placeholder(graph, "weight", whole.meta["val"].size(-1), 8)
+    return call(graph, aten.mm.default, rows, weight)
+
+
+def term_that_is_broadcast(graph: torch.fx.Graph) -> Any:
+    row = call(graph, aten.mm.default, placeholder(graph, "row", 1, 6), placeholder(graph, "v", 6, 8))
+    return reduce(graph, call(graph, aten.add.Tensor, of_one_product(graph)[1], row))
+
+
 def weight_that_comes_later(graph: torch.fx.Graph) -> Any:
     rows = call(graph, aten.reshape.default, gathered(graph), [16, 6])
     weight = call(graph, aten.permute.default, placeholder(graph, "weight", 8, 6), [1, 0])
@@ -164,6 +180,13 @@ def whole_on_the_right(graph: torch.fx.Graph) -> Any:
     [
         (one_product, True),
         (weight_that_comes_later, True),
+        (partial(scattered, split_dim=1), True),
+        (partial(scattered, split_dim=-2), True),
+        (partial(scattered, split_dim=2), False),
+        (partial(scattered, split_dim=1, order=(1, 0)), False),
+        (partial(product_of_gathered, cat_dim=1), True),
+        (partial(product_of_gathered, cat_dim=2), False),
+        (partial(product_of_gathered, cat_dim=1, order=(1, 0)), False),
         *(
             (build, False)
             for build in (
@@ -171,6 +194,7 @@ def whole_on_the_right(graph: torch.fx.Graph) -> Any:
                 another_group,
                 product_used_elsewhere,
                 something_else_in_the_sum,
+                term_that_is_broadcast,
                 rows_of_another_width,
                 weight_that_is_gathered_too,
                 whole_on_the_right,

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.unit_tests.distributed.layouts import ARGS, build_model, get_batch
+from tests.unit_tests.distributed.layouts import ARGS, build_model, get_batch, whole
 from tests.unit_tests.distributed.processes import run_processes
 from torchtitan.config.degrees import ParallelDims
 from torchtitan.distributed.tensor_parallel import apply_tp
@@ -33,10 +33,6 @@ def observe(loss_parallel: bool) -> dict[str, Any]:
             "read weight": (type(read), read.placements, tuple(read.to_local().shape)),
             "again": torch.equal(whole(model.output(hidden)), whole(logits)),
         }
-
-
-def whole(logits: torch.Tensor) -> torch.Tensor:
-    return logits.full_tensor() if isinstance(logits, DTensor) else logits
 
 
 class Operations(TorchDispatchMode):
