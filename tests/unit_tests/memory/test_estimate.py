@@ -368,12 +368,13 @@ def test_within_5_percent_whatever_the_states_the_products_and_the_recomputation
 
 
 def test_within_3_percent_under_every_layout_that_keeps_gathered_weights() -> None:
-    """The rows of scripts/benchmark_parallel.py, as two H200 had them."""
+    """The rows of scripts/benchmark_parallel.py, as two H200 had them in the last run of the file."""
     script = load_script("benchmark_parallel")
     lines = (REPO / "docs/benchmarks/parallel_2_h200.jsonl").read_text().splitlines()
-    reserved = {row["name"]: row["reserved_gib"] for row in map(json.loads, lines) if "reserved_gib" in row}
+    rows = [row for row in map(json.loads, lines) if "reserved_gib" in row]
+    reserved = {row["name"]: row["reserved_gib"] for row in rows if row["commit"] == rows[-1]["commit"]}
     layouts = list(script.get_layouts(script.SIZES["cuda"], on_gpus=True))
-    assert len(layouts) == 9
+    assert len(layouts) == len(reserved) == 9
     for layout in layouts:
         sizes = f"--model.flavor {layout.flavor} --training.seq_len {layout.seq_len}"
         config = parse(f"{sizes} --training.local_batch_size {layout.sequences} {COMPILE} {layout.options}")
