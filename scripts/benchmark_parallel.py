@@ -176,12 +176,10 @@ def get_layouts(sizes: Sizes, *, on_gpus: bool) -> Iterator[Layout]:
     flavor, seq_len, n = sizes.flavor, sizes.seq_len, sizes.sequences
     fused = f"{IN_TREE} {AUTO}"
     float8 = f"{fused} --model.converters float8" + " --float8.emulate" * (not on_gpus)
+    tp = TP + f" {ASYNC}" * on_gpus
     has_torchao = importlib.util.find_spec("torchao") is not None
     yield Layout("shard", fused, n, seq_len, flavor)
-    if on_gpus:
-        yield Layout("tp 2 x shard, async", f"{TP} {ASYNC} {fused}", 2 * n, seq_len, flavor, traced=True)
-    else:
-        yield Layout("tp 2 x shard", f"{TP} {fused}", 2 * n, seq_len, flavor, traced=True)
+    yield Layout("tp 2 x shard" + ", async" * on_gpus, f"{tp} {fused}", 2 * n, seq_len, flavor, traced=True)
     yield Layout("cp 2 x shard", f"{CP} {fused}", 2 * n, seq_len, flavor)
     if has_torchao:
         yield Layout("shard, float8", float8, n, seq_len, flavor)
