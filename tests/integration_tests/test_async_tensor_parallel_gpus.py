@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.integration_tests.test_restart_gpus import needs
-from tests.integration_tests.tiny_runs import become_worker, serve_store, start
+from tests.integration_tests.tiny_runs import join_group, serve_store, start
 from torchtitan.distributed.async_tensor_parallel import Half, gather_and_multiply, multiply_and_exchange
 
 WIDTH = 64
@@ -58,11 +58,7 @@ def check(i: int, rank: int, ranks: int, device: torch.device) -> bool:
 
 def stress(rank: int, ranks: int, port: int, on_gpus: bool, count: int, folder: Path) -> None:
     """Leave in `folder` how many rounds were wrong: without barriers, and with them."""
-    become_worker(rank, ranks, port, on_gpus=on_gpus)
-    device = torch.device("cuda", rank) if on_gpus else torch.device("cpu")
-    if on_gpus:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpus else "gloo")
+    device = join_group(rank, ranks, port, on_gpus=on_gpus)
 
     def count_wrong() -> int:
         wrong = 0

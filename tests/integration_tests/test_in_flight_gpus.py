@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.integration_tests.test_restart_gpus import REHEARSAL, needs
-from tests.integration_tests.tiny_runs import become_worker, serve_store, start
+from tests.integration_tests.tiny_runs import join_group, serve_store, start
 
 collectives = torch.ops._c10d_functional
 RANKS = 2
@@ -51,11 +51,7 @@ def expect(i: int, rank: int, device: torch.device) -> Tensor:
 
 def stress(rank: int, port: int, on_gpus: bool, count: int, depth: int, folder: Path) -> None:
     """Leave in `folder` what two stresses found; in the first, inputs are written to while they may be under way."""
-    become_worker(rank, RANKS, port, on_gpus=on_gpus)
-    device = torch.device("cuda", rank) if on_gpus else torch.device("cpu")
-    if on_gpus:
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpus else "gloo")
+    device = join_group(rank, RANKS, port, on_gpus=on_gpus)
     noticed = send_all(rank, device, 60, depth, overwrites=True)[0]
     found = send_all(rank, device, count, depth, overwrites=False)
     (folder / f"rank{rank}").write_text(" ".join(map(str, (noticed, *found))))

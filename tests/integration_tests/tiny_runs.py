@@ -195,6 +195,16 @@ def _work(rank: int, runs: Sequence[Run], folder: str, ports: Sequence[int], on_
         _end_file(folder, run, rank).touch()
 
 
+def join_group(rank: int, world_size: int, port: int, *, on_gpus: bool) -> torch.device:
+    """Become a worker, and one of a process group; the device of its tensors."""
+    become_worker(rank, world_size, port, on_gpus=on_gpus)
+    device = torch.device("cuda", rank) if on_gpus else torch.device("cpu")
+    if on_gpus:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpus else "gloo")
+    return device
+
+
 def become_worker(rank: int, world_size: int, port: int, *, on_gpus: bool = False) -> None:
     """Look like a worker of torchrun whose agent has its store at `port`; see no GPU unless asked to."""
     os.environ |= get_worker_environment(rank, world_size, port) | {
